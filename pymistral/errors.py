@@ -1,0 +1,46 @@
+"""Every exception that pymistral raises on purpose. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .responses import ChatCompletionResponse
+
+
+class PymistralError(Exception):
+    """The base of all errors below: catch it to catch anything pymistral reports."""
+
+
+class ModelLoadError(PymistralError):
+    """A model could not be found, fetched, parsed or built; nothing was left half-loaded."""
+
+
+class RequestValidationError(PymistralError, ValueError):
+    """A request is malformed or cannot be served by this model. It never reached the engine."""
+
+
+class InferenceError(PymistralError):
+    """The engine failed while it worked on a request."""
+
+
+class ModelError(InferenceError):
+    """Generation ended early because of an error in this request.
+
+    Attributes
+    ----------
+    partial_response
+        What had been generated up to then, or ``None`` if nothing was.
+    """
+
+    def __init__(self, message: str, partial_response: ChatCompletionResponse | None = None) -> None:
+        super().__init__(message)
+        self.partial_response = partial_response
+
+
+class EngineClosedError(PymistralError, RuntimeError):
+    """The model was closed, before or while it worked on the request."""
+
+
+class ModelManagementError(PymistralError):
+    """A model id is unknown, already taken, or not loaded."""
