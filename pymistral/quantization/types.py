@@ -1,0 +1,119 @@
+"""GGML's tensor types: ids, block sizes, and the raw tensor that a file holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class GgmlType(IntEnum):
+    """A tensor's storage type, by its number in GGUF files (ggml.h, ``enum ggml_type``)."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q8_1 = 9
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    Q8_K = 15
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
+    I8 = 24
+    I16 = 25
+    I32 = 26
+    I64 = 27
+    F64 = 28
+    IQ1_M = 29
+    BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+
+
+# type -> (elements in a block, bytes in a block)
+BLOCK_SIZES: dict[GgmlType, tuple[int, int]] = {
+    GgmlType.F32: (1, 4),
+    GgmlType.F16: (1, 2),
+    GgmlType.Q4_0: (32, 18),
+    GgmlType.Q4_1: (32, 20),
+    GgmlType.Q5_0: (32, 22),
+    GgmlType.Q5_1: (32, 24),
+    GgmlType.Q8_0: (32, 34),
+    GgmlType.Q8_1: (32, 36),
+    GgmlType.Q2_K: (256, 84),
+    GgmlType.Q3_K: (256, 110),
+    GgmlType.Q4_K: (256, 144),
+    GgmlType.Q5_K: (256, 176),
+    GgmlType.Q6_K: (256, 210),
+    GgmlType.Q8_K: (256, 292),
+    GgmlType.IQ2_XXS: (256, 66),
+    GgmlType.IQ2_XS: (256, 74),
+    GgmlType.IQ3_XXS: (256, 98),
+    GgmlType.IQ1_S: (256, 50),
+    GgmlType.IQ4_NL: (32, 18),
+    GgmlType.IQ3_S: (256, 110),
+    GgmlType.IQ2_S: (256, 82),
+    GgmlType.IQ4_XS: (256, 136),
+    GgmlType.I8: (1, 1),
+    GgmlType.I16: (1, 2),
+    GgmlType.I32: (1, 4),
+    GgmlType.I64: (1, 8),
+    GgmlType.F64: (1, 8),
+    GgmlType.IQ1_M: (256, 56),
+    GgmlType.BF16: (1, 2),
+    GgmlType.TQ1_0: (256, 54),
+    GgmlType.TQ2_0: (256, 66),
+    GgmlType.MXFP4: (32, 17),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as a file stores it.
+
+    Attributes
+    ----------
+    name
+        For error messages.
+    type
+        Storage type.
+    shape
+        NumPy order: ``(out_features, in_features)`` for a matrix. Blocks run along the last axis.
+    data
+        The stored bytes, uint8 ``[nbytes]``, contiguous; usually a view into the mapped file.
+    """
+
+    name: str
+    type: GgmlType
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        expected = tensor_nbytes(self.type, self.shape)
+        if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != expected or not self.data.flags.c_contiguous:
+            raise ValueError(f"tensor {self.name!r}: {self.type.name} {self.shape} needs {expected} contiguous bytes, got {self.data.size}")
+
+
+def tensor_nbytes(type: GgmlType, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes. Raises ValueError if a row is not a whole number of blocks."""
+    block, size = BLOCK_SIZES[type]
+    if not shape or min(shape) < 0 or shape[-1] % block:
+        raise ValueError(f"{type.name} stores blocks of {block} elements, which shape {shape} does not divide into")
+    return prod(shape) // block * size
