@@ -37,7 +37,10 @@ QWEN2 = cl100k(r"\p{N}")
 CJK_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 CJK_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # The cased letters and the punctuation that DeepSeek's first tokenizer lists.
-CASED_LETTERS = r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u10d0-\u10ff\u2cf3\u2d00-\u2d2d\ua790-\ua7fa\uab30-\uab68]&&[^\x{10570}-\x{105bc}\x{16e40}-\x{16e7f}\x{1d400}-\x{1df1e}]]"
+CASED_LETTERS = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u10d0-\u10ff\u2cf3\u2d00-\u2d2d\ua790-\ua7fa\uab30-\uab68]"
+    r"&&[^\x{10570}-\x{105bc}\x{16e40}-\x{16e7f}\x{1d400}-\x{1df1e}]]"
+)
 PUNCTUATION = "[!-/:-~！-／：-～‘-‟\u3000-。]"
 DEEPSEEK3_WORDS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + TAIL
 SENTENCE_MARKS = " ?[^(\\s|.,!?…。，、।۔،)]+"
