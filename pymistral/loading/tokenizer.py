@@ -63,6 +63,8 @@ class Tokenizer:
     ----------
     tokens
         The text of each token, by id.
+    ids
+        The id of each token, by text.
     types
         The `TokenType` of each token; control, user-defined and unknown tokens are found in the text before anything else.
     encoder
@@ -80,6 +82,7 @@ class Tokenizer:
     def __init__(
         self,
         tokens: Sequence[str],
+        ids: Mapping[str, int],
         types: ArrayLike,
         encoder: TextEncoder,
         *,
@@ -94,7 +97,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self._tokens = tokens
-        self._ids = index_of(tokens)
+        self._ids = ids
         self._encoder = encoder
         self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
         self._suffix = [eos_token_id] if add_eos and eos_token_id is not None else []
@@ -427,6 +430,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         add_bos = KINDS[pre].add_bos
     return Tokenizer(
         tokens,
+        ids,
         types,
         encoder,
         bos_token_id=_token_id(metadata, "bos", len(tokens), default=1 if llama else None),
