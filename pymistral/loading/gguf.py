@@ -3,7 +3,8 @@
 The layout (ggml's docs/gguf.md): magic, version, number of tensors, number of metadata keys; the key/value pairs; the tensor
 infos (name, dimensions, type, offset); padding up to the alignment; the tensors' bytes. Everything is little endian.
 
-Every number is checked against the file's length before anything is sized by it, so the memory that a file can claim stays on its own scale.
+Every number is checked against the file's length before anything is sized by it, so the memory that a file can claim stays on its
+own scale.
 """
 
 from __future__ import annotations
@@ -34,13 +35,10 @@ REMEDY = "The file is damaged or incomplete: fetch or convert it again."
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS: dict[int, struct.Struct] = {
-    number: struct.Struct("<" + code) for number, code in enumerate("BbHhIif?") if number != BOOL
-} | {BOOL: struct.Struct("<B"), 10: struct.Struct("<Q"), 11: struct.Struct("<q"), 12: struct.Struct("<d")}
-DTYPES: dict[int, np.dtype[Any]] = {
-    number: np.dtype(code)
-    for number, code in {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "u1", 10: "<u8", 11: "<i8", 12: "<f8"}.items()
+    type: struct.Struct("<" + code)
+    for type, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d"}.items()
 }
-TYPE_NAMES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64", "int64", "float64"]
+DTYPES: dict[int, np.dtype[Any]] = {type: np.dtype(form.format) for type, form in SCALARS.items()}
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 PRE_GGUF = "a GGML file from before GGUF: convert the original model again"
@@ -59,7 +57,7 @@ class LazyArray(NamedTuple):
     """Where an array lies in the file; it has been walked over once, so its lengths are known to fit."""
 
     type: int
-    count: int
+    length: int
     start: int
     stop: int
 
@@ -203,16 +201,17 @@ class _Reader:
         magic = self.buffer[:4]
         if magic != MAGIC:
             found = OTHER_FORMATS.get(magic)
-            self.fail(f"not a GGUF file: it starts with {magic!r}, not {MAGIC!r}", f"It is {found}." if found else "Give the path of a .gguf file.")
+            remedy = f"It is {found}." if found else "Give the path of a .gguf file."
+            self.fail(f"not a GGUF file: it starts with {magic!r}, not {MAGIC!r}", remedy)
         self.position = 4
         version = self.u32("the version")
         if version & 0xFFFF == 0 and version:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            self.fail(f"this is a big-endian GGUF v{swapped} file", "Convert it for a little-endian machine (gguf-convert-endian FILE little).")
+            self.fail(f"this is a big-endian GGUF v{swapped} file", "Convert it to little endian (`gguf-convert-endian FILE little`).")
         if version == 1:
             self.fail("this is a GGUF v1 file, which is no longer supported", "Convert the model again; current tools write v3.")
         if version not in (2, 3):
-            self.fail(f"GGUF version {version} is unknown; versions 2 and 3 are supported", "Is the file damaged, or newer than this program?")
+            self.fail(f"GGUF version {version} is unknown; 2 and 3 are supported", "Is the file damaged, or newer than this program?")
         return version
 
     def alignment(self, metadata: Metadata) -> int:
@@ -234,14 +233,14 @@ class _Reader:
         return Metadata(self, values)
 
     def value(self, type: int, key: str) -> object:
-        if type in SCALARS:
-            value = self.number(SCALARS[type], f"the value of {key!r}")
-            return bool(value) if type == BOOL else value
         if type == STRING:
             return self.string(f"the value of {key!r}")
         if type == ARRAY:
             return self.skip_array(key, MAX_NESTING)
-        self.fail(f"the metadata key {key!r} has the unknown type {type}")
+        if type not in SCALARS:
+            self.fail(f"the metadata key {key!r} has the unknown type {type}")
+        value = self.number(SCALARS[type], f"the value of {key!r}")
+        return bool(value) if type == BOOL else value
 
     def skip_array(self, key: str, nesting: int) -> LazyArray:
         """Step over an array, checking that all of it lies in the file."""
@@ -281,18 +280,18 @@ class _Reader:
 
     def array(self, array: LazyArray, key: str) -> NDArray[Any] | list[Any]:
         if array.type in DTYPES:
-            if not array.count:  # which np.frombuffer refuses at the end of a buffer
+            if not array.length:  # which np.frombuffer refuses at the end of a buffer
                 return np.empty(0, bool if array.type == BOOL else DTYPES[array.type])
-            numbers = np.frombuffer(self.buffer, DTYPES[array.type], array.count, array.start)
+            numbers = np.frombuffer(self.buffer, DTYPES[array.type], array.length, array.start)
             return numbers != 0 if array.type == BOOL else numbers
         if array.type == STRING:
             return self.strings(array, key)
         self.position = array.start
-        return [self.array(self.skip_array(key, MAX_NESTING), key) for _ in range(array.count)]
+        return [self.array(self.skip_array(key, MAX_NESTING), key) for _ in range(array.length)]
 
     def strings(self, array: LazyArray, key: str) -> list[str]:
         data = self.buffer[array.start : array.stop]
-        parts = _split_short_strings(data, array.count) or _walk_strings(data, array.count)
+        parts = _split_short_strings(data, array.length) or _walk_strings(data, array.length)
         try:
             return [part.decode() for part in parts]
         except UnicodeDecodeError:
@@ -324,8 +323,9 @@ class _Reader:
             self.fail(f"tensor {name!r} has the unknown type {number}", f"Known types: {known}. Quantize the model to one of them.")
         if min(shape) < 1 or prod(shape) >= 1 << 63:
             self.fail(f"tensor {name!r} has the impossible shape {shape}")
-        if shape[-1] % BLOCK_SIZES[type][0]:
-            self.fail(f"tensor {name!r} has rows of {shape[-1]} elements, which {type.name}'s blocks of {BLOCK_SIZES[type][0]} do not divide")
+        block = BLOCK_SIZES[type][0]
+        if shape[-1] % block:
+            self.fail(f"tensor {name!r} has rows of {shape[-1]} elements, not a multiple of {type.name}'s blocks of {block}")
         return _TensorInfo(name, type, shape, offset, tensor_nbytes(type, shape))
 
     def tensors(self, infos: list[_TensorInfo], alignment: int) -> dict[str, Tensor]:

@@ -168,6 +168,7 @@ ATTENTION = _layer("attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v
 QKV_BIASES = _layer("attn_q.bias", "attn_k.bias", "attn_v.bias")
 QK_NORMS = _layer("attn_q_norm.weight", "attn_k_norm.weight")
 POST_NORMS = _layer("post_attention_norm.weight", "post_ffw_norm.weight")
+FUSED_QKV = _layer("attn_norm.weight", "attn_qkv.weight", "attn_output.weight", "ffn_norm.weight")
 MLP = _layer("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 EXPERTS = _layer("ffn_gate_inp.weight", "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 SHARED_EXPERT = _layer("ffn_gate_inp_shexp.weight", "ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight")
@@ -207,7 +208,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "phi3": Architecture(
             "phi3",
-            EMBEDDINGS + _layer("attn_norm.weight", "attn_qkv.weight", "attn_output.weight", "ffn_norm.weight", "ffn_up.weight", "ffn_down.weight"),
+            EMBEDDINGS + FUSED_QKV + _layer("ffn_up.weight", "ffn_down.weight"),
             ("output.weight", "rope_factors_long.weight", "rope_factors_short.weight"),
             renamed={"blk.*.ffn_up.weight": "layers.*.mlp.gate_up_proj.weight"},
             config=SILU,
