@@ -202,7 +202,9 @@ class GgufLoader:
         if not 1 <= used <= experts:
             self.fail(f"{self.prefix}.expert_used_count is {used} of {experts} experts, not 1 or more of them")
         config |= {"num_experts": experts, "num_experts_per_tok": used}
-        config.setdefault("moe_intermediate_size", config["intermediate_size"])
+        if config["model_type"] == "mixtral":
+            config |= {"num_local_experts": experts, "moe_intermediate_size": config["intermediate_size"]}
+        config.setdefault("moe_intermediate_size", config["intermediate_size"] // used)
         if "shared_ffn" in words:
             config.setdefault("shared_expert_intermediate_size", config["intermediate_size"])
         norm = self.metadata.get(f"{self.prefix}.expert_weights_norm")
