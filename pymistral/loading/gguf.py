@@ -13,7 +13,6 @@ import mmap
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -339,14 +338,22 @@ class _Reader:
                     f"tensor {info.name!r} ({info.type.name} {info.shape}) takes bytes {info.offset} to {info.offset + info.nbytes} "
                     f"of the tensor data, of which the file has {data_size}"
                 )
-        for before, after in pairwise(sorted(infos, key=lambda info: info.offset)):
-            if before.offset + before.nbytes > after.offset:
-                self.fail(f"the tensors {before.name!r} and {after.name!r} overlap at offset {after.offset}")
+        self.check_layout(sorted(infos, key=lambda info: info.offset), alignment)
         data = np.frombuffer(self.buffer, np.uint8)
         return {
             info.name: Tensor(info.name, info.type, info.shape, data[data_start + info.offset : data_start + info.offset + info.nbytes])
             for info in infos
         }
+
+    def check_layout(self, infos: list[_TensorInfo], alignment: int) -> None:
+        """Tensors follow each other without a gap, which is how a wrong shape or type shows that fits into the file."""
+        expected, last = 0, "the start of the tensor data"
+        for info in infos:
+            if info.offset < expected:
+                self.fail(f"tensor {info.name!r} at offset {info.offset} overlaps {last}")
+            if info.offset > -(-expected // alignment) * alignment:
+                self.fail(f"tensor {info.name!r} has the offset {info.offset}, but {last} ends at {expected}")
+            expected, last = info.offset + info.nbytes, f"tensor {info.name!r}"
 
 
 def _split_short_strings(data: bytes, count: int) -> list[bytes] | None:
