@@ -325,10 +325,13 @@ def read_all(folder: Path, data: bytes, size: int) -> str:
 def small_header(smollm2_path: Path) -> Header:
     """The real header, its vocabulary cut short."""
     header = Header(smollm2_path.read_bytes()[: 1 << 22], longest_array=20)
-    vocabulary = (49152).to_bytes(8, "little")
-    for field in header.fields:  # and the embedding with it
-        if field.kind == "dimension" and header.bytes[field.start : field.start + 8] == vocabulary:
-            header.bytes[field.start : field.start + 8] = u64(20)
+    for field in header.fields:  # and the embedding with it, so that all other tensors move up
+        span = slice(field.start, field.start + field.size)
+        value = int.from_bytes(header.bytes[span], "little")
+        if field.kind == "dimension" and value == 49152:
+            header.bytes[span] = u64(20)
+        elif field.kind == "offset" and value:
+            header.bytes[span] = u64(value - 49152 // 32 * 34 * 576 + -(-20 * 576 // 32 * 34 // 32) * 32)
     return header
 
 
