@@ -73,7 +73,10 @@ def load_gguf(path: str | Path) -> Checkpoint:
 
     loader = GgufLoader(path)
     config, weights = loader.config_and_weights()
-    tokenizer = tokenizer_from_gguf(loader.metadata)
+    try:
+        tokenizer = tokenizer_from_gguf(loader.metadata)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{loader.path}: {error}") from error
     eos_token_ids = loader.eos_token_ids(tokenizer)
     return Checkpoint(
         path=loader.path,
@@ -364,16 +367,20 @@ class GgufLoader:
     # generation
 
     def token_id(self, key: str, vocab_size: int) -> int | None:
-        token = self.integer(key) if self.metadata.get(key) != 0xFFFFFFFF else None  # converters write -1 for none
-        if token is not None and token >= vocab_size:
-            self.fail(f"{key} is {token}, beyond the {vocab_size} tokens of the vocabulary")
+        token = self.metadata.get(key)
+        if token is None:
+            return None
+        if not isinstance(token, int) or isinstance(token, bool):
+            self.fail(f"{key} is {token!r:.80}, not a token id")
+        if not 0 <= token < vocab_size:
+            logger.warning("%s: ignored %s, which is %d with a vocabulary of %d tokens", self.path, key, token, vocab_size)
+            return None
         return token
 
     def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-        ids = [self.token_id(key, tokenizer.vocab_size) for key in keys]
-        ids += [tokenizer.token_to_id(token) for token in names.END_OF_TURN_TOKENS]
-        return tuple(dict.fromkeys(token for token in ids if token is not None))
+        """The tokens that metadata names, and those that the tokenizer knows by their text: metadata often lacks the one chats use."""
+        ids = [self.token_id(key, tokenizer.vocab_size) for key in names.END_TOKENS]
+        return tuple(dict.fromkeys(token for token in (*ids, *tokenizer.end_token_ids) if token is not None))
 
     def generation_config(self, eos_token_ids: Sequence[int]) -> dict[str, Any]:
         config: dict[str, Any] = {}

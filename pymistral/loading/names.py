@@ -111,20 +111,8 @@ SPECIAL_TOKENS: Mapping[str, str] = MappingProxyType(
         "tokenizer.ggml.padding_token_id": "pad_token_id",
     }
 )
-
-# Tokens that end a turn in the models that have them. Metadata names one end token, and often it is not the one that a chat uses.
-END_OF_TURN_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "<EOT>",
-    "[EOT]",
-)
+# all tokens that end an answer
+END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 @dataclass(frozen=True)
