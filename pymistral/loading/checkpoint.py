@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -317,8 +317,7 @@ class GgufLoader:
                 tensor = self.tensors.get(name)
                 if tensor is not None:
                     known.add(name)
-                    self._check(tensor, expected)
-                    weights[canonical.replace("*", layer)] = tensor
+                    weights[canonical.replace("*", layer)] = self._checked(tensor, expected)
                 elif pattern in self.architecture.tensors:
                     missing.append(name)
         if missing:
@@ -336,6 +335,7 @@ class GgufLoader:
         head = config["head_dim"]
         q, kv, ffn = config["num_attention_heads"] * head, config["num_key_value_heads"] * head, config["intermediate_size"]
         return {
+            "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
             "head": head,
@@ -350,11 +350,13 @@ class GgufLoader:
             "shared_ffn": config.get("shared_expert_intermediate_size", 0),
         }
 
-    def _check(self, tensor: Tensor, expected: tuple[int, ...]) -> None:
-        if tensor.shape != expected:
-            self.fail(f"tensor {tensor.name!r} has the shape {tensor.shape}, but this {self.prefix!r} model's metadata asks for {expected}")
+    def _checked(self, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
+        stored = expected[1:] if expected[0] == 1 and len(tensor.shape) < len(expected) else expected
+        if tensor.shape != stored:
+            self.fail(f"tensor {tensor.name!r} has the shape {tensor.shape}, but this {self.prefix!r} model's metadata asks for {stored}")
         if tensor.type in NOT_FOR_WEIGHTS or (len(expected) == 1 and tensor.type not in FLOATS):
             self.fail(f"tensor {tensor.name!r} is stored as {tensor.type.name}, which is no type for it")
+        return tensor if stored == expected else replace(tensor, shape=expected)
 
     def _rope_factors(self, tensor: Tensor) -> NDArray[np.float32]:
         if tensor.type != GgmlType.F32:

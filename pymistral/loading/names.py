@@ -12,7 +12,7 @@ from typing import Any
 
 # GGUF tensor -> (canonical name: Hugging Face's without "model.", shape). "*" stands for the layer.
 # The words of a shape: hidden, vocab, head (one head), q and kv (all heads), qkv (all three), rope (half the rotated part of a head),
-# ffn (and ffn2, gate and up in one), experts, expert_ffn, shared_ffn. Weights are (out, in).
+# ffn (and ffn2, gate and up in one), experts, expert_ffn, shared_ffn, one (which files leave out). Weights are (out, in).
 TENSORS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "token_embd.weight": ("embed_tokens.weight", "vocab hidden"),
@@ -46,7 +46,7 @@ TENSORS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "blk.*.ffn_gate_exps.weight": ("layers.*.mlp.experts.gate_proj.weight", "experts expert_ffn hidden"),
         "blk.*.ffn_up_exps.weight": ("layers.*.mlp.experts.up_proj.weight", "experts expert_ffn hidden"),
         "blk.*.ffn_down_exps.weight": ("layers.*.mlp.experts.down_proj.weight", "experts hidden expert_ffn"),
-        "blk.*.ffn_gate_inp_shexp.weight": ("layers.*.mlp.shared_expert_gate.weight", "hidden"),
+        "blk.*.ffn_gate_inp_shexp.weight": ("layers.*.mlp.shared_expert_gate.weight", "one hidden"),
         "blk.*.ffn_gate_shexp.weight": ("layers.*.mlp.shared_expert.gate_proj.weight", "shared_ffn hidden"),
         "blk.*.ffn_up_shexp.weight": ("layers.*.mlp.shared_expert.up_proj.weight", "shared_ffn hidden"),
         "blk.*.ffn_down_shexp.weight": ("layers.*.mlp.shared_expert.down_proj.weight", "hidden shared_ffn"),

@@ -22,7 +22,7 @@ from pymistral.quantization.types import GgmlType, Tensor
 
 # a tiny model: 8 tokens, 2 layers, 4 heads of 8 dimensions on 2 key/value heads
 SIZES = {"vocab": 8, "hidden": 64, "head": 8, "q": 32, "kv": 16, "qkv": 64, "rope": 4, "ffn": 96, "ffn2": 192}
-SIZES |= {"experts": 3, "expert_ffn": 32, "shared_ffn": 48}
+SIZES |= {"experts": 3, "expert_ffn": 32, "shared_ffn": 48, "one": 1}
 METADATA: dict[str, Any] = {
     "context_length": 512,
     "embedding_length": 64,
@@ -45,7 +45,7 @@ def tiny_tensors(architecture: names.Architecture, optional: bool = False) -> di
     random = np.random.default_rng(0)
     tensors = {}
     for pattern in (*architecture.tensors, *(architecture.optional if optional else ())):
-        shape = [SIZES[word] for word in names.shape_words(architecture, pattern)]
+        shape = [SIZES[word] for word in names.shape_words(architecture, pattern) if word != "one"]
         for layer in "01" if "*" in pattern else "":
             tensors[pattern.replace("*", layer)] = random.random(shape, np.float32) + 0.5
         if "*" not in pattern:
@@ -182,6 +182,13 @@ def test_mixtral_is_llama_with_experts(write: Write) -> None:
     assert config["num_experts_per_tok"] == 2
     assert weights["layers.1.mlp.experts.down_proj.weight"].shape == (3, 64, 32)
     assert weights["layers.1.mlp.gate.weight"].shape == (3, 64)
+
+
+def test_shared_expert_gate_is_a_matrix(write: Write) -> None:
+    _, weights = load(write("qwen2moe"))
+    assert weights["layers.0.mlp.shared_expert_gate.weight"].shape == (1, 64)
+    with pytest.raises(ModelLoadError, match=r"shape \(32,\), but .* asks for \(64,\)"):
+        load(write("qwen2moe", tensors={"blk.0.ffn_gate_inp_shexp.weight": np.ones(32, np.float32)}))
 
 
 def permute(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
