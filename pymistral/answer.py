@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import responses
 from .engine.types import ChoiceFinished, Delta, Event, RequestFailed, RequestFinished, TokenLogprob, Usage
@@ -137,18 +137,13 @@ class Answer:
         return responses.Logprobs(content=entries)
 
     def _logprob(self, entry: TokenLogprob) -> responses.ResponseLogprob:
-        data = self.tokenizer.id_to_bytes(entry.token)
-        return responses.ResponseLogprob(
-            token=data.decode(errors="replace"),
-            token_id=entry.token,
-            logprob=entry.logprob,
-            bytes=list(data),
-            top_logprobs=[self._top_logprob(token, logprob) for token, logprob in entry.top],
-        )
+        top = [responses.TopLogprob(**self._named(token), logprob=logprob) for token, logprob in entry.top]
+        return responses.ResponseLogprob(**self._named(entry.token), logprob=entry.logprob, top_logprobs=top)
 
-    def _top_logprob(self, token: int, logprob: float) -> responses.TopLogprob:
-        data = self.tokenizer.id_to_bytes(token)
-        return responses.TopLogprob(token=data.decode(errors="replace"), token_id=token, logprob=logprob, bytes=list(data))
+    def _named(self, token: int) -> dict[str, Any]:
+        # A model may have a few tokens more than its tokenizer knows, to make its matrices even.
+        data = self.tokenizer.id_to_bytes(token) if token < self.tokenizer.vocab_size else b""
+        return {"token": data.decode(errors="replace"), "token_id": token, "bytes": list(data)}
 
 
 def _usage(usage: Usage) -> responses.Usage:

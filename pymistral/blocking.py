@@ -92,7 +92,7 @@ class BlockingModel:
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """As `Model.logits`."""
-        return self._model._engine.logits(self._model._checked_context(tokens)).result()
+        return self._model._engine.logits(list(map(int, tokens))).result()
 
     def config(self) -> dict[str, Any]:
         """As `Model.config`."""

@@ -47,8 +47,6 @@ class Model:
         The name that responses and messages give.
     config
         Its configuration, in the terms of Hugging Face's ``config.json``.
-    max_sequence_length
-        The most tokens that a prompt and its answer have together.
     chat_template
         The Jinja source of its chat template.
     generation_config
@@ -62,7 +60,6 @@ class Model:
         *,
         model_id: str,
         config: Mapping[str, Any],
-        max_sequence_length: int,
         chat_template: str | None = None,
         generation_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -70,7 +67,6 @@ class Model:
         self._tokenizer = tokenizer
         self._model_id = model_id
         self._config = dict(config)
-        self._max_sequence_length = max_sequence_length
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
         self._close_engine = weakref.finalize(self, engine.close)
@@ -188,7 +184,7 @@ class Model:
         float32 array ``[len(tokens), vocab_size]``
             Row ``i`` predicts ``tokens[i + 1]``.
         """
-        return await asyncio.wrap_future(self._engine.logits(self._checked_context(tokens)))
+        return await asyncio.wrap_future(self._engine.logits(list(map(int, tokens))))
 
     def config(self) -> dict[str, Any]:
         """The model's configuration, in the terms of Hugging Face's ``config.json``."""
@@ -196,7 +192,7 @@ class Model:
 
     def max_sequence_length(self) -> int:
         """The most tokens that a prompt and its answer have together."""
-        return self._max_sequence_length
+        return self._engine.max_sequence_length
 
     @property
     def generation_defaults(self) -> SamplingParams:
@@ -221,9 +217,6 @@ class Model:
         return f"{type(self).__name__}({self._model_id!r})"
 
     def _prepare(self, request: RequestBuilder) -> EngineRequest:
-        bias = request.sampling.logits_bias
-        if bias and max(bias) >= self._tokenizer.vocab_size:
-            raise RequestValidationError(f"logits_bias: token {max(bias)} is not in the vocabulary of {self._tokenizer.vocab_size} tokens")
         return EngineRequest(
             prompt_tokens=self._prompt_tokens(request),
             sampling=request.sampling,
@@ -255,7 +248,7 @@ class Model:
         return self._prompt_tokens(builder, add_generation_prompt=add_generation_prompt)
 
     def _text_of(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(self._checked_tokens(tokens), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=skip_special_tokens)
 
     def _prompt_tokens(self, request: RequestBuilder, *, add_generation_prompt: bool = True) -> list[int]:
         if self._chat_template is None:
@@ -270,19 +263,6 @@ class Model:
 
     def _answer(self, request: EngineRequest) -> Answer:
         return Answer(self._model_id, self._tokenizer, request.sampling.n_choices)
-
-    def _checked_tokens(self, tokens: Sequence[int]) -> list[int]:
-        checked = [int(token) for token in tokens]
-        for token in checked:
-            if not 0 <= token < self._tokenizer.vocab_size:
-                raise RequestValidationError(f"token {token} is not in the vocabulary of {self._tokenizer.vocab_size} tokens")
-        return checked
-
-    def _checked_context(self, tokens: Sequence[int]) -> list[int]:
-        checked = self._checked_tokens(tokens)
-        if not 0 < len(checked) <= self._max_sequence_length:
-            raise RequestValidationError(f"logits takes 1 to {self._max_sequence_length} tokens (the model's context), got {len(checked)}")
-        return checked
 
 
 class ChatStream:

@@ -185,6 +185,7 @@ def load_model(builder: Builder) -> Model:
         token=builder.token_source,
         cache_dir=builder.hf_cache_path,
     )
+    path = _gguf_file(path, files)
     checkpoint = load_gguf(path)
     _log.info("%s: read %s", model_id, path)
     chat_template = chat_template_source(builder, checkpoint)
@@ -209,7 +210,6 @@ def load_model(builder: Builder) -> Model:
         checkpoint.tokenizer,
         model_id=model_id,
         config=checkpoint.config,
-        max_sequence_length=runner.max_sequence_length,
         chat_template=chat_template,
         generation_config=checkpoint.generation_config,
     )
@@ -233,6 +233,18 @@ def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str |
     if not isinstance(source, str):
         raise ModelLoadError(f"chat_template: 'chat_template' in {template} must be a string, got {type(source).__name__}")
     return source
+
+
+def _gguf_file(path: Path, files: list[str] | None) -> Path:
+    """The file to load, given a file, or a folder and the files wanted of it."""
+    from ..loading.hub import choose_gguf
+
+    if not path.is_dir():
+        return path
+    name = files[0] if files else choose_gguf(str(path), sorted(file.name for file in path.iterdir()))
+    if name is None:
+        raise ModelLoadError(f"{path} holds safetensors, which cannot be loaded yet; give a model in GGUF form")
+    return path / name
 
 
 def _read(path: Path, option: str) -> str:
