@@ -241,10 +241,10 @@ def _gguf_file(path: Path, files: list[str] | None) -> Path:
 
     if not path.is_dir():
         return path
-    name = files[0] if files else choose_gguf(str(path), sorted(file.name for file in path.iterdir()))
-    if name is None:
+    names = files or choose_gguf(str(path), sorted(file.name for file in path.iterdir()))
+    if not names:
         raise ModelLoadError(f"{path} holds safetensors, which cannot be loaded yet; give a model in GGUF form")
-    return path / name
+    return path / names[0]
 
 
 def _read(path: Path, option: str) -> str:

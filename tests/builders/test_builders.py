@@ -178,7 +178,7 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return AlphabetRunner()
 
     for name, functions in (
-        ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: next((n for n in names if n.endswith(".gguf")), None)}),
+        ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),
         ("loading.checkpoint", {"load_gguf": load_gguf}),
         ("models", {"load_runner": load_runner}),
     ):
