@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .geometry import ATTENTION_CHUNK as CHUNK
+from .geometry import query_tile_tokens
 from .helpers import inline
 from .isa import current_isa
 from .simd import (
@@ -40,7 +42,6 @@ from .simd import (
     zero_tile,
 )
 
-CHUNK = 256
 _LOWEST = -1.0e30  # of a masked score
 _VISIBLE = -1.0e29
 
@@ -50,17 +51,6 @@ def soft_cap(s, cap):
     """``cap * tanh(s / cap)``."""
     e = exp(s * splat_f32(2.0 / cap))
     return splat_f32(cap) * (splat_f32(1.0) - splat_f32(2.0) / (e + splat_f32(1.0)))
-
-
-def query_tile_tokens(group: int) -> int:
-    """Tokens in a query tile, so that the tile's rows fit the registers."""
-    return max(1, current_isa().tokens // group)
-
-
-def scratch_bytes(group: int, head_dim: int) -> int:
-    """Scratch memory of one thread: queries, scores, outputs, and two numbers for each row."""
-    rows = query_tile_tokens(group) * group
-    return rows * (2 * head_dim + CHUNK + 2) * 4 + 64
 
 
 def attention(*, head_dim: int, group: int) -> Any:

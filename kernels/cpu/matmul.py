@@ -253,7 +253,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
 
     Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out panels,
-    7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`gated_scratch_bytes`).
+    7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
@@ -296,10 +296,6 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     quantize_block(low, high, target, token)
 
     return kernel
-
-
-def gated_scratch_bytes() -> int:
-    return 2 * current_isa().tokens * 128
 
 
 def float_matmul(*, layout: str) -> Any:
