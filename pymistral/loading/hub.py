@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,8 @@ def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -
         names = _list_repo(repo, where)
         files = choose_gguf(repo, names, part)
         if not files:
+            if where["local_files_only"]:
+                return _snapshot(repo, where)
             wanted = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in REPO_FILES)]
             return Path(snapshot_download(repo, allow_patterns=[_escape(name) for name in wanted], **where))
     for name in files:
@@ -145,7 +147,9 @@ def _list_repo(repo: str, where: dict[str, Any]) -> list[str]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi(token=where["token"]).list_repo_files(repo, revision=where["revision"])
+        # not list_repo_files: that tries again for half a minute, which a machine without a network would wait for at every start
+        siblings = HfApi(token=where["token"]).model_info(repo, revision=where["revision"], timeout=15).siblings
+        return [sibling.rfilename for sibling in siblings or ()]
     except Exception as error:  # what a broken connection raises depends on the version of huggingface_hub
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
             raise
@@ -159,10 +163,22 @@ def _list_repo(repo: str, where: dict[str, Any]) -> list[str]:
 
 
 def _list_cached(repo: str, where: dict[str, Any]) -> list[str]:
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(repo, **{**where, "local_files_only": True}))
+    folder = _snapshot(repo, where)
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _snapshot(repo: str, where: dict[str, Any]) -> Path:
+    """The repository's folder in the cache, complete or not. (snapshot_download refuses one that lacks files we never wanted.)"""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(where["cache_dir"] or constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+    revision = where["revision"] or "main"
+    with suppress(OSError):  # a commit has no ref
+        revision = (folder / "refs" / revision).read_text().strip()
+    if not (folder / "snapshots" / revision).is_dir():
+        raise LocalEntryNotFoundError(f"{folder} holds no {revision}")
+    return folder / "snapshots" / revision
 
 
 def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:

