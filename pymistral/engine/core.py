@@ -1,0 +1,370 @@
+"""The engine without its thread: requests in, steps, events out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
+from math import inf
+from time import monotonic, perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InferenceError, PymistralError, RequestValidationError
+from .kv_cache import BlockPool
+from .sampler import SampledToken, Sampler, fresh_seed, sample_rows
+from .scheduler import Scheduler
+from .sequence import Job, Sequence
+from .text import TextStream
+from .types import (
+    ChoiceFinished,
+    Delta,
+    EngineRequest,
+    EngineStats,
+    Event,
+    FinishReason,
+    OnEvent,
+    RequestFailed,
+    RequestFinished,
+    Runner,
+    Sampling,
+    Segment,
+    Tokenizer,
+    TokenLogprob,
+)
+
+logger = logging.getLogger("pymistral.engine")
+
+
+class EngineCore:
+    """Continuous batching over one runner. One thread at a time; `prepare` alone may be called from any thread.
+
+    Parameters
+    ----------
+    runner, tokenizer
+        The model, and what turns its tokens into text.
+    eos_token_ids
+        The tokens that end a text.
+    max_num_seqs
+        How many sequences may run at once; the runner's own limits hold as well.
+    prefix_cache_n
+        0 turns the prefix cache off. Otherwise every block that no sequence uses keeps its contents until the memory is needed.
+    prefill_chunk
+        How many prompt tokens may join a step while streams run; ``None`` adapts it to their pace.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Tokens[int],
+        max_num_seqs: int = 32,
+        prefix_cache_n: int = 16,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_length = min(runner.max_sequence_length, runner.num_blocks * runner.block_size)
+        self.pool = BlockPool(runner.num_blocks)
+        self.scheduler = Scheduler(
+            self.pool,
+            runner.block_size,
+            max_num_seqs=max(1, min(max_num_seqs, runner.max_num_seqs, runner.max_batch_tokens, runner.max_output_rows)),
+            max_batch_tokens=runner.max_batch_tokens,
+            prefix_cache=prefix_cache_n > 0,
+            prefill_chunk=prefill_chunk,
+        )
+        self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)
+        self.jobs: dict[Job, None] = {}
+        self._arrivals = 0
+        self._next_deadline = inf
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs)
+
+    def prepare(self, request: EngineRequest, on_event: OnEvent) -> Job:
+        """Check a request and make all that it needs, so that the steps of others need not wait for it."""
+        sampling = request.sampling
+        prompt = self._fit(request)
+        check_tokens(prompt, "the prompt", self.runner.vocab_size)
+        check_tokens(list(sampling.logits_bias or ()), "logits_bias", self.runner.vocab_size)
+        if sampling.n_choices < 1:
+            raise RequestValidationError(f"n_choices is {sampling.n_choices}; ask for at least 1")
+        if sampling.max_len is not None and sampling.max_len < 1:
+            raise RequestValidationError(f"max_len is {sampling.max_len}; ask for at least 1 token")
+        job = Job(request, on_event)
+        job.usage.prompt_tokens = len(prompt)
+        # One token more than the cache holds: the last one is never looked at again.
+        max_tokens = min(self.max_length + 1, len(prompt) + (sampling.max_len or self.max_length))
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        breakers = self._breakers(sampling)
+        stops = [stop for stop in sampling.stop_toks or () if isinstance(stop, str) and stop]
+        stop_tokens = self._stop_tokens(sampling)
+        for choice in range(sampling.n_choices):
+            tokens = list(prompt)
+            sampler = Sampler(
+                sampling,
+                tokens,
+                self.runner.vocab_size,
+                seed=seed,
+                choice=choice,
+                breakers=breakers,
+                processors=request.logits_processors,
+                constraint=request.constraint.start() if request.constraint is not None else None,
+                return_logprobs=request.return_logprobs,
+            )
+            text = TextStream(self.tokenizer.decode_stream(skip_special_tokens=request.skip_special_tokens), stops)
+            job.sequences.append(Sequence(job, choice, tokens, max_tokens, stop_tokens, sampler, text))
+        if self.scheduler.prefix_cache:
+            job.sequences[0].extend_keys((len(prompt) - 1) // self.runner.block_size, self.runner.block_size)
+        return job
+
+    def _fit(self, request: EngineRequest) -> list[int]:
+        prompt, limit = request.prompt_tokens, self.max_length
+        if not prompt:
+            raise RequestValidationError("the prompt is empty; send at least one token")
+        if len(prompt) <= limit:
+            return prompt
+        if request.truncate:
+            return prompt[-max(1, limit - min(request.sampling.max_len or 1, limit)) :]
+        room, remedy = f"the model's context holds {limit}", "shorten the prompt, or let it be cut with truncate_sequence"
+        if limit < self.runner.max_sequence_length:
+            room = f"the KV cache holds {limit} ({self.runner.num_blocks} blocks of {self.runner.block_size})"
+            remedy += ", or give the cache more memory"
+        raise RequestValidationError(f"the prompt has {len(prompt)} tokens, but {room}; {remedy}")
+
+    def _breakers(self, sampling: Sampling) -> frozenset[int]:
+        if sampling.dry_params is None:
+            return frozenset()
+        # After a letter, since a breaker at the start of a text may be tokenized in another way.
+        encoded = (self.tokenizer.encode("a" + breaker, add_special_tokens=False) for breaker in sampling.dry_params.sequence_breakers)
+        return frozenset(tokens[-1] for tokens in encoded if tokens)
+
+    def _stop_tokens(self, sampling: Sampling) -> dict[int, str | int | None]:
+        """What ends a choice, and what it then reports. A stop string that is a token of its own may never show up in the text."""
+        stops: dict[int, str | int | None] = {} if getattr(sampling, "ignore_eos", False) else dict.fromkeys(self.eos_token_ids)
+        for stop in sampling.stop_toks or ():
+            if isinstance(stop, int):
+                stops[stop] = stop
+                continue
+            token = self.tokenizer.token_to_id(stop)
+            if token is not None and self.tokenizer.decode([token], skip_special_tokens=False) == stop:
+                stops[token] = stop
+        return stops
+
+    def add(self, job: Job) -> None:
+        """Queue a request."""
+        for sequence in job.sequences:
+            sequence.order = (self._arrivals, sequence.choice)
+        self._arrivals += 1
+        self.jobs[job] = None
+        if job.request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, job.request.deadline)
+        self.scheduler.add(job.sequences[0])
+
+    def cancel(self, job: Job) -> None:
+        """End a request now; its choices report what they have."""
+        if job.done:
+            return
+        for sequence in job.sequences:
+            if not sequence.finished:
+                self._finish(sequence, "canceled")
+
+    def fail(self, job: Job, error: PymistralError) -> None:
+        """End a request with an error and the text so far."""
+        if job.done:
+            return
+        self._retire(job)
+        self.stats.failed += 1
+        self._emit(job, RequestFailed(error, [sequence.text.text for sequence in job.sequences], job.final_usage()))
+
+    def step(self) -> None:
+        """Compute one step, and pass on what came of it."""
+        if self._next_deadline < inf:
+            self._check_deadlines()
+        batch = self.scheduler.schedule()
+        if not batch:
+            return
+        begin = perf_counter()
+        for sequence in batch if self.scheduler.prompt_tokens else ():
+            if not sequence.job.first_step:
+                self._start(sequence, begin)
+        try:
+            logits = self.runner.forward([sequence.segment for sequence in batch])
+        except Exception as error:
+            self._fail_batch(batch, error)
+            return
+        now = perf_counter()
+        self.scheduler.pacer.observe(self.scheduler.streams, self.scheduler.prompt_tokens, now - begin)
+        self.scheduler.advance(batch)
+        self.stats.steps += 1
+        rows = [sequence for sequence in batch if sequence.segment.outputs]
+        for row, (sequence, sampled) in enumerate(zip(rows, sample_rows(logits, [s.sampler for s in rows]), strict=True)):
+            job = sequence.job
+            if job.done:
+                continue
+            if job.unforked:
+                job.unforked = False
+                job.first_token = now
+                if len(job.sequences) > 1:
+                    self._fork(sequence, logits[row])
+            self._accept(sequence, sampled)
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        job = sequence.job
+        job.first_step = now
+        job.usage.cached_prompt_tokens = sequence.computed
+        self.stats.prompt_tokens += job.usage.prompt_tokens
+        self.stats.cached_prompt_tokens += sequence.computed
+
+    def _fork(self, parent: Sequence, logits: NDArray[np.float32]) -> None:
+        """Start the other choices: each draws its own first token from the logits of the prompt."""
+        children = parent.job.sequences[1:]
+        for child in children:
+            self.scheduler.fork(parent, child)
+        for child, sampled in zip(children, sample_rows([logits] * len(children), [s.sampler for s in children]), strict=True):
+            if not parent.job.done:
+                self._accept(child, sampled)
+
+    def _accept(self, sequence: Sequence, sampled: SampledToken | Exception) -> None:
+        """Append a token to its sequence; end the sequence if it must end; pass on new text."""
+        job = sequence.job
+        try:
+            if isinstance(sampled, Exception):
+                raise sampled
+            token = sampled.id
+            complete = sequence.sampler.accept(token)
+            sequence.tokens.append(token)
+            self.stats.completion_tokens += 1
+            if token in sequence.stops:
+                self._finish(sequence, "stop", sequence.stops[token])
+                return
+            sequence.unsent.append(token)
+            if sampled.logprob is not None:
+                sequence.logprobs.append(TokenLogprob(token, sampled.logprob, sampled.top))
+            text = sequence.text.push(token)
+        except Exception as error:
+            self.fail(job, as_inference_error(error))
+            return
+        if sequence.text.matched is not None:
+            self._finish(sequence, "stop", sequence.text.matched, text)
+        elif complete:
+            self._finish(sequence, "stop", None, text)
+        elif len(sequence.tokens) >= sequence.max_tokens:
+            self._finish(sequence, "length", None, text)
+        elif text:
+            self._send(sequence, text)
+
+    def _send(self, sequence: Sequence, text: str) -> None:
+        delta = Delta(sequence.choice, text, sequence.unsent, sequence.logprobs)
+        sequence.unsent, sequence.logprobs = [], []
+        self._emit(sequence.job, delta)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, stop: str | int | None = None, text: str = "") -> None:
+        job = sequence.job
+        self.scheduler.remove(sequence)
+        text += sequence.text.finish()
+        if sequence.text.matched is not None and reason == "length":
+            reason, stop = "stop", sequence.text.matched
+        if text or sequence.unsent:
+            self._send(sequence, text)
+        self._emit(job, ChoiceFinished(sequence.choice, reason, sequence.text.text, stop))
+        if not job.done and all(other.finished for other in job.sequences):
+            self._retire(job)
+            if reason == "canceled":
+                self.stats.canceled += 1
+            else:
+                self.stats.finished += 1
+            self._emit(job, RequestFinished(job.final_usage()))
+
+    def _retire(self, job: Job) -> None:
+        job.done = True
+        for sequence in job.sequences:
+            if not sequence.finished:
+                self.scheduler.remove(sequence)
+        self.jobs.pop(job, None)
+
+    def _emit(self, job: Job, event: Event) -> None:
+        try:
+            job.on_event(event)
+        except Exception:
+            logger.exception("The receiver of a request's events raised an exception; the request is canceled")
+            job.on_event = ignore
+            self.cancel(job)
+
+    def _fail_batch(self, batch: list[Sequence], error: Exception) -> None:
+        """The step failed: nothing that it wrote to the cache counts."""
+        logger.error("A step of %d sequences failed", len(batch), exc_info=error)
+        for sequence in batch:
+            self.fail(sequence.job, as_inference_error(error))
+
+    def _check_deadlines(self) -> None:
+        now = monotonic()
+        if now < self._next_deadline:
+            return
+        for job in [job for job in self.jobs if job.request.deadline is not None and job.request.deadline <= now]:
+            made = sum(len(sequence.tokens) - sequence.prompt_length for sequence in job.sequences)
+            passed = perf_counter() - job.submitted
+            self.fail(job, InferenceError(f"the deadline passed {passed:.3f} s after submission; {made} tokens had been generated"))
+        deadlines = (job.request.deadline for job in self.jobs)
+        self._next_deadline = min((deadline for deadline in deadlines if deadline is not None), default=inf)
+
+    def fail_all(self, make_error: Callable[[], PymistralError]) -> None:
+        for job in list(self.jobs):
+            self.fail(job, make_error())
+
+    def clear_cache(self) -> None:
+        """Forget all keys and values; running sequences compute theirs again."""
+        for sequence in list(reversed(self.scheduler.running)):
+            self.scheduler.preempt(sequence)
+        self.pool.clear_cache()
+
+    def logits(self, tokens: Tokens[int]) -> NDArray[np.float32]:
+        """The logits after each of the tokens, ``[len(tokens), vocab_size]``. Running sequences make room if they must."""
+        runner, pool = self.runner, self.pool
+        if not 0 < len(tokens) <= self.max_length:
+            raise RequestValidationError(f"logits of {len(tokens)} tokens were asked for; between 1 and {self.max_length} are possible")
+        check_tokens(tokens, "the text", runner.vocab_size)
+        count = -(-len(tokens) // runner.block_size)
+        while pool.num_free < count:
+            self.scheduler.preempt(self.scheduler.running[-1])
+        table = [pool.allocate() for _ in range(count)]
+        result = np.empty((len(tokens), runner.vocab_size), np.float32)
+        chunk = min(runner.max_batch_tokens, runner.max_output_rows)
+        try:
+            for start in range(0, len(tokens), chunk):
+                part = tokens[start : start + chunk]
+                result[start : start + len(part)] = runner.forward([Segment(part, start, table, len(part))])
+        finally:
+            pool.release(table)
+        return result
+
+    def snapshot(self) -> EngineStats:
+        """The counters at this moment. Any thread may ask."""
+        s, pool = self.stats, self.pool
+        s.waiting, s.running = len(self.scheduler.waiting), len(self.scheduler.running)
+        s.free_blocks, s.cached_blocks, s.preemptions = pool.num_free, len(pool.idle), self.scheduler.preemptions
+        return s
+
+
+def check_tokens(tokens: Tokens[int], where: str, vocab_size: int) -> None:
+    """A token that the model does not have must not reach a kernel."""
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise RequestValidationError(f"{where} holds the token {wrong}; the vocabulary has the tokens 0 to {vocab_size - 1}")
+
+
+def as_inference_error(error: Exception) -> PymistralError:
+    """The error for the caller, with the cause attached."""
+    if isinstance(error, PymistralError):
+        return error
+    wrapped = InferenceError(f"{type(error).__name__} while generating: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def ignore(event: Event) -> None:
+    """Receive the events of a request whose receiver has failed."""

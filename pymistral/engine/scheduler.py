@@ -1,0 +1,204 @@
+"""Which tokens the next step computes: first come, first served, over a pool of blocks that may run out."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from operator import attrgetter
+
+from .kv_cache import BlockPool
+from .sequence import Sequence
+
+by_order = attrgetter("order")
+
+
+class PrefillPacer:
+    """How many tokens of prompts may join a step that running streams wait for.
+
+    It learns what a step of streams alone takes and what a prompt token adds, and stretches the step to ``stretch`` times the former.
+    """
+
+    def __init__(self, stretch: float = 2.5, least: int = 8) -> None:
+        self.stretch, self.least = stretch, least
+        self.step_seconds = 0.0
+        self.token_seconds = 0.0
+
+    def allowance(self) -> int:
+        if self.step_seconds == 0.0 or self.token_seconds == 0.0:
+            return 4 * self.least
+        return max(self.least, int((self.stretch - 1.0) * self.step_seconds / self.token_seconds))
+
+    def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
+        if prompt_tokens == 0:
+            self.step_seconds = smoothed(self.step_seconds, seconds)
+        else:
+            base = self.step_seconds if streams else 0.0
+            cost = max(seconds - base, 0.1 * seconds) / prompt_tokens
+            self.token_seconds = smoothed(self.token_seconds, cost)
+
+
+def smoothed(average: float, value: float) -> float:
+    """A running average that forgets slow outliers (a first step, a busy machine) fast."""
+    return average + (0.5 if value < average else 0.1) * (value - average) if average else value
+
+
+class Scheduler:
+    """Waiting and running sequences, oldest first, and the blocks that they hold.
+
+    The oldest running sequence is never preempted while there is a younger one, and the pool holds at least one sequence of any length
+    that is accepted: so each one ends, whatever the load.
+
+    Parameters
+    ----------
+    max_num_seqs
+        How many sequences may run at once.
+    max_batch_tokens
+        How many tokens a step may have.
+    prefill_chunk
+        How many tokens of prompts a step may have while streams run; ``None`` adapts it to their pace.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        prefix_cache: bool = True,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.pool, self.block_size = pool, block_size
+        self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
+        self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
+        self.pacer = PrefillPacer()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.streams = 0
+        self.prompt_tokens = 0
+        """What the latest step was made of."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence by its order; nearly always that is one end of the queue."""
+        waiting = self.waiting
+        if not waiting or sequence.order > waiting[-1].order:
+            waiting.append(sequence)
+        else:
+            place = next(i for i, other in enumerate(waiting) if other.order > sequence.order)
+            waiting.insert(place, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks."""
+        sequence.finished = True
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.pool.release(sequence.forget_cache())
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Sequence]:
+        """The sequences of the next step, with their segments set; empty only if there is nothing to do."""
+        batch: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        block_size, running = self.block_size, self.running
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            index += 1
+            if len(sequence.tokens) - sequence.computed > 1:
+                prefilling.append(sequence)
+            elif len(sequence.block_table) * block_size > sequence.computed or self._grow(sequence):
+                sequence.schedule(1)
+                batch.append(sequence)
+        self.streams = len(batch)
+        if prefilling or self.waiting:
+            self._schedule_prompts(batch, [sequence for sequence in prefilling if sequence.block_table])
+        else:
+            self.prompt_tokens = 0
+        return batch
+
+    def _schedule_prompts(self, batch: list[Sequence], prefilling: list[Sequence]) -> None:
+        budget = self.max_batch_tokens - len(batch)
+        if batch:
+            budget = min(budget, self.pacer.allowance() if self.prefill_chunk is None else self.prefill_chunk)
+        before = budget
+        for sequence in prefilling:
+            if budget <= 0:
+                break
+            budget -= self._schedule_chunk(sequence, budget, batch)
+        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
+            budget -= self._schedule_chunk(self.waiting.popleft(), budget, batch)
+        self.prompt_tokens = before - budget
+
+    def _schedule_chunk(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
+        count = min(len(sequence.tokens) - sequence.computed, budget)
+        sequence.schedule(count)
+        batch.append(sequence)
+        return count
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Start a waiting sequence if there are blocks for all its tokens, and one to spare for each that runs already."""
+        found: list[int] = []
+        length = len(sequence.tokens)
+        if self.prefix_cache:
+            # At least one token is computed, for its logits.
+            count = (length - 1) // self.block_size
+            sequence.extend_keys(count, self.block_size)
+            found = self.pool.find(sequence.keys[:count])
+        missing = -(-length // self.block_size) - len(found)
+        spare = len(self.running)
+        if self.pool.num_free - self.pool.count_idle(found) < missing + spare:
+            return False
+        self._start(sequence, found, missing)
+        return True
+
+    def _start(self, sequence: Sequence, shared: list[int], missing: int) -> None:
+        self.pool.share(shared)
+        sequence.block_table.extend(shared)
+        for _ in range(missing):
+            sequence.block_table.append(self.pool.allocate())
+        sequence.computed = len(shared) * self.block_size
+        sequence.registered = len(shared)
+        insort(self.running, sequence, key=by_order)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Start another choice of the prompt that ``parent`` has computed: it shares the full blocks and computes the rest by itself."""
+        full = parent.prompt_length // self.block_size
+        missing = -(-(parent.prompt_length + 1) // self.block_size) - full
+        if len(self.running) < self.max_num_seqs and self.pool.num_free >= missing + len(self.running):
+            child.keys = parent.keys[:full]
+            self._start(child, list(parent.block_table[:full]), missing)
+        else:
+            self.add(child)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a sequence its next block, at the cost of the youngest ones if need be; ``False`` if it was the youngest itself."""
+        while self.pool.num_free == 0:
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table.append(self.pool.allocate())
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a sequence back to the queue. It will compute its tokens again, except for what is still in the prefix cache."""
+        self.running.remove(sequence)
+        self.pool.release(sequence.forget_cache())
+        self.preemptions += 1
+        self.add(sequence)
+
+    def advance(self, batch: list[Sequence]) -> None:
+        """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
+        for sequence in batch:
+            sequence.computed += sequence.scheduled
+            if self.prefix_cache and sequence.computed // self.block_size > sequence.registered:
+                self._register(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        full = sequence.computed // self.block_size
+        sequence.extend_keys(full, self.block_size)
+        for block in range(sequence.registered, full):
+            self.pool.register(sequence.block_table[block], sequence.keys[block])
+        sequence.registered = full

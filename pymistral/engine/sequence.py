@@ -1,0 +1,121 @@
+"""What the engine knows of a request while it lives: one `Job` for the request, one `Sequence` for each of its choices."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Tokens
+from time import perf_counter
+
+from .kv_cache import chain_key
+from .sampler import Sampler
+from .text import TextStream
+from .types import EngineRequest, OnEvent, Segment, TokenLogprob, Usage
+
+
+class Job:
+    """A request on its way through the engine."""
+
+    __slots__ = ("done", "first_step", "first_token", "on_event", "request", "sequences", "submitted", "unforked", "usage")
+
+    def __init__(self, request: EngineRequest, on_event: OnEvent) -> None:
+        self.request, self.on_event = request, on_event
+        self.sequences: list[Sequence] = []
+        """One per choice."""
+        self.unforked = True
+        """Only the first choice runs; the others start when it has worked through the prompt."""
+        self.usage = Usage(prompt_tokens=len(request.prompt_tokens))
+        self.done = False
+        self.submitted = perf_counter()
+        self.first_step = self.first_token = 0.0
+
+    def final_usage(self) -> Usage:
+        """The usage at this moment, which is the job's last."""
+        end, usage = perf_counter(), self.usage
+        usage.completion_tokens = sum(len(sequence.tokens) - sequence.prompt_length for sequence in self.sequences)
+        usage.total_seconds = end - self.submitted
+        usage.queue_seconds = (self.first_step or end) - self.submitted
+        if self.first_step:
+            usage.prompt_seconds = (self.first_token or end) - self.first_step
+        if self.first_token:
+            usage.completion_seconds = end - self.first_token
+        return usage
+
+
+class Sequence:
+    """One choice: its tokens, how many of them are in the cache, and where.
+
+    The invariant of the cache: positions below ``computed`` are written, and ``block_table`` covers them and those of the current step.
+    """
+
+    __slots__ = (
+        "block_table",
+        "choice",
+        "computed",
+        "finished",
+        "job",
+        "keys",
+        "logprobs",
+        "max_tokens",
+        "order",
+        "prompt_length",
+        "registered",
+        "sampler",
+        "scheduled",
+        "segment",
+        "stops",
+        "text",
+        "tokens",
+        "unsent",
+    )
+
+    def __init__(
+        self,
+        job: Job,
+        choice: int,
+        tokens: list[int],
+        max_tokens: int,
+        stops: dict[int, str | int | None],
+        sampler: Sampler,
+        text: TextStream,
+    ) -> None:
+        self.job, self.choice = job, choice
+        self.order = (0, choice)
+        self.tokens = tokens
+        self.prompt_length = len(tokens)
+        self.max_tokens = max_tokens
+        """The length, prompt included, at which to stop."""
+        self.stops = stops
+        """The tokens that end it, and what it then reports."""
+        self.sampler, self.text = sampler, text
+        self.computed = 0
+        self.scheduled = 0
+        self.block_table = array("i")
+        self.keys: list[bytes] = []
+        self.registered = 0
+        """How many blocks of the table are known to the prefix cache, or have been offered to it."""
+        self.segment = Segment((), 0, self.block_table, 0)
+        self.unsent: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finished = False
+
+    def extend_keys(self, count: int, block_size: int) -> None:
+        """Have the keys of the first ``count`` full blocks."""
+        for block in range(len(self.keys), count):
+            parent = self.keys[-1] if self.keys else b""
+            self.keys.append(chain_key(parent, self.tokens[block * block_size : (block + 1) * block_size]))
+
+    def schedule(self, count: int) -> None:
+        """Describe the next ``count`` tokens as a segment for the runner."""
+        start, end = self.computed, self.computed + count
+        segment = self.segment
+        segment.tokens = self.tokens[start:end]
+        segment.start = start
+        segment.outputs = 1 if end == len(self.tokens) else 0
+        self.scheduled = count
+
+    def forget_cache(self) -> Tokens[int]:
+        """Give up the block table, and return what it was."""
+        blocks, self.block_table = self.block_table, array("i")
+        self.segment.block_table = self.block_table
+        self.computed = self.registered = 0
+        return blocks

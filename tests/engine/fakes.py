@@ -1,0 +1,189 @@
+"""A runner whose logits are a hash of the whole prefix as it stands in the paged cache, and a byte tokenizer."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pymistral.engine import ChoiceFinished, Delta, RequestFailed, RequestFinished, Segment
+
+EOS, BOS, STOP_TOKEN = 256, 257, 258
+VOCAB = 260
+SPECIAL = {EOS: "<eos>", BOS: "<bos>", STOP_TOKEN: "<stop>", 259: "<pad>"}
+MASK = (1 << 64) - 1
+IDS = np.arange(1, VOCAB + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def prefix_hash(tokens: Sequence[int]) -> int:
+    state = 1469598103934665603
+    for token in tokens:
+        state = ((state ^ (token + 1)) * 1099511628211) & MASK
+    return state
+
+
+def logits_of(tokens: Sequence[int], eos_bonus: float = 0.0) -> np.ndarray:
+    """Pseudo-random logits in [0, 8), printable ASCII preferred."""
+    with np.errstate(over="ignore"):
+        x = IDS + np.uint64(prefix_hash(tokens))
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    row = ((x >> np.uint64(40)).astype(np.float32)) * np.float32(8.0 / (1 << 24))
+    row[32:127] += 4.0
+    row[EOS] += eos_bonus
+    return row
+
+
+class FakeRunner:
+    """Stores the token and the position in each slot, reads them back through the block table, and complains about misuse."""
+
+    vocab_size = VOCAB
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_batch_tokens: int = 32,
+        max_sequence_length: int = 128,
+        eos_bonus: float = 0.0,
+        delay: float = 0.0,
+    ) -> None:
+        self.num_blocks, self.block_size, self.max_num_seqs = num_blocks, block_size, max_num_seqs
+        self.max_batch_tokens, self.max_output_rows, self.max_sequence_length = max_batch_tokens, max_batch_tokens, max_sequence_length
+        self.eos_bonus, self.delay = eos_bonus, delay
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+        self.fail_on: int | None = None
+        self.steps: list[list[tuple[int, int]]] = []
+        self.computed = 0
+
+    def forward(self, segments: Sequence[Segment]) -> np.ndarray:
+        if self.delay:
+            time.sleep(self.delay)
+        assert 0 < len(segments) <= self.max_num_seqs
+        assert sum(len(s.tokens) for s in segments) <= self.max_batch_tokens
+        assert sum(s.outputs for s in segments) <= self.max_output_rows
+        self.steps.append([(s.start, len(s.tokens)) for s in segments])
+        self.computed += sum(len(s.tokens) for s in segments)
+        users = Counter(block for s in segments for block in set(s.block_table))
+        for s in segments:
+            assert len(s.tokens) > 0
+            assert s.outputs <= len(s.tokens)
+            assert s.start + len(s.tokens) <= len(s.block_table) * self.block_size
+            assert s.start + len(s.tokens) <= self.max_sequence_length
+            assert len(set(s.block_table)) == len(s.block_table)
+            assert all(0 <= block < self.num_blocks for block in s.block_table)
+            for offset, token in enumerate(s.tokens):
+                position = s.start + offset
+                block = s.block_table[position // self.block_size]
+                assert users[block] == 1, "a block that another sequence reads was written"
+                self.slots[block, position % self.block_size] = (token, position)
+        rows = []
+        for s in segments:
+            prefix = self.read(s)
+            if self.fail_on is not None and self.fail_on in prefix:
+                raise ValueError("the runner met a token that it cannot bear")
+            rows += [logits_of(prefix[: len(prefix) - s.outputs + 1 + i], self.eos_bonus) for i in range(s.outputs)]
+        return np.stack(rows) if rows else np.empty((0, VOCAB), np.float32)
+
+    def read(self, s: Segment) -> list[int]:
+        prefix = []
+        for position in range(s.start + len(s.tokens)):
+            token, written_for = self.slots[s.block_table[position // self.block_size], position % self.block_size]
+            assert written_for == position, "a slot holds another position"
+            prefix.append(token)
+        assert prefix[s.start :] == list(s.tokens)
+        return prefix
+
+
+class ByteStream:
+    def __init__(self, skip_special_tokens: bool) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.skip = skip_special_tokens
+
+    def step(self, token: int) -> str:
+        if token in SPECIAL:
+            return "" if self.skip else SPECIAL[token]
+        return self.decoder.decode(bytes([token]))
+
+    def flush(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return ([BOS] if add_special_tokens else []) + list(text.encode())
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        stream = ByteStream(skip_special_tokens)
+        return "".join(stream.step(token) for token in tokens) + stream.flush()
+
+    def token_to_id(self, token: str) -> int | None:
+        for special, text in SPECIAL.items():
+            if text == token:
+                return special
+        return ord(token) if len(token) == 1 and ord(token) < 128 else None
+
+    def decode_stream(self, *, skip_special_tokens: bool = True) -> ByteStream:
+        return ByteStream(skip_special_tokens)
+
+
+@dataclass
+class Dry:
+    multiplier: float = 0.8
+    base: float = 1.75
+    allowed_length: int = 2
+    sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
+
+
+@dataclass
+class Params:
+    """The fields of ``SamplingParams``."""
+
+    temperature: float | None = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    top_n_logprobs: int = 0
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop_toks: Sequence[str | int] | None = None
+    max_len: int | None = None
+    logits_bias: dict[int, float] | None = None
+    n_choices: int = 1
+    dry_params: Dry | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Collector:
+    """Gathers a request's events and checks their order."""
+
+    events: list[Any] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)
+    finished: dict[int, ChoiceFinished] = field(default_factory=dict)
+    end: RequestFinished | RequestFailed | None = None
+
+    def __call__(self, event: Any) -> None:
+        assert self.end is None, "an event after the last one"
+        self.events.append(event)
+        if isinstance(event, Delta):
+            assert event.choice not in self.finished
+            assert event.text or event.tokens
+            self.texts[event.choice] = self.texts.get(event.choice, "") + event.text
+            self.tokens.setdefault(event.choice, []).extend(event.tokens)
+            self.logprobs.setdefault(event.choice, []).extend(event.logprobs)
+        elif isinstance(event, ChoiceFinished):
+            assert event.choice not in self.finished
+            assert event.text == self.texts.get(event.choice, "")
+            self.finished[event.choice] = event
+        else:
+            self.end = event
