@@ -1,7 +1,7 @@
 """The semantics of sampling, written to be read: float64, whole arrays, whole contexts, nothing incremental.
 
-What mistral.rs does, in its order: DRY; frequency, presence and repetition penalties; logit bias; then temperature and softmax (whose result
-the log probabilities report); then top-k, top-p and min-p on the probabilities.
+What mistral.rs does, in its order: DRY; frequency, presence and repetition penalties; logit bias; then temperature and softmax (whose
+result the log probabilities report); then top-k, top-p and min-p on the probabilities.
 """
 
 from __future__ import annotations

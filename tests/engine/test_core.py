@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -268,6 +270,21 @@ def test_the_oldest_request_is_never_preempted() -> None:
     assert core.snapshot().preemptions > 0
 
 
+def test_a_prompt_that_is_half_done_makes_room_for_an_older_stream() -> None:
+    runner = FakeRunner(num_blocks=24, block_size=1, max_num_seqs=2)
+    core = make_core(runner, prefill_chunk=1)
+    _, older = submit(core, [65] * 5, Params(max_len=12))
+    core.step()
+    _, younger = submit(core, [66] * 17, Params(max_len=4))
+    for _ in range(2):
+        core.step()
+    assert core.scheduler.running[-1].computed == 2
+    drain(core)
+    assert core.snapshot().preemptions > 0
+    assert older.tokens[0] == greedy_alone([65] * 5, 12, 24, 0.0)[0]
+    assert younger.tokens[0] == greedy_alone([66] * 17, 4, 24, 0.0)[0]
+
+
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     core = make_core(FakeRunner(num_blocks=5, block_size=4))
     with pytest.raises(RequestValidationError, match=r"21 tokens.*holds 20 \(5 blocks of 4\)"):
@@ -451,6 +468,36 @@ def test_usage_adds_up() -> None:
     assert usage.prompt_seconds >= 0.004
     assert usage.completion_seconds >= 0.018
     assert usage.queue_seconds + usage.prompt_seconds + usage.completion_seconds == pytest.approx(usage.total_seconds, abs=1e-6)
+
+
+def test_50000_tokens_leave_nothing_behind() -> None:
+    class Instant(FakeRunner):
+        row = np.tile(np.arange(VOCAB, dtype=np.float32) == 65, (32, 1)).astype(np.float32)
+
+        def forward(self, segments: Sequence[Any]) -> np.ndarray:
+            return self.row[: sum(segment.outputs for segment in segments)]
+
+    core = make_core(Instant(num_blocks=64, block_size=16, max_num_seqs=32))
+
+    def serve(requests: int) -> None:
+        for number in range(requests):
+            job = core.prepare(EngineRequest([66 + number % 100, 67] * 20, Params(max_len=60)), lambda event: None)
+            core.add(job)
+        while core.busy:
+            core.step()
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        serve(100)
+        before = tracemalloc.get_traced_memory()[0]
+        serve(840)
+        growth = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert core.snapshot().completion_tokens == 940 * 60
+    assert growth < 50_000
 
 
 def test_200_requests_through_a_pool_that_holds_few() -> None:
