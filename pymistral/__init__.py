@@ -1,0 +1,114 @@
+"""pymistral: the mistral.rs SDK for Python people.
+
+The names below are imported when they are first used, so that ``import pymistral`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import blocking, errors, responses
+    from .builders.gguf import GgufModelBuilder
+    from .builders.model import ModelBuilder
+    from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.text import TextModelBuilder
+    from .builders.token_source import TokenSource
+    from .model import ChatStream, Model
+    from .requests.messages import TextMessageRole, TextMessages
+    from .requests.request import RequestBuilder
+    from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
+    from .requests.tools import Function, Tool, ToolChoice, ToolType
+    from .responses import (
+        ChatCompletionChunkResponse,
+        ChatCompletionResponse,
+        Choice,
+        ChunkChoice,
+        Delta,
+        Logprobs,
+        ResponseLogprob,
+        ResponseMessage,
+        ToolCallResponse,
+        TopLogprob,
+        Usage,
+    )
+
+__all__ = [
+    "ChatCompletionChunkResponse",
+    "ChatCompletionResponse",
+    "ChatStream",
+    "Choice",
+    "ChunkChoice",
+    "ContextSize",
+    "Delta",
+    "DrySamplingParams",
+    "Function",
+    "GgufModelBuilder",
+    "Logprobs",
+    "MbAmount",
+    "MemoryGpuConfig",
+    "Model",
+    "ModelBuilder",
+    "PagedAttentionConfig",
+    "PagedAttentionMetaBuilder",
+    "RequestBuilder",
+    "ResponseLogprob",
+    "ResponseMessage",
+    "SamplingParams",
+    "StopTokens",
+    "TextMessageRole",
+    "TextMessages",
+    "TextModelBuilder",
+    "TokenSource",
+    "Tool",
+    "ToolCallResponse",
+    "ToolChoice",
+    "ToolType",
+    "TopLogprob",
+    "Usage",
+    "Utilization",
+    "blocking",
+    "errors",
+    "responses",
+]
+
+_HOMES = {
+    "builders.gguf": ("GgufModelBuilder",),
+    "builders.model": ("ModelBuilder",),
+    "builders.paged_attn": (
+        "ContextSize",
+        "MbAmount",
+        "MemoryGpuConfig",
+        "PagedAttentionConfig",
+        "PagedAttentionMetaBuilder",
+        "Utilization",
+    ),
+    "builders.text": ("TextModelBuilder",),
+    "builders.token_source": ("TokenSource",),
+    "model": ("ChatStream", "Model"),
+    "requests.messages": ("TextMessageRole", "TextMessages"),
+    "requests.request": ("RequestBuilder",),
+    "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
+    "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("blocking", "errors", "responses")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pymistral")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF.get(name, 'responses')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,0 +1,59 @@
+"""The command ``pymistral``. Every command is a module here; what they need is imported when they run, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import PymistralError, RequestValidationError
+from . import bench, doctor, pull, run
+from .options import Parser, UsageError
+
+COMMANDS = (run, pull, bench, doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` perhaps, has enough; stdout is pointed away so that the exit does not fail on it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("PYMISTRAL_DEBUG"):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2 if isinstance(error, (UsageError, RequestValidationError)) else 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="pymistral", description="Run large language models on this machine.")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"pymistral {version('pymistral')}")
+        return 0
+    if "handler" not in args:
+        parser.print_help(sys.stderr)
+        return 2
+    code: int = args.handler(args)
+    return code
+
+
+def _message(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, (PymistralError, UsageError)):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text
+    return f"internal error: {type(error).__name__}: {text} (PYMISTRAL_DEBUG=1 shows where; please report it)"

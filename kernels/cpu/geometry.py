@@ -1,0 +1,36 @@
+"""Sizes that whoever records a program needs of the kernels. No Numba here, so that a warm start loads none."""
+
+from __future__ import annotations
+
+from .isa import current_isa
+from .tiles import panel_bytes
+
+ATTENTION_CHUNK = 256
+
+
+def whole_panels(tokens: int) -> int:
+    """``tokens``, rounded up to whole panels."""
+    panel = current_isa().tokens
+    return -(-tokens // panel) * panel
+
+
+def panels_bytes(tokens: int, columns: int) -> int:
+    """Bytes of the int8 panels of up to ``tokens`` rows of ``columns``."""
+    panel = current_isa().tokens
+    return -(-tokens // panel) * panel_bytes(panel, columns)
+
+
+def gated_scratch_bytes() -> int:
+    """Scratch of one thread in `matmul.gated_matmul`: gate and up, float32 [tokens][32] each."""
+    return 2 * current_isa().tokens * 128
+
+
+def query_tile_tokens(group: int) -> int:
+    """Tokens in a query tile of `attention`, so that its ``tokens * group`` rows fit the registers."""
+    return max(1, current_isa().tokens // group)
+
+
+def attention_scratch_bytes(group: int, head_dim: int) -> int:
+    """Scratch of one thread in `attention`: queries, scores, outputs, and two numbers for each row."""
+    rows = query_tile_tokens(group) * group
+    return rows * (2 * head_dim + ATTENTION_CHUNK + 2) * 4 + 64

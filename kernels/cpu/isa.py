@@ -1,0 +1,67 @@
+"""Which instruction set the kernels are compiled for: the best that this CPU has, or what ``PYMISTRAL_ISA`` asks for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import llvmlite.binding as llvm
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A target for the kernel compiler.
+
+    Attributes
+    ----------
+    name
+        ``avx512vnni``, ``avxvnni``, ``avx2``, ``neon`` or ``generic``.
+    cpu, features
+        What LLVM is told.
+    has_vnni
+        uint8 by int8 dot products in one instruction, without saturation.
+    has_f16
+        Conversion between half and single floats in hardware.
+    tokens
+        Tokens that a matrix kernel keeps in registers.
+    """
+
+    name: str
+    cpu: str
+    features: str
+    has_vnni: bool
+    has_f16: bool
+    tokens: int
+
+
+_NEEDS = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c"),
+    "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "generic": (),
+}
+_HASWELL = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3", "cx16")
+
+
+@lru_cache(maxsize=1)
+def current_isa() -> Isa:
+    """The instruction set in use. Raises ValueError if ``PYMISTRAL_ISA`` names one that is unknown or that this CPU lacks."""
+    host = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    triple = llvm.get_process_triple()
+    forced = os.environ.get("PYMISTRAL_ISA", "").strip().lower()
+    if triple.startswith(("aarch64", "arm64")):
+        if forced not in ("", "neon", "generic"):
+            raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers neon and generic")
+        return Isa(forced or "neon", llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), False, True, 4)
+    available = [name for name, needs in _NEEDS.items() if host.issuperset(needs) and (needs == () or "64" in triple)]
+    if forced and forced not in available:
+        raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers {', '.join(available)}")
+    name = forced or available[0]
+    if name == "avx512vnni":
+        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, 12)
+    if name == "avxvnni":
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, 4)
+    if name == "avx2":
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, 4)
+    return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, 4)

@@ -1,0 +1,355 @@
+"""Matrix products: tiles of quantised weights by panels of int8 activations, and float tiles by float activations.
+
+`tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens through each.
+All token counts of a panel share one order of floating-point operations, so that a token's result does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import simd
+from .helpers import inline
+from .isa import current_isa
+from .quantize import quantize_block
+from .simd import (
+    add_to_tile,
+    exp,
+    fma_tile,
+    load_bf16x16,
+    load_f16x16,
+    load_f32x16,
+    load_i64,
+    maximum,
+    scale_tile,
+    splat_f32,
+    start_dot_tile,
+    store_tile,
+    zero_tile,
+)
+from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
+
+# ---- unpacking, as LLVM instructions --------------------------------------------------------------------------------
+
+
+def _group(b: Any, format: Any, address: Any, group: int) -> Any:
+    """The 64 quants (16 rows by 4 columns) of one group, as unsigned bytes."""
+
+    def vector(offset: int) -> Any:
+        return simd._load(b, simd._row(b, address, 64, offset), simd.i8x64.llvm)
+
+    def bits(value: Any, start: int, count: int, at: int) -> Any:
+        if count == 8:
+            return value
+        mask = simd._constant(simd.i8x64.llvm, ((1 << count) - 1) << at)
+        return b.and_(simd._shift_bytes(b, value, start - at), mask)
+
+    per_vector = 8 // format.bits
+    quants = bits(vector(group // per_vector), format.bits * (group % per_vector), format.bits, 0)
+    if format.high_bits:
+        per_plane = 8 // format.high_bits
+        plane = vector(format.bits + group // per_plane)
+        quants = b.or_(quants, bits(plane, format.high_bits * (group % per_plane), format.high_bits, format.bits))
+    return quants
+
+
+@intrinsic(prefer_literal=True)
+def dot_groups(typing_context, tile, layout, block, activations, stride, first, last):
+    """Add the products of groups ``first`` to ``last - 1`` of the block of 32 columns at ``block``; all but the addresses are literals."""
+    format = TILE_FORMATS[layout.literal_value]
+
+    def codegen(context, b, sig, values):
+        total, _, address, x, _, _, _ = values
+        step = sig.args[4].literal_value
+        signed = simd._is_signed(format.zero)
+        for group in range(sig.args[5].literal_value, sig.args[6].literal_value):
+            weights = _group(b, format, address, group)
+            if signed:
+                weights = b.xor(weights, simd._constant(simd.i8x64.llvm, 0x80))
+            dot = simd._dot_signed if signed else simd._dot_unsigned
+            base = b.add(x, ir.Constant(ir.IntType(64), 4 * group))
+
+            def add(t, sums, weights=weights, dot=dot, base=base):
+                quad = simd._scalar_row(b, base, step, t, ir.IntType(32))
+                return dot(b, sums, weights, b.bitcast(quad, simd.i8x64.llvm))
+
+            total = simd._each(b, total, add)
+        return total
+
+    return tile(tile, layout, types.intp, types.intp, stride, first, last), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scale_vector(typing_context, layout, block, header, index):
+    """Scale ``index`` (a literal) of each row, from the block and its record's header."""
+    format = TILE_FORMATS[layout.literal_value]
+
+    def codegen(context, b, sig, values):
+        return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=False)
+
+    return simd.f32x16(layout, types.intp, types.intp, index), codegen
+
+
+@intrinsic(prefer_literal=True)
+def minimum_vector(typing_context, layout, block, header, index):
+    """Minimum ``index`` (a literal) of each row; K-quants store it negated."""
+    format = TILE_FORMATS[layout.literal_value]
+
+    def codegen(context, b, sig, values):
+        return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=True)
+
+    return simd.f32x16(layout, types.intp, types.intp, index), codegen
+
+
+def _scales(b: Any, format: Any, block: Any, header: Any, index: int, minimum: bool) -> Any:
+    floats, integers = simd.f32x16.llvm, simd.i32x16.llvm
+    position = index + (format.scales if minimum and format.has_minimum_vectors else 0)
+    address = simd._row(b, block, 1, format.quant_bytes + format.plane_bytes + position * format.scale_bytes)
+
+    def halves(where: Any) -> Any:
+        return simd._load_halves(b, where)
+
+    def super_scale() -> Any:
+        scale = halves(simd._row(b, header, 32, 1 if minimum else 0))
+        return b.fneg(scale) if minimum else scale
+
+    if format.scale == "f16":
+        return halves(address)
+    if format.scale == "super":
+        return super_scale()
+    raw = simd._load(b, address, ir.VectorType(ir.IntType(8), 16))
+    if format.scale == "e8m0":
+        # 2 ** (e - 128): the codebook holds doubled values
+        bits = b.shl(b.zext(raw, integers), simd._constant(integers, 23))
+        return b.fmul(b.bitcast(bits, floats), simd._constant(floats, 0.5))
+    if format.scale == "nibbles":
+        wide = b.zext(raw, integers)
+        wide = b.lshr(wide, simd._constant(integers, 4)) if minimum else b.and_(wide, simd._constant(integers, 15))
+    else:
+        wide = b.sext(raw, integers) if format.scale == "i8" else b.zext(raw, integers)
+    return b.fmul(super_scale(), b.sitofp(wide, floats))
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _tile_product(layout: str, tokens: int) -> Any:
+    """A function ``(weights, panel, blocks) -> tile``: 16 rows by ``tokens`` tokens of one panel."""
+    format = TILE_FORMATS[layout]
+    panel = current_isa().tokens
+    scales_at, scaled_sums_at, sums_at, first_at, last_at = panel_offsets(panel)
+    record = panel_bytes(panel, 32)
+    blocks_per_record = format.columns // 32
+    header_bytes, block_bytes = format.header_bytes, format.block_bytes
+    zero, halves, minimum = format.zero, format.scales == 2, format.minimum
+
+    @inline
+    def tile_product(weights, x, blocks):
+        tile = zero_tile(tokens)
+        header = weights
+        block = weights + header_bytes
+        left = blocks_per_record
+        for _ in range(blocks):
+            if halves:
+                dots = start_dot_tile(tokens, zero, x + first_at, 4)
+                dots = dot_groups(dots, layout, block, x, 32, 0, 4)
+                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
+                dots = start_dot_tile(tokens, zero, x + last_at, 4)
+                dots = dot_groups(dots, layout, block, x, 32, 4, 8)
+                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
+                if minimum:
+                    sums = start_dot_tile(tokens, -1, x + first_at, 4)
+                    tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 0), x + scales_at, 4)
+                    sums = start_dot_tile(tokens, -1, x + last_at, 4)
+                    tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
+            else:
+                dots = start_dot_tile(tokens, zero, x + sums_at, 4)
+                dots = dot_groups(dots, layout, block, x, 32, 0, 8)
+                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
+                if minimum:
+                    tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
+            x += record
+            block += block_bytes
+            if blocks_per_record > 1:
+                left -= 1
+                if left == 0:
+                    left = blocks_per_record
+                    header = block
+                    block += header_bytes
+        return tile
+
+    return tile_product
+
+
+def matmul(*, layout: str) -> Any:
+    """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
+
+    Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row, 6 address of the number of
+    tokens, 7 add to what ``out`` holds.
+    """
+    panel = current_isa().tokens
+    record = panel_bytes(panel, 32)
+    one, four, full = (_tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+
+    def kernel(slots, begin, end, thread):
+        weights = load_i64(slots)
+        panels = load_i64(slots + 8)
+        out = load_i64(slots + 16)
+        blocks = load_i64(slots + 24)
+        tile_bytes = load_i64(slots + 32)
+        row_bytes = load_i64(slots + 40)
+        tokens = load_i64(load_i64(slots + 48))
+        accumulate = load_i64(slots + 56)
+        for start in range(0, tokens, panel):
+            x = panels + start // panel * blocks * record
+            left = min(panel, tokens - start)
+            for unit in range(begin, end):
+                w = weights + unit * tile_bytes
+                target = out + start * row_bytes + unit * 64
+                if left == 1:
+                    result = one(w, x, blocks)
+                    if accumulate:
+                        result = add_to_tile(result, target, row_bytes)
+                    store_tile(result, target, row_bytes)
+                elif left <= 4:
+                    few = four(w, x, blocks)
+                    if accumulate:
+                        few = add_to_tile(few, target, row_bytes)
+                    store_tile(few, target, row_bytes)
+                else:
+                    many = full(w, x, blocks)
+                    if accumulate:
+                        many = add_to_tile(many, target, row_bytes)
+                    store_tile(many, target, row_bytes)
+
+    return kernel
+
+
+def activation_function(name: str) -> Any:
+    """``silu``, ``gelu`` (its tanh form, as Gemma's) or ``relu``, on a vector."""
+
+    @inline
+    def silu(x):
+        return x / (splat_f32(1.0) + exp(splat_f32(0.0) - x))
+
+    @inline
+    def gelu(x):
+        # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x**3)
+        u = splat_f32(0.7978845608028654) * x * (splat_f32(1.0) + splat_f32(0.044715) * x * x)
+        return x / (splat_f32(1.0) + exp(splat_f32(-2.0) * u))
+
+    @inline
+    def relu(x):
+        return maximum(x, splat_f32(0.0))
+
+    return {"silu": silu, "gelu": gelu, "relu": relu}[name]
+
+
+def gated_matmul(*, layout: str, activation: str) -> Any:
+    """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
+
+    Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out panels,
+    7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
+    """
+    panel = current_isa().tokens
+    record = panel_bytes(panel, 32)
+    one, four, full = (_tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    activate = activation_function(activation)
+
+    @inline
+    def product(w, x, blocks, left, target):
+        if left == 1:
+            store_tile(one(w, x, blocks), target, 128)
+        elif left <= 4:
+            store_tile(four(w, x, blocks), target, 128)
+        else:
+            store_tile(full(w, x, blocks), target, 128)
+
+    def kernel(slots, begin, end, thread):
+        gate_weights = load_i64(slots)
+        up_weights = load_i64(slots + 8)
+        panels = load_i64(slots + 16)
+        blocks = load_i64(slots + 24)
+        tile_bytes = load_i64(slots + 32)
+        tokens = load_i64(load_i64(slots + 40))
+        out = load_i64(slots + 48)
+        out_blocks = load_i64(slots + 56)
+        gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
+        up = gate + panel * 128
+        for start in range(0, tokens, panel):
+            x = panels + start // panel * blocks * record
+            left = min(panel, tokens - start)
+            for unit in range(begin, end):
+                for half in range(2):
+                    offset = (2 * unit + half) * tile_bytes
+                    product(gate_weights + offset, x, blocks, left, gate + 64 * half)
+                    product(up_weights + offset, x, blocks, left, up + 64 * half)
+                target = out + (start // panel * out_blocks + unit) * record
+                for token in range(left):
+                    at = 128 * token
+                    low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
+                    high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
+                    quantize_block(low, high, target, token)
+
+    return kernel
+
+
+def float_matmul(*, layout: str) -> Any:
+    """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
+    item = FLOAT_FORMATS[layout].item_bytes
+
+    @inline
+    def weights_of(at):
+        if layout == "f32":
+            return load_f32x16(at)
+        if layout == "f16":
+            return load_f16x16(at)
+        return load_bf16x16(at)
+
+    def product_of(tokens):
+        @inline
+        def product(w, x, columns, row_bytes):
+            tile = zero_tile(tokens)
+            for _ in range(columns):
+                tile = fma_tile(tile, weights_of(w), x, row_bytes)
+                w += 16 * item
+                x += 4
+            return tile
+
+        return product
+
+    one, four = product_of(1), product_of(4)
+
+    def kernel(slots, begin, end, thread):
+        weights = load_i64(slots)
+        out = load_i64(slots + 16)
+        columns = load_i64(slots + 24)
+        tile_bytes = load_i64(slots + 32)
+        row_bytes = load_i64(slots + 40)
+        tokens = load_i64(load_i64(slots + 48))
+        accumulate = load_i64(slots + 56)
+        x_row = load_i64(slots + 64)
+        for unit in range(begin, end):
+            w = weights + unit * tile_bytes
+            token = 0
+            while token < tokens:
+                x = load_i64(slots + 8) + token * x_row
+                target = out + token * row_bytes + unit * 64
+                if tokens - token >= 4:
+                    few = four(w, x, columns, x_row)
+                    if accumulate:
+                        few = add_to_tile(few, target, row_bytes)
+                    store_tile(few, target, row_bytes)
+                    token += 4
+                else:
+                    result = one(w, x, columns, x_row)
+                    if accumulate:
+                        result = add_to_tile(result, target, row_bytes)
+                    store_tile(result, target, row_bytes)
+                    token += 1
+
+    return kernel

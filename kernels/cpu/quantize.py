@@ -1,0 +1,70 @@
+"""Activations to int8 panels (see `tiles`), once for each input of a matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .helpers import inline
+from .isa import current_isa
+from .simd import (
+    absolute,
+    load_f32x16,
+    load_i64,
+    max_lanes,
+    maximum,
+    round_to_i32,
+    splat_f32,
+    store_f32,
+    store_i8x16,
+    store_i32,
+    sum_lanes_i32,
+)
+from .tiles import panel_bytes, panel_offsets
+
+_PANEL = current_isa().tokens
+_RECORD = panel_bytes(_PANEL, 32)
+_SCALES, _SCALED_SUMS, _SUMS, _FIRST, _LAST = panel_offsets(_PANEL)
+
+
+@inline
+def quantize_row(x, panels, token, columns):
+    """Quantise ``columns`` floats at ``x`` as row ``token``: int8 with one scale for 32 (``scale = max|x| / 127``)."""
+    slot = token % _PANEL
+    record = panels + token // _PANEL * (columns // 32) * _RECORD
+    for column in range(0, columns, 32):
+        quantize_block(load_f32x16(x + 4 * column), load_f32x16(x + 4 * column + 64), record, slot)
+        record += _RECORD
+
+
+@inline
+def quantize_block(low, high, record, slot):
+    """32 floats into one token's place in a record."""
+    peak = max_lanes(maximum(absolute(low), absolute(high)))
+    inverse = 127.0 / peak if peak > 0.0 else 0.0
+    scale = peak / 127.0
+    low_quants = round_to_i32(low * splat_f32(inverse))
+    high_quants = round_to_i32(high * splat_f32(inverse))
+    quants = record + 32 * slot
+    store_i8x16(quants, low_quants)
+    store_i8x16(quants + 16, high_quants)
+    first = sum_lanes_i32(low_quants)
+    last = sum_lanes_i32(high_quants)
+    store_f32(record + _SCALES + 4 * slot, scale)
+    store_f32(record + _SCALED_SUMS + 4 * slot, scale * (first + last))
+    store_i32(record + _SUMS + 4 * slot, first + last)
+    store_i32(record + _FIRST + 4 * slot, first)
+    store_i32(record + _LAST + 4 * slot, last)
+
+
+def quantize() -> Any:
+    """Units are tokens. Slots: 0 x, 1 bytes of a row, 2 panels, 3 columns."""
+
+    def kernel(slots, begin, end, thread):
+        x = load_i64(slots)
+        row_bytes = load_i64(slots + 8)
+        panels = load_i64(slots + 16)
+        columns = load_i64(slots + 24)
+        for token in range(begin, end):
+            quantize_row(x + token * row_bytes, panels, token, columns)
+
+    return kernel

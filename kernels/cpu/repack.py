@@ -1,0 +1,197 @@
+"""GGUF blocks to tiles (see `tiles`). Four columns of one row travel as a 32-bit word: one quant in each byte.
+
+The block layouts are ggml's (ggml-common.h).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .helpers import inline
+from .simd import load_i64, load_u8, load_u16, load_u32, store_i32, store_u8, store_u16
+from .tiles import FLOAT_FORMATS, TILE_FORMATS
+
+_LOW = 0x0F0F0F0F
+
+
+@inline
+def spread_bits(four):
+    """Bit ``i`` of a nibble to bit 0 of byte ``i``."""
+    return (four * 0x00204081) & 0x01010101
+
+
+@inline
+def k_scale(scales, sub):
+    """The 6-bit scale of a sub-block in Q4_K and Q5_K's 12 packed bytes."""
+    if sub < 4:
+        return load_u8(scales + sub) & 63
+    return (load_u8(scales + sub + 4) & 15) | (load_u8(scales + sub - 4) >> 6 << 4)
+
+
+@inline
+def k_minimum(scales, sub):
+    if sub < 4:
+        return load_u8(scales + sub + 4) & 63
+    return load_u8(scales + sub + 4) >> 4 | (load_u8(scales + sub) >> 6 << 4)
+
+
+@inline
+def q3_scale(scales, index):
+    """Q3_K: four low bits, then two high bits, minus 32."""
+    low = load_u8(scales + index) & 15 if index < 8 else load_u8(scales + index - 8) >> 4
+    high = load_u8(scales + 8 + index % 4) >> (2 * (index // 4)) & 3
+    return (low | high << 4) - 32
+
+
+def _words(layout: str) -> Any:
+    """A function ``(block, sub, group)``: the four quants of columns ``32 sub + 4 group`` on, as a word."""
+
+    @inline
+    def q4_0(block, sub, group):
+        return load_u32(block + 2 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+
+    @inline
+    def q4_1(block, sub, group):
+        return load_u32(block + 4 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+
+    @inline
+    def q5_0(block, sub, group):
+        low = load_u32(block + 6 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+        return low | spread_bits(load_u32(block + 2) >> (4 * group) & 15) << 4
+
+    @inline
+    def q5_1(block, sub, group):
+        low = load_u32(block + 8 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+        return low | spread_bits(load_u32(block + 4) >> (4 * group) & 15) << 4
+
+    @inline
+    def q8_0(block, sub, group):
+        return load_u32(block + 2 + 4 * group) ^ 0x80808080
+
+    @inline
+    def q2_k(block, sub, group):
+        return load_u32(block + 16 + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303
+
+    @inline
+    def q3_k(block, sub, group):
+        low = load_u32(block + 32 + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303
+        return low | (load_u32(block + 4 * group) >> sub & 0x01010101) << 2
+
+    @inline
+    def q4_k(block, sub, group):
+        return load_u32(block + 16 + 32 * (sub // 2) + 4 * group) >> (4 * (sub % 2)) & _LOW
+
+    @inline
+    def q5_k(block, sub, group):
+        low = load_u32(block + 48 + 32 * (sub // 2) + 4 * group) >> (4 * (sub % 2)) & _LOW
+        return low | (load_u32(block + 16 + 4 * group) >> sub & 0x01010101) << 4
+
+    @inline
+    def q6_k(block, sub, group):
+        low = load_u32(block + 64 * (sub // 4) + 32 * (sub % 2) + 4 * group) >> (4 * (sub % 4 // 2)) & _LOW
+        return low | (load_u32(block + 128 + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303) << 4
+
+    return locals()[layout]
+
+
+def _scales(layout: str) -> Any:
+    """A function ``(block, sub, row, header, target)`` that writes one row's scales and minimums for 32 columns."""
+
+    @inline
+    def half_scale(block, sub, row, header, target):
+        store_u16(target + 2 * row, load_u16(block))
+
+    @inline
+    def half_scale_and_minimum(block, sub, row, header, target):
+        store_u16(target + 2 * row, load_u16(block))
+        store_u16(target + 32 + 2 * row, load_u16(block + 2))
+
+    @inline
+    def q2_k(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block + 80))
+        store_u16(header + 32 + 2 * row, load_u16(block + 82))
+        store_u8(target + row, load_u8(block + 2 * sub))
+        store_u8(target + 16 + row, load_u8(block + 2 * sub + 1))
+
+    @inline
+    def q3_k(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block + 108))
+        store_u8(target + row, q3_scale(block + 96, 2 * sub))
+        store_u8(target + 16 + row, q3_scale(block + 96, 2 * sub + 1))
+
+    @inline
+    def q4_k(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        store_u16(header + 32 + 2 * row, load_u16(block + 2))
+        store_u8(target + row, k_scale(block + 4, sub))
+        store_u8(target + 16 + row, k_minimum(block + 4, sub))
+
+    @inline
+    def q6_k(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block + 208))
+        store_u8(target + row, load_u8(block + 192 + 2 * sub))
+        store_u8(target + 16 + row, load_u8(block + 192 + 2 * sub + 1))
+
+    writers = {"q2_k": q2_k, "q3_k": q3_k, "q4_k": q4_k, "q5_k": q4_k, "q6_k": q6_k}
+    return writers.get(layout, half_scale_and_minimum if TILE_FORMATS[layout].minimum else half_scale)
+
+
+def repack(*, layout: str, block_bytes: int) -> Any:
+    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns; ``block_bytes`` is the size of a GGUF block."""
+    if layout in FLOAT_FORMATS:
+        return _repack_floats(layout)
+    format = TILE_FORMATS[layout]
+    columns_per_record = format.columns
+    subs = columns_per_record // 32
+    header_bytes, tile_block_bytes, record_bytes = format.header_bytes, format.block_bytes, format.record_bytes
+    bits, high_bits, plane_at = format.bits, format.high_bits, format.quant_bytes
+    scales_at = format.quant_bytes + format.plane_bytes
+    per_vector = 8 // bits
+    per_plane = 8 // high_bits if high_bits else 8
+    low_mask = ((1 << bits) - 1) * 0x01010101
+    high_mask = ((1 << high_bits) - 1) * 0x01010101
+    word, write_scales = _words(layout), _scales(layout)
+
+    def kernel(slots, begin, end, thread):
+        source, tiles = load_i64(slots), load_i64(slots + 8)
+        rows, columns = load_i64(slots + 16), load_i64(slots + 24)
+        records = columns // columns_per_record
+        for tile in range(begin, end):
+            for record in range(records):
+                header = tiles + (tile * records + record) * record_bytes
+                for row in range(min(16, rows - 16 * tile)):
+                    block = source + ((16 * tile + row) * records + record) * block_bytes
+                    for sub in range(subs):
+                        target = header + header_bytes + sub * tile_block_bytes
+                        for vector in range(bits):
+                            packed = 0
+                            for i in range(per_vector):
+                                packed |= (word(block, sub, vector * per_vector + i) & low_mask) << (bits * i)
+                            store_i32(target + 64 * vector + 4 * row, packed)
+                        for plane in range(high_bits):
+                            packed = 0
+                            for i in range(per_plane):
+                                packed |= (word(block, sub, plane * per_plane + i) >> bits & high_mask) << (high_bits * i)
+                            store_i32(target + plane_at + 64 * plane + 4 * row, packed)
+                        write_scales(block, sub, row, header, target + scales_at)
+
+    return kernel
+
+
+def _repack_floats(layout: str) -> Any:
+    item = FLOAT_FORMATS[layout].item_bytes
+
+    def kernel(slots, begin, end, thread):
+        source, tiles = load_i64(slots), load_i64(slots + 8)
+        rows, columns = load_i64(slots + 16), load_i64(slots + 24)
+        for tile in range(begin, end):
+            for row in range(min(16, rows - 16 * tile)):
+                at = source + (16 * tile + row) * columns * item
+                target = tiles + (tile * 16 * columns + row) * item
+                for column in range(columns):
+                    if item == 4:
+                        store_i32(target + 64 * column, load_u32(at + 4 * column))
+                    else:
+                        store_u16(target + 32 * column, load_u16(at + 2 * column))
+
+    return kernel

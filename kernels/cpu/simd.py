@@ -1,0 +1,780 @@
+"""Vectors in Numba: sixteen lanes wide in the source, whatever the machine has.
+
+``f32x16`` and friends are Numba types whose LLVM value is a vector, and each function below is an intrinsic that
+becomes one or a few LLVM instructions. On AVX-512 an ``f32x16`` is one register; on AVX2 LLVM splits it in two, on NEON and SSE in
+four, so that a kernel is written once. Only what LLVM cannot express in general terms (the int8 dot product) asks which
+instruction set it compiles for.
+
+Addresses are plain integers. Loads and stores need no alignment.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from .isa import current_isa
+
+LANES = 16
+
+_ELEMENTS = {
+    "f32": ir.FloatType(),
+    "i1": ir.IntType(1),
+    "i8": ir.IntType(8),
+    "i16": ir.IntType(16),
+    "i32": ir.IntType(32),
+}
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """A SIMD vector of ``lanes`` elements."""
+
+    def __init__(self, element: str, lanes: int) -> None:
+        self.element = element
+        self.lanes = lanes
+        self.llvm = ir.VectorType(_ELEMENTS[element], lanes)
+        super().__init__(name=f"{element}x{lanes}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.llvm)
+
+
+f32x16 = Vector("f32", 16)
+i32x16 = Vector("i32", 16)
+i8x64 = Vector("i8", 64)
+b1x16 = Vector("i1", 16)
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F16, _F32 = ir.HalfType(), ir.FloatType()
+_Emit = Callable[..., Any]
+
+
+def _operation(result: types.Type, *parameters: types.Type) -> Callable[[_Emit], Any]:
+    """Make an intrinsic from ``emit(builder, *values)``."""
+
+    def decorate(emit: _Emit) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            value = emit(builder, *values)
+            return context.get_dummy_value() if result == types.void else value
+
+        def definition(typing_context: Any, *arguments: Any) -> Any:
+            return result(*parameters), codegen
+
+        # Numba takes the parameters from the function's signature, so each arity needs a function of its own.
+        names = ", ".join(["typing_context", *list(inspect.signature(emit).parameters)[1:]])
+        fixed = eval(f"lambda {names}: definition({names})", {"definition": definition})
+        return intrinsic(functools.update_wrapper(fixed, emit, ("__module__", "__name__", "__qualname__", "__doc__"), ()))
+
+    return decorate
+
+
+def _call(b: Any, name: str, result: Any, *values: Any) -> Any:
+    function_type = ir.FunctionType(result, [value.type for value in values])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), values)
+
+
+def _pointer(b: Any, address: Any, llvm_type: Any) -> Any:
+    return b.inttoptr(address, llvm_type.as_pointer())
+
+
+def _load(b: Any, address: Any, llvm_type: Any) -> Any:
+    value = b.load(_pointer(b, address, llvm_type))
+    value.align = 1
+    return value
+
+
+def _store(b: Any, address: Any, value: Any) -> None:
+    b.store(value, _pointer(b, address, value.type)).align = 1
+
+
+def _splat(b: Any, scalar: Any, lanes: int = LANES) -> Any:
+    vector = ir.VectorType(scalar.type, lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = b.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _constant(vector: Any, value: float) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+# ---- scalars --------------------------------------------------------------------------------------------------------
+
+
+@_operation(types.int64, types.intp)
+def load_i64(b, address):
+    return _load(b, address, _I64)
+
+
+@_operation(types.int64, types.intp)
+def load_i32(b, address):
+    return b.sext(_load(b, address, _I32), _I64)
+
+
+@_operation(types.int64, types.intp)
+def load_i8(b, address):
+    return b.sext(_load(b, address, _I8), _I64)
+
+
+@_operation(types.int64, types.intp)
+def load_u8(b, address):
+    return b.zext(_load(b, address, _I8), _I64)
+
+
+@_operation(types.int64, types.intp)
+def load_u16(b, address):
+    return b.zext(_load(b, address, _I16), _I64)
+
+
+@_operation(types.int64, types.intp)
+def load_u32(b, address):
+    return b.zext(_load(b, address, _I32), _I64)
+
+
+@_operation(types.float32, types.intp)
+def load_f32(b, address):
+    return _load(b, address, _F32)
+
+
+@_operation(types.void, types.intp, types.int64)
+def store_i64(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, types.int64)
+def store_i32(b, address, value):
+    _store(b, address, b.trunc(value, _I32))
+
+
+@_operation(types.void, types.intp, types.int64)
+def store_u16(b, address, value):
+    _store(b, address, b.trunc(value, _I16))
+
+
+@_operation(types.void, types.intp, types.int64)
+def store_u8(b, address, value):
+    _store(b, address, b.trunc(value, _I8))
+
+
+@_operation(types.void, types.intp, types.float32)
+def store_f32(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.float32, types.int64)
+def bits_to_f32(b, bits):
+    return b.bitcast(b.trunc(bits, _I32), _F32)
+
+
+@_operation(types.int64, types.float32)
+def f32_to_bits(b, value):
+    return b.zext(b.bitcast(value, _I32), _I64)
+
+
+@_operation(types.void, types.intp)
+def prefetch(b, address):
+    """Ask for the cache line at ``address`` (read, keep in all levels)."""
+    pointer = _pointer(b, address, _I8)
+    flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), [pointer, *flags])
+
+
+# ---- loads and stores -----------------------------------------------------------------------------------------------
+
+
+@_operation(f32x16, types.intp)
+def load_f32x16(b, address):
+    return _load(b, address, f32x16.llvm)
+
+
+@_operation(i32x16, types.intp)
+def load_i32x16(b, address):
+    return _load(b, address, i32x16.llvm)
+
+
+@_operation(i8x64, types.intp)
+def load_i8x64(b, address):
+    return _load(b, address, i8x64.llvm)
+
+
+@_operation(i32x16, types.intp)
+def load_i8x16(b, address):
+    """Sixteen signed bytes, widened to int32."""
+    return b.sext(_load(b, address, ir.VectorType(_I8, 16)), i32x16.llvm)
+
+
+@_operation(i32x16, types.intp)
+def load_u8x16(b, address):
+    """Sixteen unsigned bytes, widened to int32."""
+    return b.zext(_load(b, address, ir.VectorType(_I8, 16)), i32x16.llvm)
+
+
+@_operation(f32x16, types.intp)
+def load_f16x16(b, address):
+    """Sixteen IEEE half floats, widened to float32."""
+    return _load_halves(b, address)
+
+
+def _load_halves(b, address):
+    bits = _load(b, address, ir.VectorType(_I16, 16))
+    if current_isa().has_f16:
+        return b.fpext(b.bitcast(bits, ir.VectorType(_F16, 16)), f32x16.llvm)
+    return _half_to_float(b, bits)
+
+
+@_operation(f32x16, types.intp)
+def load_bf16x16(b, address):
+    """Sixteen bfloat16, widened to float32."""
+    bits = b.zext(_load(b, address, ir.VectorType(_I16, 16)), i32x16.llvm)
+    return b.bitcast(b.shl(bits, _constant(i32x16.llvm, 16)), f32x16.llvm)
+
+
+@_operation(types.float32, types.intp)
+def load_f16(b, address):
+    bits = _load(b, address, _I16)
+    if current_isa().has_f16:
+        return b.fpext(b.bitcast(bits, _F16), _F32)
+    vector = b.insert_element(ir.Constant(ir.VectorType(_I16, 16), ir.Undefined), bits, ir.Constant(_I32, 0))
+    return b.extract_element(_half_to_float(b, vector), ir.Constant(_I32, 0))
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f32x16(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_i32x16(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_i8x16(b, address, value):
+    """The low byte of each lane."""
+    _store(b, address, b.trunc(value, ir.VectorType(_I8, 16)))
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f16x16(b, address, value):
+    """Rounded to IEEE half floats, to nearest even."""
+    halves = ir.VectorType(_F16, 16)
+    if current_isa().has_f16:
+        _store(b, address, b.fptrunc(value, halves))
+    else:
+        _store(b, address, _float_to_half(b, value))
+
+
+@_operation(types.void, types.intp, types.float32)
+def store_f16(b, address, value):
+    """Rounded to IEEE half, to nearest even."""
+    if current_isa().has_f16:
+        _store(b, address, b.fptrunc(value, _F16))
+    else:
+        _store(b, address, b.extract_element(_float_to_half(b, _splat(b, value)), ir.Constant(_I32, 0)))
+
+
+def _half_to_float(b, bits):
+    """Half to float without F16C: shift the exponent into place and let one multiplication rebias it (subnormals come out right)."""
+    integers = i32x16.llvm
+    wide = b.zext(bits, integers)
+    magnitude = b.shl(b.and_(wide, _constant(integers, 0x7FFF)), _constant(integers, 13))
+    rebias = _constant(f32x16.llvm, 2.0**112)
+    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, f32x16.llvm), rebias), integers)
+    infinite = b.icmp_unsigned(">=", magnitude, _constant(integers, 0x7C00 << 13))
+    scaled = b.or_(scaled, b.select(infinite, _constant(integers, 0x7F800000), _constant(integers, 0)))
+    sign = b.shl(b.and_(wide, _constant(integers, 0x8000)), _constant(integers, 16))
+    return b.bitcast(b.or_(scaled, sign), f32x16.llvm)
+
+
+def _float_to_half(b, value):
+    """Float to half without F16C, to nearest even; what is too large becomes infinity."""
+    integers = i32x16.llvm
+
+    def const(number):
+        return _constant(integers, number)
+
+    bits = b.bitcast(value, integers)
+    sign = b.and_(b.lshr(bits, const(16)), const(0x8000))
+    magnitude = b.and_(bits, const(0x7FFFFFFF))
+    # normal halves: rebias the exponent and round the 13 bits that go
+    odd = b.and_(b.lshr(magnitude, const(13)), const(1))
+    rounded = b.add(magnitude, b.add(const(0xFFF - (112 << 23)), odd))
+    normal = b.lshr(rounded, const(13))
+    # subnormal halves: adding 0.5 puts the bits where they belong, rounded by the addition
+    half = _constant(f32x16.llvm, 0.5)
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, f32x16.llvm), half), integers), const(0x3F000000))
+    result = b.select(b.icmp_unsigned("<", magnitude, const(113 << 23)), small, normal)
+    result = b.select(b.icmp_unsigned(">=", magnitude, const(0x477FF000)), const(0x7C00), result)
+    return b.trunc(b.or_(result, sign), ir.VectorType(_I16, 16))
+
+
+# ---- making, converting, reducing -----------------------------------------------------------------------------------
+
+
+@_operation(f32x16, types.float32)
+def splat_f32(b, value):
+    return _splat(b, value)
+
+
+@_operation(i32x16, types.int64)
+def splat_i32(b, value):
+    return _splat(b, b.trunc(value, _I32))
+
+
+@_operation(i8x64, types.intp)
+def splat_bytes(b, address):
+    """The four bytes at ``address``, sixteen times."""
+    return b.bitcast(_splat(b, _load(b, address, _I32)), i8x64.llvm)
+
+
+@_operation(i32x16)
+def lane_numbers(b):
+    """0, 1, ... 15."""
+    return ir.Constant(i32x16.llvm, list(range(16)))
+
+
+@_operation(f32x16, i32x16)
+def to_f32(b, value):
+    return b.sitofp(value, f32x16.llvm)
+
+
+@_operation(i32x16, f32x16)
+def round_to_i32(b, value):
+    """To the nearest integer, ties to even; the value must fit."""
+    return b.fptosi(_call(b, "llvm.rint.v16f32", f32x16.llvm, value), i32x16.llvm)
+
+
+@_operation(f32x16, i32x16)
+def as_f32(b, value):
+    """The same bits, as float32."""
+    return b.bitcast(value, f32x16.llvm)
+
+
+@_operation(i32x16, f32x16)
+def as_i32(b, value):
+    """The same bits, as int32."""
+    return b.bitcast(value, i32x16.llvm)
+
+
+@_operation(f32x16, f32x16, f32x16, f32x16)
+def fma(b, x, y, z):
+    """``x * y + z``, fused where the machine can."""
+    return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, x, y, z)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def maximum(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def minimum(b, x, y):
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+@_operation(f32x16, f32x16)
+def absolute(b, x):
+    return _call(b, "llvm.fabs.v16f32", f32x16.llvm, x)
+
+
+@_operation(f32x16, f32x16)
+def sqrt(b, x):
+    return _call(b, "llvm.sqrt.v16f32", f32x16.llvm, x)
+
+
+def _reduce(b, value, combine):
+    """Fold the upper half onto the lower, four times: one order of operations on every machine."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        indices = ir.VectorType(_I32, width)
+        low = b.shuffle_vector(value, value, ir.Constant(indices, list(range(width))))
+        high = b.shuffle_vector(value, value, ir.Constant(indices, list(range(width, 2 * width))))
+        value = combine(low, high)
+    return b.extract_element(value, ir.Constant(_I32, 0))
+
+
+@_operation(types.float32, f32x16)
+def first_lane(b, x):
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+@_operation(types.float32, f32x16)
+def sum_lanes(b, x):
+    return _reduce(b, x, b.fadd)
+
+
+@_operation(types.float32, f32x16)
+def max_lanes(b, x):
+    return _reduce(b, x, lambda low, high: b.select(b.fcmp_ordered(">", low, high), low, high))
+
+
+@_operation(types.int64, i32x16)
+def sum_lanes_i32(b, x):
+    return b.sext(_reduce(b, x, b.add), _I64)
+
+
+@_operation(f32x16, b1x16, f32x16, f32x16)
+def select(b, mask, x, y):
+    return b.select(mask, x, y)
+
+
+@_operation(b1x16, i32x16, i32x16)
+def less_i32(b, x, y):
+    return b.icmp_signed("<", x, y)
+
+
+@_operation(b1x16, f32x16, f32x16)
+def greater(b, x, y):
+    return b.fcmp_ordered(">", x, y)
+
+
+@_operation(b1x16, b1x16, b1x16)
+def both(b, x, y):
+    return b.and_(x, y)
+
+
+@_operation(types.int64, b1x16)
+def mask_bits(b, mask):
+    """Bit ``i`` is lane ``i``."""
+    return b.zext(b.bitcast(mask, _I16), _I64)
+
+
+@_operation(types.int64, types.int64)
+def count_trailing_zeros(b, x):
+    return b.cttz(x, ir.Constant(ir.IntType(1), 0))
+
+
+@_operation(f32x16, f32x16)
+def exp(b, x):
+    """e**x, relative error under 3e-7: 2**n times a polynomial on [-ln2/2, ln2/2] (Cephes expf). Below -87 it is 1e-38, not 0."""
+    floats, integers = f32x16.llvm, i32x16.llvm
+
+    def const(number):
+        return _constant(floats, number)
+
+    def mul_add(p, q, r):
+        return _call(b, "llvm.fmuladd.v16f32", floats, p, q, r)
+
+    x = b.select(b.fcmp_ordered("<", x, const(-87.0)), const(-87.0), x)
+    x = b.select(b.fcmp_ordered(">", x, const(88.0)), const(88.0), x)
+    n = _call(b, "llvm.rint.v16f32", floats, b.fmul(x, const(1.44269504088896341)))
+    r = mul_add(n, const(-0.693359375), x)
+    r = mul_add(n, const(2.12194440e-4), r)
+    p = const(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = mul_add(p, r, const(coefficient))
+    p = mul_add(p, b.fmul(r, r), b.fadd(r, const(1.0)))
+    exponent = b.shl(b.add(b.fptosi(n, integers), _constant(integers, 127)), _constant(integers, 23))
+    return b.fmul(p, b.bitcast(exponent, floats))
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def _shift_bytes(b, value, right):
+    """Shift each byte; bits that cross into a neighbour are the caller's to mask."""
+    words = ir.VectorType(_I16, 32)
+    value = b.bitcast(value, words)
+    if right > 0:
+        value = b.lshr(value, _constant(words, right))
+    elif right < 0:
+        value = b.shl(value, _constant(words, -right))
+    return b.bitcast(value, i8x64.llvm)
+
+
+@_operation(i8x64, i8x64)
+def low_nibbles(b, value):
+    return b.and_(value, _constant(i8x64.llvm, 15))
+
+
+@_operation(i8x64, i8x64)
+def high_nibbles(b, value):
+    return b.and_(_shift_bytes(b, value, 4), _constant(i8x64.llvm, 15))
+
+
+@intrinsic(prefer_literal=True)
+def take_bits(typing_context, value, start, count, at):
+    """Of each byte, ``count`` bits from bit ``start``, moved to bit ``at``; all three are literals."""
+
+    def codegen(context, b, sig, values):
+        first, bits, target = (number.literal_value for number in sig.args[1:])
+        shifted = _shift_bytes(b, values[0], first - target)
+        return b.and_(shifted, _constant(i8x64.llvm, ((1 << bits) - 1) << target))
+
+    return i8x64(i8x64, start, count, at), codegen
+
+
+@_operation(i8x64, i8x64, i8x64)
+def look_up(b, indices, table):
+    """``table[index]`` within each group of 16 bytes (``table`` holds the same 16 bytes four times); indices are below 16."""
+    isa = current_isa()
+    if isa.name.startswith("avx512"):
+        return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
+    if isa.name.startswith("avx"):
+        return _join(b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)])
+    result = _constant(i8x64.llvm, 0)
+    for entry in range(16):
+        byte = b.extract_element(table, ir.Constant(_I32, entry))
+        hit = b.icmp_unsigned("==", indices, _constant(i8x64.llvm, entry))
+        result = b.select(hit, _splat(b, byte, 64), result)
+    return result
+
+
+def _halves(b, value):
+    indices = ir.VectorType(_I32, value.type.count // 2)
+    half = value.type.count // 2
+    return [b.shuffle_vector(value, value, ir.Constant(indices, list(range(start, start + half)))) for start in (0, half)]
+
+
+def _join(b, parts):
+    low, high = parts
+    count = 2 * low.type.count
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, count), list(range(count))))
+
+
+# ---- the int8 dot product -------------------------------------------------------------------------------------------
+
+
+def _dot_unsigned(b, total, weights, activations):
+    """Each int32 lane of ``total`` plus four products, uint8 weights by int8 activations."""
+    isa = current_isa()
+    if isa.name == "avx512vnni":
+        words = i32x16.llvm
+        return _call(b, "llvm.x86.avx512.vpdpbusd.512", words, total, b.bitcast(weights, words), b.bitcast(activations, words))
+    if isa.name == "avxvnni":
+        words = ir.VectorType(_I32, 8)
+        parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
+        return _join(b, [_call(b, "llvm.x86.avx512.vpdpbusd.256", words, t, b.bitcast(w, words), b.bitcast(a, words)) for t, w, a in parts])
+    if isa.name == "avx2":
+        parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
+        return _join(b, [b.add(t, _pair_sums(b, w, a)) for t, w, a in parts])
+    return b.add(total, _dot_portable(b, b.zext(weights, ir.VectorType(_I16, 64)), activations))
+
+
+def _dot_signed(b, total, weights, activations):
+    """As `_dot_unsigned` for int8 weights."""
+    isa = current_isa()
+    if isa.name == "avx2":
+        # |w| * (a with w's sign): stays below the 16-bit saturation that a uint8 above 127 would meet
+        results = []
+        for t, w, a in zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True):
+            size = _call(b, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
+            signed = _call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
+            results.append(b.add(t, _pair_sums(b, size, signed)))
+        return _join(b, results)
+    return b.add(total, _dot_portable(b, b.sext(weights, ir.VectorType(_I16, 64)), activations))
+
+
+def _pair_sums(b, weights, activations):
+    """AVX2: 32 products summed by fours. The 16-bit sums of two must not saturate: weights up to 128."""
+    words, doubles = ir.VectorType(_I16, 16), ir.VectorType(_I32, 8)
+    pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", words, weights, activations)
+    return _call(b, "llvm.x86.avx2.pmadd.wd", doubles, pairs, _constant(words, 1))
+
+
+def _dot_portable(b, weights, activations):
+    """Products of 16-bit values, summed by fours; LLVM finds ``pmaddwd`` or ``smlal`` in it."""
+    wide = ir.VectorType(_I32, 64)
+    products = b.mul(b.sext(weights, wide), b.sext(activations, wide))
+    total = None
+    for offset in range(4):
+        indices = ir.Constant(i32x16.llvm, list(range(offset, 64, 4)))
+        part = b.shuffle_vector(products, products, indices)
+        total = part if total is None else b.add(total, part)
+    return total
+
+
+# ---- register tiles: one vector for each of T tokens, as a tuple ----------------------------------------------------
+
+
+def _tile(vector: Vector, count: int) -> Any:
+    return types.UniTuple(vector, count)
+
+
+def _each(b, tile, make):
+    """A tile whose vector ``t`` is ``make(t, tile[t])``."""
+    for t in range(tile.type.count):
+        tile = b.insert_value(tile, make(t, b.extract_value(tile, t)), t)
+    return tile
+
+
+def _row(b, base, stride, t):
+    return b.add(base, ir.Constant(_I64, stride * t)) if t else base
+
+
+def _scalar_row(b, address, stride, t, llvm_type):
+    return _splat(b, _load(b, _row(b, address, stride, t), llvm_type))
+
+
+@intrinsic(prefer_literal=True)
+def zero_tile(typing_context, tokens):
+    """``tokens`` (a literal) vectors of float32 zeros."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+        return _each(b, tile, lambda t, _: _constant(f32x16.llvm, 0.0))
+
+    return _tile(f32x16, count)(tokens), codegen
+
+
+@intrinsic(prefer_literal=True)
+def start_dot_tile(typing_context, tokens, zero, sums, stride):
+    """The int32 tile to accumulate on: minus ``zero`` times the activations' sum, one sum per token at ``sums``.
+
+    Starting there takes the weights' zero point off exactly, at no cost. ``tokens``, ``zero`` and ``stride`` are literals.
+    Where the dot product is a signed one (`matmul.dot_groups`), the start is 0.
+    """
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        offset, step = sig.args[1].literal_value, sig.args[3].literal_value
+        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+
+        def start(t, _):
+            if offset == 0 or _is_signed(offset):
+                return _constant(i32x16.llvm, 0)
+            total = _load(b, _row(b, values[2], step, t), _I32)
+            return _splat(b, b.mul(total, ir.Constant(_I32, -offset)))
+
+        return _each(b, tile, start)
+
+    return _tile(i32x16, count)(tokens, zero, types.intp, stride), codegen
+
+
+def _is_signed(zero: int) -> bool:
+    """Eight-bit weights are taken as signed where a uint8 x int8 product would saturate."""
+    return zero == 128 and not current_isa().has_vnni
+
+
+@intrinsic(prefer_literal=True)
+def scale_tile(typing_context, tile, dots, scale, scales, stride):
+    """``tile[t] + scale * scales[t] * dots[t]``, the activations' scales at ``scales + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, integers, row_scale, base, _ = values
+        step = sig.args[4].literal_value
+
+        def add(t, total):
+            both_scales = b.fmul(row_scale, _scalar_row(b, base, step, t, _F32))
+            products = b.sitofp(b.extract_value(integers, t), f32x16.llvm)
+            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, both_scales, products, total)
+
+        return _each(b, tile_value, add)
+
+    return tile(tile, dots, f32x16, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fma_tile(typing_context, tile, vector, scalars, stride):
+    """``tile[t] + vector * scalars[t]``, float32 scalars at ``scalars + t * stride``; the stride may be a run-time value."""
+
+    def codegen(context, b, sig, values):
+        tile_value, factor, base, step_value = values
+
+        def address(t):
+            if isinstance(sig.args[3], types.Literal):
+                return _row(b, base, sig.args[3].literal_value, t)
+            return b.add(base, b.mul(step_value, ir.Constant(_I64, t)))
+
+        def add(t, total):
+            scalar = _splat(b, _load(b, address(t), _F32))
+            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, factor, scalar, total)
+
+        return _each(b, tile_value, add)
+
+    step_type = stride if isinstance(stride, types.Literal) else types.intp
+    return tile(tile, f32x16, types.intp, step_type), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_row(typing_context, tile, t):
+    """Vector ``t`` (a literal) of a tile."""
+
+    def codegen(context, b, sig, values):
+        return b.extract_value(values[0], sig.args[1].literal_value)
+
+    return tile.dtype(tile, t), codegen
+
+
+@intrinsic
+def store_tile(typing_context, tile, address, stride):
+    """Vector ``t`` goes to ``address + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, base, step = values
+        for t in range(sig.args[0].count):
+            _store(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), b.extract_value(tile_value, t))
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_tile(typing_context, rows, address, stride):
+    """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
+    count = rows.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+        return _each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), f32x16.llvm))
+
+    return _tile(f32x16, count)(rows, types.intp, types.intp), codegen
+
+
+@intrinsic
+def add_tiles(typing_context, x, y):
+    def codegen(context, b, sig, values):
+        return _each(b, values[0], lambda t, v: b.fadd(v, b.extract_value(values[1], t)))
+
+    return x(x, y), codegen
+
+
+@intrinsic
+def add_to_tile(typing_context, tile, address, stride):
+    """``tile[t]`` plus the vector at ``address + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, base, step = values
+
+        def add(t, total):
+            return b.fadd(total, _load(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), f32x16.llvm))
+
+        return _each(b, tile_value, add)
+
+    return tile(tile, types.intp, types.intp), codegen
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+
+def _operator(function: Any, vector: Vector, method: str) -> None:
+    @infer_global(function)
+    class _Template(ConcreteTemplate):  # type: ignore[misc]
+        cases = [signature(vector, vector, vector)]  # noqa: RUF012
+
+    @lower_builtin(function, vector, vector)
+    def _lower(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        return getattr(builder, method)(*values)
+
+
+for _function, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _operator(_function, f32x16, _method)
+for _function, _method in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul"), (operator.and_, "and_"), (operator.or_, "or_")):
+    _operator(_function, i32x16, _method)
+for _function, _method in ((operator.and_, "and_"), (operator.or_, "or_")):
+    _operator(_function, i8x64, _method)

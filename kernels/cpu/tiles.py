@@ -1,0 +1,160 @@
+"""How weights and activations lie in memory for the matrix kernels. The one place that states it.
+
+Weights
+-------
+A matrix ``[rows, columns]`` becomes tiles of 16 rows, one after the other; a tile is a run of records, one for each 32 columns
+(or for 256, where the format has scales of scales). Lane ``r`` of every vector belongs to row ``r`` of the tile, so a dot product ends with no
+horizontal sum. The 32 columns are 8 *groups* of 4: byte ``4 r + i`` of a group's 64 bytes is row ``r``, column ``4 group + i``, as ``vpdpbusd`` wants it.
+
+A record is, in this order:
+
+- for 256-column formats: ``f16[16]`` super-scale and, with minimums, ``f16[16]`` super-minimum; then 8 times what follows
+- quants, the low bits: 8 bits: 8 vectors of 64 bytes, vector ``g`` is group ``g``; 4 bits: 4 vectors, vector ``v`` has group ``2 v`` in the low nibbles and
+  ``2 v + 1`` in the high ones; 2 bits: 2 vectors, group ``4 v + i`` in bits ``2 i`` and ``2 i + 1`` of vector ``v``
+- the plane of high bits, if any: 1 bit: 1 vector, group ``g`` in bit ``g``; 2 bits: 2 vectors, as the 2-bit quants
+- scales, one for 32 columns or one for each half: ``f16[16]``, or ``u8[16]`` / ``i8[16]`` that multiply the super-scale, or ``e8m0[16]``
+- minimums alike; `scale="nibbles"` keeps scale (low) and minimum (high) in one byte
+
+A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``. Nothing is rounded on the way from a GGUF block to a tile.
+
+Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values.
+
+Activations
+-----------
+A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``52 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
+``f32[P]`` scale times the sum of quants, ``i32[P]`` sum of quants, ``i32[P]`` sum of the first 16, ``i32[P]`` of the last 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROWS = 16
+COLUMNS = 32
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class TileFormat:
+    """One way to store weights; the module's text defines the fields.
+
+    Attributes
+    ----------
+    bits, high_bits
+        Low bits of a quant, and bits in the plane above them.
+    scale
+        ``"f16"``, ``"u8"``, ``"i8"`` (times the super-scale), ``"nibbles"``, ``"e8m0"`` or ``"super"`` (the super-scale alone).
+    minimum
+        A minimum goes with each scale, stored as the scale is.
+    scale_columns
+        Columns that share a scale: 32 or 16.
+    columns
+        Columns in a record: 32, or 256 with super-scales.
+    zero
+        What is taken from each quant.
+    codebook
+        Sixteen int8 values that 4-bit quants index, each stored plus 128 when looked up.
+    """
+
+    name: str
+    bits: int
+    high_bits: int = 0
+    scale: str = "f16"
+    minimum: bool = False
+    scale_columns: int = 32
+    columns: int = 32
+    zero: int = 0
+    codebook: tuple[int, ...] = ()
+
+    @property
+    def scales(self) -> int:
+        """Scales for each row and 32 columns."""
+        return COLUMNS // self.scale_columns
+
+    @property
+    def quant_bytes(self) -> int:
+        return 64 * self.bits
+
+    @property
+    def plane_bytes(self) -> int:
+        return 64 * self.high_bits
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of one vector of scales."""
+        return {"f16": 32, "u8": 16, "i8": 16, "nibbles": 16, "e8m0": 16, "super": 0}[self.scale]
+
+    @property
+    def has_minimum_vectors(self) -> bool:
+        return self.minimum and self.scale != "nibbles"
+
+    @property
+    def header_bytes(self) -> int:
+        """Super-scales at the start of a record of 256 columns."""
+        if self.columns == COLUMNS:
+            return 0
+        return 64 if self.minimum else 32
+
+    @property
+    def block_bytes(self) -> int:
+        """32 columns, without the header."""
+        scale_vectors = self.scales * (2 if self.has_minimum_vectors else 1)
+        return self.quant_bytes + self.plane_bytes + scale_vectors * self.scale_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        return self.header_bytes + self.columns // COLUMNS * self.block_bytes
+
+    def tile_bytes(self, columns: int) -> int:
+        """Bytes of 16 rows of ``columns`` columns."""
+        return columns // self.columns * self.record_bytes
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return -(-rows // ROWS) * self.tile_bytes(columns)
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Sixteen rows' values side by side for each column: ``f32``, ``f16`` or ``bf16``."""
+
+    name: str
+    item_bytes: int
+    columns: int = 1
+
+    def tile_bytes(self, columns: int) -> int:
+        return columns * ROWS * self.item_bytes
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return -(-rows // ROWS) * self.tile_bytes(columns)
+
+
+TILE_FORMATS: dict[str, TileFormat] = {
+    format.name: format
+    for format in (
+        TileFormat("q4_0", 4, zero=8),
+        TileFormat("q4_1", 4, minimum=True),
+        TileFormat("q5_0", 4, 1, zero=16),
+        TileFormat("q5_1", 4, 1, minimum=True),
+        TileFormat("q8_0", 8, zero=128),
+        TileFormat("q2_k", 2, scale="nibbles", minimum=True, scale_columns=16, columns=256),
+        TileFormat("q3_k", 2, 1, scale="i8", scale_columns=16, columns=256, zero=4),
+        TileFormat("q4_k", 4, scale="u8", minimum=True, columns=256),
+        TileFormat("q5_k", 4, 1, scale="u8", minimum=True, columns=256),
+        TileFormat("q6_k", 4, 2, scale="i8", scale_columns=16, columns=256, zero=32),
+    )
+}
+FLOAT_FORMATS: dict[str, FloatFormat] = {
+    format.name: format for format in (FloatFormat("f32", 4), FloatFormat("f16", 2), FloatFormat("bf16", 2))
+}
+
+PANEL_TOKEN_BYTES = 52  # of one token in one record
+
+
+def panel_offsets(tokens: int) -> tuple[int, int, int, int, int]:
+    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, first-half and last-half sums start."""
+    return tokens * 32, tokens * 36, tokens * 40, tokens * 44, tokens * 48
+
+
+def panel_bytes(tokens: int, columns: int) -> int:
+    """Bytes of one panel."""
+    return columns // COLUMNS * tokens * PANEL_TOKEN_BYTES

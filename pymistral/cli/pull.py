@@ -1,0 +1,39 @@
+"""``pymistral pull``: fetch a model and print where it is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..loading.hub import DEFAULT_MODEL, resolve
+from .options import MODEL_HELP
+from .terminal import status_line
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "pull", help="fetch a model into the cache", description="Fetch a model, unless it is there already, and print its path."
+    )
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT_MODEL})")
+    parser.add_argument("-f", "--file", action="append", metavar="NAME", help="only this file of the repository; may be repeated")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hugging Face repository")
+    parser.add_argument(
+        "--token-source",
+        default="cache",
+        metavar="SOURCE",
+        help="the Hugging Face token: cache (default), none, env:NAME, path:FILE, literal:TOKEN",
+    )
+    parser.add_argument("--offline", action="store_true", help="only look whether it is there")
+    parser.set_defaults(handler=pull)
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Fetch the model."""
+    from ..builders.token_source import TokenSource
+
+    token = TokenSource.parse(args.token_source).token()
+    with status_line():
+        path = resolve(args.model, files=args.file, revision=args.revision, token=token, offline=args.offline)
+    print(path)
+    return 0

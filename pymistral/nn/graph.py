@@ -1,0 +1,108 @@
+"""Recording a model: its Python runs once, on symbols, and leaves a list of operations that a backend turns into a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+# What the rows of an array stand for: the tokens of a step, or those of them whose logits are wanted.
+TOKENS, OUTPUTS = "tokens", "outputs"
+
+
+@dataclass(eq=False)
+class Array:
+    """A float32 array ``[rows, columns]`` that a program will compute; ``rows`` is known only when it runs.
+
+    It adds, multiplies and indexes like a NumPy array; everything else is in `functional`.
+    """
+
+    rows: str
+    columns: int
+
+    def __add__(self, other: Array) -> Array:
+        return emit("add", (self, _like(self, other)), columns=self.columns)
+
+    def __mul__(self, other: Array | float) -> Array:
+        if isinstance(other, Array):
+            return emit("multiply", (self, _like(self, other)), columns=self.columns)
+        return emit("scale", (self,), columns=self.columns, factor=float(other))
+
+    def __getitem__(self, rows: OutputRows) -> Array:
+        if not isinstance(rows, OutputRows):
+            raise TypeError("an array is indexed by batch.output_rows only")
+        return emit("take_rows", (self,), columns=self.columns, rows=OUTPUTS)
+
+
+def _like(array: Array, other: Array) -> Array:
+    if not isinstance(other, Array) or (array.rows, array.columns) != (other.rows, other.columns):
+        raise ValueError(f"shapes differ: {array} and {other}")
+    return other
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation: its name, the arrays it reads, what else it needs, and the array it makes."""
+
+    op: str
+    inputs: tuple[Array, ...]
+    attributes: dict[str, Any]
+    output: Array
+
+
+@dataclass
+class Graph:
+    nodes: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Stands for the token ids of a step."""
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """Stands for the rows whose logits are wanted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with. Positions, sequences and caches are the attention's business and stay out of a model's sight."""
+
+    tokens: Tokens = Tokens()
+    output_rows: OutputRows = OutputRows()
+
+
+_recording: ContextVar[Graph | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Graph]:
+    """Operations inside the block go to the graph that it yields."""
+    graph = Graph()
+    token = _recording.set(graph)
+    try:
+        yield graph
+    finally:
+        _recording.reset(token)
+
+
+def emit(op: str, inputs: tuple[Array, ...], *, columns: int, rows: str | None = None, **attributes: Any) -> Array:
+    """Record an operation and return its result."""
+    graph = _recording.get()
+    if graph is None:
+        raise RuntimeError(f"{op} on arrays outside a recording: call the model through nn.record")
+    output = Array(rows or inputs[0].rows, columns)
+    graph.nodes.append(Node(op, inputs, attributes, output))
+    return output
+
+
+def record(model: Callable[[Batch], Array]) -> Graph:
+    """Run a model's Python once and return what it did; the last node makes the logits."""
+    with recording() as graph:
+        logits = model(Batch())
+    if not graph.nodes or graph.nodes[-1].output is not logits or logits.rows != OUTPUTS:
+        raise ValueError("a model must end with the logits of batch.output_rows")
+    return graph

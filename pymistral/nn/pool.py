@@ -1,0 +1,139 @@
+"""The threads that run programs. One pool for each number of threads, shared by all models of the process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
+from ..kernels.cpu.executor_layout import (
+    COUNT,
+    COUNTERS,
+    FIRST_SLEEPER,
+    LAUNCH_WORDS,
+    LAUNCHES,
+    LINE,
+    PARITY,
+    STOP,
+    TO_WAKE,
+)
+from .memory import address, zeros
+
+EXECUTOR_KERNELS = (spec("executor.lead"), spec("executor.work"), spec("executor.follow"))
+
+# How long an idle thread looks for the next step before it sleeps: spins of the pause instruction, about 1 ms.
+_PATIENCE = 40_000
+
+
+def available_threads() -> int:
+    """Cores that this process may use: its affinity, its cgroup's quota, or ``PYMISTRAL_THREADS``."""
+    forced = os.environ.get("PYMISTRAL_THREADS")
+    if forced:
+        try:
+            threads = int(forced)
+        except ValueError:
+            threads = 0
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"PYMISTRAL_THREADS={forced!r}: expected a number from 1 to 1024")
+        return threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _cgroup_cores()))
+
+
+def _cgroup_cores() -> int:
+    """Whole cores that the cgroup's CPU quota allows, rounded up; a large number where there is none."""
+    unlimited = 1 << 16
+    try:
+        quota, period = open("/sys/fs/cgroup/cpu.max").read().split()  # noqa: SIM115
+        return unlimited if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return unlimited
+
+
+class Launches:
+    """A program's launches in the form that the executor reads, with its counters. See `kernels.cpu.executor`."""
+
+    def __init__(self, records: list[tuple[int, int, int, int, int, int]], threads: int) -> None:
+        self.count = len(records)
+        self.table = zeros((max(1, len(records)), LAUNCH_WORDS), np.int64)
+        for row, record in zip(self.table, records, strict=False):
+            row[: len(record)] = record
+        self.counters = zeros(2 * max(1, len(records)) * threads * LINE, np.uint8)
+        self.table_address, self.counters_address = address(self.table), address(self.counters)
+        self.parity = 0
+
+
+class ThreadPool:
+    """``threads - 1`` threads beside the caller's. They spin between steps for about a millisecond and then sleep."""
+
+    def __init__(self, threads: int, progress: Progress | None = None) -> None:
+        self.threads = threads
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._sync: NDArray[Any] = zeros(FIRST_SLEEPER + (threads + 1) * LINE, np.uint8)
+        self._sync_address = address(self._sync)
+        words = self._sync.view(np.int64)
+        self._launches, self._count, self._counters, self._parity, self._stop, self._to_wake = (
+            words[at // 8 : at // 8 + 1] for at in (LAUNCHES, COUNT, COUNTERS, PARITY, STOP, TO_WAKE)
+        )
+        self._sleepers = [words[(FIRST_SLEEPER + thread * LINE) // 8 :][:1] for thread in range(threads)]
+        addresses = load_kernels(EXECUTOR_KERNELS, progress)
+        lead, work, follow = (addresses[kernel] for kernel in EXECUTOR_KERNELS)
+        self._lead, self._work, self._follow = entry_point(lead, 2), entry_point(work, 2), entry_point(follow, 5)
+        self._wake = [threading.Semaphore(0) for _ in range(threads)]
+        self._workers = [
+            threading.Thread(target=self._serve, args=(thread,), name=f"pymistral-{thread}", daemon=True) for thread in range(1, threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def run(self, launches: Launches) -> None:
+        """Run a program to its end. One at a time; the caller's thread works too."""
+        with self._lock:
+            self._launches[0] = launches.table_address
+            self._count[0] = launches.count
+            self._counters[0] = launches.counters_address
+            self._parity[0] = launches.parity
+            launches.parity ^= 1
+            self._lead(self._sync_address, self.threads)
+            if self._to_wake[0]:
+                for thread, state in enumerate(self._sleepers):
+                    if state[0] == 2:
+                        state[0] = 0
+                        self._wake[thread].release()
+                self._work(self._sync_address, self.threads)
+
+    def _serve(self, thread: int) -> None:
+        last = zeros(8, np.int64)
+        while not self._stop[0]:
+            self._follow(self._sync_address, thread, self.threads, address(last), _PATIENCE)
+            if not self._stop[0]:
+                self._wake[thread].acquire()
+
+    def close(self) -> None:
+        """End the threads; the pool cannot be used afterwards."""
+        with self._lock:
+            self._stop[0] = 1
+            for semaphore in self._wake:
+                semaphore.release()
+        if os.getpid() == self._pid:
+            for worker in self._workers:
+                worker.join()
+
+
+@lru_cache(maxsize=None)
+def _pool(threads: int, pid: int) -> ThreadPool:
+    pool = ThreadPool(threads)
+    atexit.register(pool.close)
+    return pool
+
+
+def thread_pool(threads: int) -> ThreadPool:
+    """The process's pool of this size. A forked child gets pools of its own: threads do not survive a fork."""
+    return _pool(threads, os.getpid())

@@ -1,0 +1,131 @@
+"""Rotary position embedding: which frequencies a checkpoint's configuration asks for, and the table of rotations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelLoadError
+from .memory import zeros
+
+_STEP = 1024  # positions computed at once
+
+
+class Rope:
+    """The rotations of up to ``max_positions`` positions, computed as far as they are needed.
+
+    Attributes
+    ----------
+    table
+        float32 ``[position, 2, pairs]``: cosines, then sines, times the attention factor of the scaling.
+    """
+
+    def __init__(self, inverse_frequencies: NDArray[np.float64], max_positions: int, factor: float = 1.0) -> None:
+        self.inverse_frequencies = inverse_frequencies
+        self.pairs = len(inverse_frequencies)
+        self.factor = factor
+        self.table: NDArray[Any] = zeros((max_positions, 2, self.pairs), np.float32)
+        self._ready = 0
+
+    def prepare(self, positions: int) -> None:
+        """Make sure that positions ``0`` to ``positions - 1`` are in the table."""
+        while self._ready < positions:
+            stop = min(self._ready + _STEP, len(self.table))
+            angles = np.arange(self._ready, stop, dtype=np.float64)[:, None] * self.inverse_frequencies
+            self.table[self._ready : stop, 0] = np.cos(angles) * self.factor
+            self.table[self._ready : stop, 1] = np.sin(angles) * self.factor
+            self._ready = stop
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        head_dim: int,
+        *,
+        theta: float | None = None,
+        scaling: Mapping[str, Any] | None = None,
+        factors: NDArray[np.float64] | None = None,
+    ) -> Rope:
+        """From Hugging Face's ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
+
+        Parameters
+        ----------
+        theta, scaling
+            Override the configuration's, for models with two kinds of layers.
+        factors
+            Divisors of the inverse frequencies that a checkpoint brings along (GGUF's ``rope_freqs``).
+
+        Raises
+        ------
+        ModelLoadError
+            If the scaling's type is unknown or lacks a parameter.
+        """
+        dims = int(head_dim * config.get("partial_rotary_factor", 1.0))
+        base = float(theta if theta is not None else config.get("rope_theta", 10000.0))
+        inverse = base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+        max_positions = int(config["max_position_embeddings"])
+        factor = 1.0
+        scaling = config.get("rope_scaling") if scaling is None else scaling
+        if factors is not None:
+            inverse = inverse / factors
+        elif scaling:
+            inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
+        return cls(inverse, max_positions, factor)
+
+
+def _scale(
+    inverse: NDArray[np.float64], scaling: Mapping[str, Any], base: float, dims: int, max_positions: int
+) -> tuple[NDArray[np.float64], float]:
+    """Inverse frequencies and attention factor for one of Hugging Face's rope types."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    try:
+        if kind == "default":
+            return inverse, 1.0
+        if kind == "linear":
+            return inverse / float(scaling["factor"]), 1.0
+        if kind == "llama3":
+            return _llama3(inverse, scaling), 1.0
+        if kind == "yarn":
+            return _yarn(inverse, scaling, base, dims, max_positions)
+    except KeyError as error:
+        raise ModelLoadError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}: {dict(scaling)}") from None
+    raise ModelLoadError(f"rope_scaling: type {kind!r} is not supported (default, linear, llama3, yarn are)")
+
+
+def _llama3(inverse: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Llama 3.1: slow rotations are stretched, fast ones kept, those between blended (arXiv:2407.21783)."""
+    original = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    turns = original * inverse / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return inverse * (kept + (1.0 - kept) / float(scaling["factor"]))
+
+
+def _yarn(
+    inverse: NDArray[np.float64], scaling: Mapping[str, Any], base: float, dims: int, max_positions: int
+) -> tuple[NDArray[np.float64], float]:
+    """YaRN (arXiv:2309.00071): as llama3, blended by dimension, with a factor on the attention's temperature."""
+    stretch = float(scaling["factor"])
+    original = float(scaling.get("original_max_position_embeddings") or max_positions)
+
+    def dimension(turns: float) -> float:
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(float(scaling.get("beta_fast") or 32))), 0)
+    high = min(math.ceil(dimension(float(scaling.get("beta_slow") or 1))), dims - 1)
+    stretched = np.clip((np.arange(dims // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    factor = scaling.get("attention_factor")
+
+    def temperature(scale: float, weight: float = 1.0) -> float:
+        return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    if factor is None:
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            factor = temperature(stretch, scaling["mscale"]) / temperature(stretch, scaling["mscale_all_dim"])
+        else:
+            factor = temperature(stretch)
+    return inverse / stretch * stretched + inverse * (1.0 - stretched), float(factor)

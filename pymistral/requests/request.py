@@ -1,0 +1,219 @@
+"""The request builder, and what else can be sent as a request."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Union
+
+from ..errors import RequestValidationError
+from .messages import CustomRole, Message, TextMessageRole, TextMessages, checked_text, messages_from_dicts, role_name
+from .sampling import DrySamplingParams, SamplingParams, StopTokens
+from .tools import Tool, ToolChoice
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    from ..responses import ToolCallResponse
+
+    CustomLogitsProcessor = Callable[[NDArray[np.float32], Sequence[int]], NDArray[np.float32]]
+
+ChatRequest = Union[str, TextMessages, "RequestBuilder", Sequence[Mapping[str, Any]]]
+"""What the chat methods take: one user message, messages, message dicts, or a request."""
+
+
+class RequestBuilder(TextMessages):
+    """A request with all that can be set about it. Fresh, it samples greedily.
+
+    Each method changes the builder and returns it. Sending does not use it up: it can be extended and sent again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools: list[Tool] = []
+        self.tool_choice = ToolChoice.AUTO
+        self.sampling = SamplingParams.deterministic()
+        self.logits_processors: list[CustomLogitsProcessor] = []
+        self.logprobs = False
+        self.truncate_sequence = False
+
+    @classmethod
+    def of(cls, request: ChatRequest) -> RequestBuilder:
+        """A builder from anything the chat methods take; a copy if it is one already.
+
+        Raises
+        ------
+        RequestValidationError
+            It is nothing of the kind, or it holds no message.
+        """
+        builder = cls()
+        if isinstance(request, RequestBuilder):
+            builder = copy.copy(request)
+            builder.messages, builder.logits_processors = list(request.messages), list(request.logits_processors)
+        elif isinstance(request, TextMessages):
+            builder.messages, builder.thinking = list(request.messages), request.thinking
+        elif isinstance(request, str):
+            builder.add_message(TextMessageRole.USER, request)
+        elif isinstance(request, Iterable) and not isinstance(request, Mapping | bytes):
+            builder.messages = messages_from_dicts(request)
+        else:
+            raise RequestValidationError(
+                f"a request is a string, TextMessages, a RequestBuilder or a list of message dicts, got {type(request).__name__}"
+            )
+        if not builder.messages:
+            raise RequestValidationError("the request holds no message; add one with add_message(role, text)")
+        return builder
+
+    def add_tool_message(self, tool_content: str, tool_id: str) -> Self:
+        """Append the result of a tool call, by the call's id."""
+        self.messages.append({"role": "tool", "content": checked_text(tool_content), "tool_call_id": tool_id})
+        return self
+
+    def add_message_with_tool_call(
+        self,
+        role: TextMessageRole | CustomRole | str,
+        text: str,
+        tool_calls: Iterable[ToolCallResponse | Mapping[str, Any]],
+    ) -> Self:
+        """Append a message in which the model called tools."""
+        calls = [dict(call) if isinstance(call, Mapping) else call.model_dump() for call in tool_calls]
+        self.messages.append({"role": role_name(role), "content": checked_text(text), "tool_calls": calls})
+        return self
+
+    def add_logits_processor(self, processor: CustomLogitsProcessor) -> Self:
+        """Append a function ``(logits, tokens) -> logits`` that sees every row of logits before sampling.
+
+        `logits` is float32 ``[vocab_size]``, `tokens` holds the prompt and what was generated so far. It runs on the engine's
+        thread; if it raises, this request alone ends with `ModelError`.
+        """
+        if not callable(processor):
+            raise RequestValidationError(f"a logits processor is a function (logits, tokens) -> logits, got {processor!r}")
+        self.logits_processors.append(processor)
+        return self
+
+    def set_tools(self, tools: Iterable[Tool | Mapping[str, Any]]) -> Self:
+        """Set the tools that the chat template tells the model of; OpenAI-style dicts work too."""
+        self.tools = [Tool.from_dict(tool) if isinstance(tool, Mapping) else _checked_tool(tool) for tool in tools]
+        return self
+
+    def set_tool_choice(self, tool_choice: ToolChoice | str) -> Self:
+        """Set how the model chooses among the tools."""
+        self.tool_choice = ToolChoice(tool_choice)
+        return self
+
+    def return_logprobs(self, return_logprobs: bool = True) -> Self:
+        """Ask for the log-probability of each token; `set_sampler_topn_logprobs` adds the most likely others."""
+        self.logprobs = return_logprobs
+        return self
+
+    def with_truncate_sequence(self, truncate_sequence: bool = True) -> Self:
+        """Cut a prompt that is longer than the context, at its start, rather than refuse it."""
+        self.truncate_sequence = truncate_sequence
+        return self
+
+    def with_sampling(self, params: SamplingParams) -> Self:
+        """Set all sampling parameters at once."""
+        if not isinstance(params, SamplingParams):
+            raise RequestValidationError(f"with_sampling takes SamplingParams, got {params!r}")
+        self.sampling = params
+        return self
+
+    def set_deterministic_sampler(self) -> Self:
+        """Sample greedily, with no penalty, bias, stop or limit."""
+        return self.with_sampling(SamplingParams.deterministic())
+
+    def set_sampler_temperature(self, temperature: float) -> Self:
+        """Set the temperature; 0 is greedy."""
+        self.sampling = replace(self.sampling, temperature=temperature)
+        return self
+
+    def set_sampler_topk(self, topk: int) -> Self:
+        """Draw from the `topk` most likely tokens. A fresh builder is greedy until a temperature is set."""
+        self.sampling = replace(self.sampling, top_k=topk)
+        return self
+
+    def set_sampler_topp(self, topp: float) -> Self:
+        """Draw from the most likely tokens that make up `topp` of the probability."""
+        self.sampling = replace(self.sampling, top_p=topp)
+        return self
+
+    def set_sampler_minp(self, minp: float) -> Self:
+        """Drop tokens less likely than `minp` times the most likely one."""
+        self.sampling = replace(self.sampling, min_p=minp)
+        return self
+
+    def set_sampler_topn_logprobs(self, top_n_logprobs: int) -> Self:
+        """Report this many of the most likely tokens at each position, with `return_logprobs`."""
+        self.sampling = replace(self.sampling, top_n_logprobs=top_n_logprobs)
+        return self
+
+    def set_sampler_frequency_penalty(self, frequency_penalty: float) -> Self:
+        """Penalise tokens by how often they were generated."""
+        self.sampling = replace(self.sampling, frequency_penalty=frequency_penalty)
+        return self
+
+    def set_sampler_presence_penalty(self, presence_penalty: float) -> Self:
+        """Penalise tokens that were generated at all."""
+        self.sampling = replace(self.sampling, presence_penalty=presence_penalty)
+        return self
+
+    def set_sampler_stop_toks(self, stop_toks: StopTokens) -> Self:
+        """Set the strings or token ids that end the answer."""
+        self.sampling = replace(self.sampling, stop_toks=stop_toks)
+        return self
+
+    def set_sampler_max_len(self, max_len: int) -> Self:
+        """Set the most tokens to generate."""
+        self.sampling = replace(self.sampling, max_len=max_len)
+        return self
+
+    def set_sampler_logits_bias(self, logits_bias: Mapping[int, float]) -> Self:
+        """Set what is added to the logits of single tokens."""
+        self.sampling = replace(self.sampling, logits_bias=logits_bias)
+        return self
+
+    def set_sampler_n_choices(self, n_choices: int) -> Self:
+        """Set how many answers to generate."""
+        self.sampling = replace(self.sampling, n_choices=n_choices)
+        return self
+
+    def set_sampler_dry_params(self, dry_params: DrySamplingParams) -> Self:
+        """Set the parameters of DRY sampling."""
+        self.sampling = replace(self.sampling, dry_params=dry_params)
+        return self
+
+    def template_messages(self) -> list[Message]:
+        """The messages as chat templates read them: arguments of tool calls as objects, not as JSON text."""
+        return [_with_parsed_arguments(message) if message.get("tool_calls") else message for message in self.messages]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as chat templates read them, or None."""
+        if not self.tools or self.tool_choice is ToolChoice.NONE:
+            return None
+        return [tool.to_dict() for tool in self.tools]
+
+
+def _checked_tool(tool: object) -> Tool:
+    if not isinstance(tool, Tool):
+        raise RequestValidationError(f"set_tools takes Tool objects or dicts in OpenAI's form, got {tool!r}")
+    return tool
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    return {**message, "tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+
+
+def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    import json
+
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}

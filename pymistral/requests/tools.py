@@ -1,0 +1,92 @@
+"""Tools as a request describes them to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RequestValidationError
+from .enums import PlainEnum
+
+
+class ToolType(PlainEnum):
+    """What kind of tool it is."""
+
+    FUNCTION = "function"
+
+
+class ToolChoice(PlainEnum):
+    """Whether the model is told of the tools: AUTO leaves the choice to it, NONE keeps them out of the prompt."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+@dataclass(kw_only=True)
+class Function:
+    """A function that the model may ask to call.
+
+    Parameters
+    ----------
+    name
+        The name the model calls it by.
+    description
+        What it does, for the model to read.
+    parameters
+        JSON schema of its arguments.
+    strict
+        Whether arguments must follow the schema exactly.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise RequestValidationError(f"a function's name must be a non-empty string, got {self.name!r}")
+        if self.parameters is not None and not isinstance(self.parameters, Mapping):
+            raise RequestValidationError(f"function {self.name!r}: parameters must be a JSON schema as a dict, got {self.parameters!r}")
+
+
+@dataclass(kw_only=True)
+class Tool:
+    """A tool the model may use.
+
+    Parameters
+    ----------
+    function
+        The function behind it.
+    type
+        Its kind; there is only one.
+    """
+
+    function: Function
+    type: ToolType | str = ToolType.FUNCTION
+
+    def __post_init__(self) -> None:
+        self.type = ToolType(self.type)
+        if not isinstance(self.function, Function):
+            raise RequestValidationError(f"a tool's function must be a Function, got {self.function!r}")
+
+    @classmethod
+    def from_dict(cls, tool: Mapping[str, Any]) -> Tool:
+        """A tool from OpenAI's JSON form."""
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            raise RequestValidationError(f"a tool must have a 'function' with at least a 'name', got {tool!r}")
+        known = {key: function[key] for key in ("name", "description", "parameters", "strict") if key in function}
+        return cls(type=tool.get("type", "function"), function=Function(**{"name": "", **known}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tool in OpenAI's JSON form, which chat templates read."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        if self.function.parameters is not None:
+            function["parameters"] = dict(self.function.parameters)
+        if self.function.strict is not None:
+            function["strict"] = self.function.strict
+        return {"type": str(self.type), "function": function}

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import sys
+import threading
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from pymistral import (
+    ContextSize,
+    GgufModelBuilder,
+    MbAmount,
+    ModelBuilder,
+    PagedAttentionMetaBuilder,
+    TextModelBuilder,
+    TokenSource,
+    Utilization,
+)
+from pymistral.builders import common
+from pymistral.errors import ModelLoadError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fake_model import ALPHABET, EOS, TEMPLATE, AlphabetRunner, ByteTokenizer, make_model
+
+BUILDERS = [lambda **o: ModelBuilder("m", **o), lambda **o: TextModelBuilder("m", **o), lambda **o: GgufModelBuilder("m", ["f.gguf"], **o)]
+VALUES = {
+    "chat_template": "{{ messages }}",
+    "jinja_explicit": "x.jinja",
+    "force_cpu": True,
+    "hf_cache_path": Path("cache"),
+    "hf_revision": "main",
+    "logging": True,
+    "max_num_seqs": 8,
+    "paged_attn": PagedAttentionMetaBuilder().with_block_size(32).build(),
+    "prefix_cache_n": None,
+    "threads": 2,
+    "throughput_logging": True,
+    "token_source": "none",
+}
+
+
+def method_name(option: str) -> str:
+    return "from_hf_cache_path" if option == "hf_cache_path" else f"with_{option}"
+
+
+def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
+    options = {field.name: field for field in fields(common.ModelOptions)}
+    methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_"))}
+    assert methods == {method_name(option) for option in options}
+    assert options.keys() == VALUES.keys()
+    for option, field in options.items():
+        method = getattr(common.ModelOptions, method_name(option))
+        assert method.__annotations__[option].removesuffix(" | None") == str(field.type).removesuffix(" | None")
+        assert method.__annotations__["return"] == "Self"
+        assert method.__doc__
+        assert f"\n    {option}\n" in (common.ModelOptions.__doc__ or "")
+
+
+@pytest.mark.parametrize("make", BUILDERS)
+def test_keyword_and_method_do_the_same(make: Any) -> None:
+    by_keyword, by_method = make(**VALUES), make()
+    for option, value in VALUES.items():
+        assert getattr(by_method, method_name(option))(value) is by_method
+    assert vars(by_keyword) == vars(by_method)
+
+
+def test_flags_need_no_argument() -> None:
+    builder = ModelBuilder("m").with_logging().with_force_cpu().with_throughput_logging()
+    assert (builder.logging, builder.force_cpu, builder.throughput_logging) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_num_seqs", 0),
+        ("max_num_seqs", "8"),
+        ("max_num_seqs", True),
+        ("threads", 0),
+        ("threads", 1.5),
+        ("prefix_cache_n", -1),
+        ("paged_attn", 32),
+        ("token_source", "secret"),
+        ("token_source", None),
+    ],
+)
+def test_a_bad_option_is_named_and_changes_nothing(option: str, value: object) -> None:
+    with pytest.raises(ModelLoadError, match=option):
+        ModelBuilder("m", **{option: value})  # type: ignore[arg-type]
+    builder = ModelBuilder("m")
+    before = dict(vars(builder))
+    with pytest.raises(ModelLoadError, match=option):
+        getattr(builder, method_name(option))(value)
+    assert vars(builder) == before
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "hf_123" not in repr(ModelBuilder("m", token_source="literal:hf_123"))
+    assert "hf_123" not in repr(ModelBuilder("m").with_token_source(TokenSource.literal("hf_123")))
+    with pytest.raises(ModelLoadError) as caught:
+        ModelBuilder("m", token_source="hf_123")
+    assert "hf_123" not in str(caught.value)
+    assert [TokenSource.cache_token(), TokenSource.none(), TokenSource.env_var("A"), TokenSource.path("f")] == [
+        "cache",
+        "none",
+        "env:A",
+        "path:f",
+    ]
+
+
+def test_paged_attention() -> None:
+    assert PagedAttentionMetaBuilder().build().memory == ContextSize(4096)
+    built = PagedAttentionMetaBuilder(block_size=16, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
+    assert (built.block_size, built.memory) == (16, Utilization(0.5))
+    for bad in (0, 7, "32"):
+        with pytest.raises(ModelLoadError, match="block_size"):
+            PagedAttentionMetaBuilder().with_block_size(bad).build()  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match="ContextSize"):
+        PagedAttentionMetaBuilder().with_gpu_memory(4096).build()  # type: ignore[arg-type]
+    for make, value in (
+        (ContextSize, 0),
+        (MbAmount, -1),
+        (Utilization, 0.0),
+        (Utilization, float("nan")),
+        (Utilization, 2),
+        (MbAmount, "1"),
+    ):
+        with pytest.raises(ModelLoadError, match=make.__name__):
+            make(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("files", [[], "f.gguf", [""], [1]])
+def test_gguf_files_are_checked(files: Any) -> None:
+    with pytest.raises(ModelLoadError, match="files"):
+        GgufModelBuilder("m", files)
+
+
+def test_type_checkers_see_the_options() -> None:
+    for builder in (ModelBuilder, TextModelBuilder, GgufModelBuilder):
+        parameters = inspect.signature(builder).parameters
+        assert parameters.keys() >= VALUES.keys()
+        assert parameters["max_num_seqs"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters["model_id"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        assert builder.__doc__
+    assert get_type_hints(common.ModelOptions)["threads"] == int | None
+
+
+# ---- the chain ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Everything below the builders, replaced by what records its arguments."""
+    seen: dict[str, Any] = {}
+
+    def resolve(model_id: str, **more: Any) -> Path:
+        seen["resolve"] = {"model_id": model_id, **more}
+        return tmp_path / "model.gguf"
+
+    def load_gguf(path: Path) -> Any:
+        seen["load_gguf"] = path
+        return types.SimpleNamespace(
+            config={"model_type": "fake"},
+            tokenizer=ByteTokenizer(),
+            chat_template=TEMPLATE,
+            generation_config={"temperature": 0.5},
+            eos_token_ids=(EOS,),
+        )
+
+    def load_runner(checkpoint: Any, **more: Any) -> AlphabetRunner:
+        seen["load_runner"] = more
+        return AlphabetRunner()
+
+    for name, functions in (
+        ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),
+        ("loading.checkpoint", {"load_gguf": load_gguf}),
+        ("models", {"load_runner": load_runner}),
+    ):
+        module = types.ModuleType(f"pymistral.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"pymistral.{name}", module)
+    return seen
+
+
+async def test_build(chain: dict[str, Any], tmp_path: Path) -> None:
+    builder = GgufModelBuilder("owner/repo", ["f.gguf"], threads=2, hf_revision="v1", token_source="none", max_num_seqs=4)
+    async with await builder.build() as model:
+        assert await model.chat("Hi") == ALPHABET
+        assert model.generation_defaults.temperature == 0.5
+        assert (await model.send_chat_request("Hi")).model == "owner/repo"
+    assert chain["resolve"] == {"model_id": "owner/repo", "files": ["f.gguf"], "revision": "v1", "token": "none", "cache_dir": None}
+    assert chain["load_gguf"] == tmp_path / "model.gguf"
+    assert chain["load_runner"] == {"device": None, "threads": 2, "max_num_seqs": 4, "paged_attn": None}
+
+
+async def test_a_path_is_a_model_id(chain: dict[str, Any], tmp_path: Path) -> None:
+    await (await ModelBuilder(tmp_path / "model.gguf").build()).close()
+    assert chain["resolve"]["model_id"] == str(tmp_path / "model.gguf")
+    assert chain["resolve"]["files"] is None
+
+
+async def test_folders(chain: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model.gguf"  # what the hub's stand-in answers
+    folder.mkdir()
+    await (await GgufModelBuilder("m", ["b.gguf", "c.gguf"]).build()).close()
+    assert chain["load_gguf"] == folder / "b.gguf"
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        await ModelBuilder("m").build()
+    (folder / "a.gguf").touch()
+    await (await ModelBuilder("m").build()).close()
+    assert chain["load_gguf"] == folder / "a.gguf"
+
+
+async def test_load_errors_come_out_of_build(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModelLoadError("no such model")
+
+    monkeypatch.setattr(sys.modules["pymistral.loading.hub"], "resolve", fail)
+    with pytest.raises(ModelLoadError, match="no such model"):
+        await TextModelBuilder("m").build()
+
+
+async def test_a_cancelled_build_closes_what_it_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    model = make_model()
+
+    def load(builder: object) -> object:
+        loading.set()
+        go_on.wait(10)
+        return model
+
+    monkeypatch.setattr(common, "load_model", load)
+    task = asyncio.create_task(ModelBuilder("m").build())
+    await asyncio.to_thread(loading.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    await asyncio.to_thread(model._engine._thread.join, 10)
+    assert not model._engine._thread.is_alive()
+
+
+async def test_the_loop_stays_free_while_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def load(builder: object) -> object:
+        threads.append(threading.current_thread())
+        return make_model()
+
+    monkeypatch.setattr(common, "load_model", load)
+    await (await ModelBuilder("m").build()).close()
+    assert threads[0] is not threading.current_thread()
+
+
+def test_chat_template_sources(tmp_path: Path) -> None:
+    checkpoint: Any = types.SimpleNamespace(chat_template="own")
+    jinja, config, bad = tmp_path / "t.jinja", tmp_path / "t.json", tmp_path / "bad.json"
+    jinja.write_text("from jinja")
+    config.write_text(json.dumps({"chat_template": "from json"}))
+    bad.write_text("[]")
+
+    def source(**options: Any) -> str | None:
+        return common.chat_template_source(ModelBuilder("m", **options), checkpoint)
+
+    assert source() == "own"
+    assert source(chat_template="{{ literal }}") == "{{ literal }}"
+    assert source(chat_template=str(jinja)) == "from jinja"
+    assert source(chat_template=str(config)) == "from json"
+    assert source(chat_template="{{ literal }}", jinja_explicit=jinja) == "from jinja"
+    with pytest.raises(ModelLoadError, match=r"bad\.json"):
+        source(chat_template=str(bad))
+    with pytest.raises(ModelLoadError, match="jinja_explicit"):
+        source(jinja_explicit=tmp_path / "missing.jinja")
+    config.write_text('{"chat_template": 7}')
+    with pytest.raises(ModelLoadError, match="string"):
+        source(chat_template=str(config))
+
+
+async def test_with_logging(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("pymistral")
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    await (await ModelBuilder("m").with_logging().build()).close()
+    assert logger.level == logging.INFO

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+
+from pymistral import Function, RequestBuilder, SamplingParams, TextMessageRole, TextMessages, Tool, ToolChoice, ToolType
+from pymistral.errors import RequestValidationError
+from pymistral.requests.request import ChatRequest
+from pymistral.responses import CalledFunction, ToolCallResponse
+
+
+def messages_of(request: ChatRequest) -> list[dict[str, object]]:
+    return RequestBuilder.of(request).messages
+
+
+def test_text_messages_are_fluent() -> None:
+    messages = TextMessages()
+    assert messages.add_message(TextMessageRole.SYSTEM, "Be brief.").add_message("user", "Hi").enable_thinking(False) is messages
+    assert messages.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert messages.thinking is False
+    assert repr(messages) == "TextMessages(2 messages)"
+    assert messages.clear().messages == []
+
+
+def test_everything_that_can_be_a_request() -> None:
+    expected = [{"role": "user", "content": "Hi"}]
+    assert messages_of("Hi") == expected
+    assert messages_of(TextMessages().add_message("user", "Hi")) == expected
+    assert messages_of(RequestBuilder().add_message("user", "Hi")) == expected
+    assert messages_of([{"role": "user", "content": "Hi"}]) == expected
+    assert messages_of(({"role": "USER", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},)) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        (b"Hi", "bytes"),
+        ({"role": "user", "content": "Hi"}, "dict"),
+        ([], "no message"),
+        (TextMessages(), "no message"),
+        (["Hi"], r"messages\[0\]"),
+        ([{"content": "Hi"}], "no 'role'"),
+        ([{"role": "user"}], "no 'content'"),
+        ([{"role": "usr", "content": "Hi"}], "'usr' is not one of 'user', 'assistant', 'system', 'tool'"),
+        ([{"role": "user", "content": 7}], "int"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "only text parts"),
+        ([{"role": "user", "content": "\ud800"}], "surrogate"),
+    ],
+)
+def test_what_cannot_be_a_request(request_: object, message: str) -> None:
+    with pytest.raises(RequestValidationError, match=message):
+        RequestBuilder.of(request_)  # type: ignore[arg-type]
+
+
+def test_roles() -> None:
+    assert TextMessageRole("user") is TextMessageRole.USER
+    assert TextMessageRole("User") is TextMessageRole.USER
+    assert str(TextMessageRole.TOOL) == f"{TextMessageRole.TOOL}" == "tool"
+    messages = TextMessages().add_message(TextMessageRole.custom("developer"), "Hi")
+    assert messages.messages[0]["role"] == "developer"
+    assert type(messages.messages[0]["role"]) is str
+    with pytest.raises(RequestValidationError, match=r"TextMessageRole\.custom"):
+        TextMessages().add_message("developer", "Hi")
+    with pytest.raises(RequestValidationError, match="non-empty"):
+        TextMessageRole.custom("")
+
+
+def test_a_fresh_builder_is_greedy() -> None:
+    assert RequestBuilder().sampling == SamplingParams.deterministic()
+    assert RequestBuilder.of("Hi").sampling == SamplingParams.deterministic()
+
+
+def test_each_setter_sets_its_parameter() -> None:
+    values = {
+        "temperature": ("temperature", 0.5),
+        "topk": ("top_k", 3),
+        "topp": ("top_p", 0.5),
+        "minp": ("min_p", 0.5),
+        "topn_logprobs": ("top_n_logprobs", 4),
+        "frequency_penalty": ("frequency_penalty", 0.5),
+        "presence_penalty": ("presence_penalty", 0.5),
+        "stop_toks": ("stop_toks", ("x", 5)),
+        "max_len": ("max_len", 9),
+        "logits_bias": ("logits_bias", {1: 2.0}),
+        "n_choices": ("n_choices", 2),
+    }
+    builder = RequestBuilder()
+    for setter, (_, value) in values.items():
+        assert getattr(builder, f"set_sampler_{setter}")(value) is builder
+    assert {field: getattr(builder.sampling, field) for field, _ in values.values()} == dict(values.values())
+    assert builder.set_deterministic_sampler().sampling == SamplingParams.deterministic()
+    with pytest.raises(RequestValidationError, match="temperature"):
+        builder.set_sampler_temperature(float("nan"))
+    with pytest.raises(RequestValidationError, match="with_sampling"):
+        builder.with_sampling({"temperature": 1})  # type: ignore[arg-type]
+
+
+def test_of_copies() -> None:
+    builder = RequestBuilder().add_message("user", "Hi")
+    copy = RequestBuilder.of(builder)
+    builder.add_message("assistant", "Hello").add_logits_processor(lambda logits, tokens: logits).set_sampler_max_len(3)
+    assert len(copy.messages) == 1
+    assert copy.logits_processors == []
+    assert copy.sampling.max_len is None
+
+
+def test_tools() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    as_dict = {"type": "function", "function": {"name": "weather", "description": "It rains.", "parameters": schema, "strict": True}}
+    tool = Tool(type=ToolType.FUNCTION, function=Function(name="weather", description="It rains.", parameters=schema, strict=True))
+    assert tool.to_dict() == as_dict
+    assert Tool.from_dict(as_dict) == tool
+    assert Tool(function=Function(name="f")).to_dict() == {"type": "function", "function": {"name": "f"}}
+    request = RequestBuilder().set_tools([tool, as_dict])
+    assert request.template_tools() == [as_dict, as_dict]
+    assert request.set_tool_choice(ToolChoice.NONE).template_tools() is None
+    assert RequestBuilder().template_tools() is None
+
+
+def test_bad_tools() -> None:
+    with pytest.raises(RequestValidationError, match="'function'"):
+        Tool.from_dict({"name": "f"})
+    with pytest.raises(RequestValidationError, match="name"):
+        Tool.from_dict({"function": {}})
+    with pytest.raises(RequestValidationError, match="ToolType: 'x' is not one of 'function'"):
+        Tool(type="x", function=Function(name="f"))
+    with pytest.raises(RequestValidationError, match="schema"):
+        Function(name="f", parameters="{}")  # type: ignore[arg-type]
+    with pytest.raises(RequestValidationError, match="set_tools"):
+        RequestBuilder().set_tools([print])  # type: ignore[list-item]
+    with pytest.raises(RequestValidationError, match="'auto', 'none'"):
+        RequestBuilder().set_tool_choice("sometimes")
+    with pytest.raises(RequestValidationError, match="processor"):
+        RequestBuilder().add_logits_processor(7)  # type: ignore[arg-type]
+
+
+def test_tool_calls_reach_templates_with_parsed_arguments() -> None:
+    call = ToolCallResponse(id="call-1", function=CalledFunction(name="weather", arguments='{"city": "Oslo"}'))
+    request = (
+        RequestBuilder().add_message("user", "Rain?").add_message_with_tool_call("assistant", "", [call]).add_tool_message("Yes.", call.id)
+    )
+    assistant, tool = request.template_messages()[1:]
+    assert assistant["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert tool == {"role": "tool", "content": "Yes.", "tool_call_id": "call-1"}
+    assert request.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    broken = {"id": "1", "function": {"name": "f", "arguments": "{"}}
+    assert RequestBuilder().add_message_with_tool_call("assistant", "", [broken]).template_messages()[0]["tool_calls"] == [broken]
+    openai = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[]"}}]}]
+    assert RequestBuilder.of(openai).template_messages()[0]["tool_calls"][0]["function"]["arguments"] == []
