@@ -8,6 +8,12 @@ from .tiles import panel_bytes
 ATTENTION_CHUNK = 256
 
 
+def whole_panels(tokens: int) -> int:
+    """``tokens``, rounded up to whole panels."""
+    panel = current_isa().tokens
+    return -(-tokens // panel) * panel
+
+
 def panels_bytes(tokens: int, columns: int) -> int:
     """Bytes of the int8 panels of up to ``tokens`` rows of ``columns``."""
     panel = current_isa().tokens

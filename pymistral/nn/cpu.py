@@ -138,12 +138,14 @@ class _Lowering:
         self.state = State(limits)
         self.launches: list[_Launch] = []
         self.matrices: dict[int, _Matrix] = {}
+        self.arena: NDArray[Any] = zeros(self._weight_bytes(), np.uint8, huge_pages=True)
+        self.arena_used = 0
         self.alive: list[Any] = []
         self.scratch_bytes = 0
         self.scratch = _Buffer(np.zeros(0, np.uint8))  # made when its size is known; slots hold a placeholder until then
         self.scratch_slots: list[tuple[list[int], int]] = []
 
-        self.order = {id(node): index for index, node in enumerate(graph.nodes)}
+        self.order = {id(node): index for index, node in enumerate(graph.nodes)}  # when a node has read its inputs
         self.users: dict[Array, list[Node]] = {}
         for node in graph.nodes:
             for array in node.inputs:
@@ -163,7 +165,8 @@ class _Lowering:
     # ---- buffers ----------------------------------------------------------------------------------------------------
 
     def _max_rows(self, array: Array) -> int:
-        return self.limits.max_tokens if array.rows == TOKENS else self.limits.max_outputs
+        """Whole panels: a matrix product writes all rows of the last one."""
+        return geometry.whole_panels(self.limits.max_tokens if array.rows == TOKENS else self.limits.max_outputs)
 
     def _new(self, shape: tuple[int, ...], dtype: Any) -> _Buffer:
         key = (*shape, np.dtype(dtype).itemsize)
@@ -205,11 +208,19 @@ class _Lowering:
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    def _weight_bytes(self) -> int:
+        """Of all matrices in tiles, each rounded up to cache lines."""
+        tensors = [value for node in self.graph.nodes for value in node.attributes.values() if isinstance(value, Tensor)]
+        matrices = {id(tensor): tensor for tensor in tensors if len(tensor.shape) == 2}
+        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices.values())
+
     def _matrix(self, tensor: Tensor) -> _Matrix:
         known = self.matrices.get(id(tensor))
         if known is None:
             format = tile_format(tensor)
-            tiles = zeros(format.nbytes(*tensor.shape), np.uint8)
+            size = format.nbytes(*tensor.shape)
+            tiles = self.arena[self.arena_used : self.arena_used + size]
+            self.arena_used += -(-size // 64) * 64
             known = self.matrices[id(tensor)] = _Matrix(tensor, format, tiles)
         return known
 
@@ -475,7 +486,8 @@ class _Lowering:
         (x,) = node.inputs
         users = self.users.get(node.output, [])
         if len(users) == 1 and users[0].op == "rms_norm" and self._next_node(node.output) is users[0]:
-            return  # the norm reads the rows itself
+            self.order[id(node)] = self.order[id(users[0])]  # the norm reads the rows itself
+            return
         out = self._rows(node.output)
         source = self.rows_of[x]
         slots = (source.address, address(self.state.output_rows), out.address, _padded(x.columns), self._row_bytes(x))
@@ -603,7 +615,7 @@ class _Lowering:
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
             records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
-        self.alive += [scratch, *(matrix.tiles for matrix in self.matrices.values())]
+        self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,

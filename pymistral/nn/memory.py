@@ -11,14 +11,14 @@ from numpy.typing import DTypeLike, NDArray
 _ALIGNMENT = 64
 
 
-def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[np.generic]:
-    """A zeroed array that starts on a cache line. Large ones take memory only where they are written."""
+def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32, *, huge_pages: bool = False) -> NDArray[np.generic]:
+    """A zeroed array that starts on a cache line. Large ones take memory only where they are written, by the page, or by the huge page."""
     shape = (shape,) if isinstance(shape, int) else shape
     nbytes = prod(shape) * np.dtype(dtype).itemsize
     if nbytes >= 1 << 20:
         # straight from the system: page-aligned, given back to it at once when dropped
         region = mmap.mmap(-1, nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(region, np.uint8)[:nbytes].view(dtype).reshape(shape)
     memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)

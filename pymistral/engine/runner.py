@@ -1,0 +1,158 @@
+"""A model as the engine sees it: a recorded program with its paged KV cache, fed one flat step at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelLoadError
+from ..nn import Array, Batch, record
+from ..nn.cpu import compile_graph
+from ..nn.pool import available_threads
+from ..nn.state import Limits
+from .types import Segment
+
+logger = logging.getLogger("pymistral")
+
+_MAX_TOKENS = 512  # in one step
+_MAX_OUTPUTS = 64  # rows of logits in one step
+_BLOCK_SIZE = 32
+_DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
+
+
+class CpuRunner:
+    """Runs a model on the CPU. It remembers nothing of sequences: segments say where their keys and values lie.
+
+    Parameters
+    ----------
+    model
+        The model's graph, as `models.build_model` makes it.
+    max_position_embeddings
+        The longest sequence that the model was made for.
+    threads
+        Threads that compute; None: the cores that this process may use.
+    max_num_seqs
+        Sequences in one step.
+    block_size
+        Positions in a block of the KV cache: a multiple of 16.
+    cache_tokens
+        Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
+    progress
+        Told how many kernels are compiled, if any must be.
+
+    Raises
+    ------
+    ModelLoadError
+        A weight's type or shape cannot be used, or the cache is too small.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Batch], Array],
+        *,
+        max_position_embeddings: int,
+        threads: int | None = None,
+        max_num_seqs: int = 32,
+        block_size: int | None = None,
+        cache_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        graph = record(model)
+        self.block_size = block_size or _BLOCK_SIZE
+        self.cache_token_bytes = sum(
+            2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention"
+        )  # keys and values, f16
+        if cache_tokens is None:
+            cache_tokens = _suggested_cache(max_position_embeddings, self.cache_token_bytes)
+        self.num_blocks = -(-cache_tokens // self.block_size)
+        self.max_sequence_length = min(max_position_embeddings, self.num_blocks * self.block_size)
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max(_MAX_TOKENS, max_num_seqs)
+        self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
+        limits = Limits(
+            max_tokens=self.max_batch_tokens,
+            max_outputs=self.max_output_rows,
+            max_sequences=max_num_seqs,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            max_blocks=-(-self.max_sequence_length // self.block_size),
+        )
+        self.threads = threads or available_threads()
+        self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
+        self.vocab_size = self.program.logits.shape[1]
+
+    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
+
+        Raises
+        ------
+        ValueError
+            The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
+        """
+        state = self.program.state
+        tokens = outputs = tiles = 0
+        longest = 0
+        for row, segment in enumerate(segments):
+            count, start = len(segment.tokens), segment.start
+            end = start + count
+            if tokens + count > self.max_batch_tokens or row >= self.max_num_seqs:
+                raise ValueError(f"a step holds {self.max_batch_tokens} tokens of {self.max_num_seqs} sequences at most")
+            if count < 1 or start < 0 or end > self.max_sequence_length or not 0 <= segment.outputs <= count:
+                raise ValueError(f"segment of {count} tokens from position {start} with {segment.outputs} outputs does not fit")
+            longest = max(longest, end)
+            self._place(state, segment, row, tokens, count, start, end)
+            for first in range(0, count, state.query_tile):
+                state.query_tiles[tiles] = (tokens + first, min(state.query_tile, count - first), row)
+                tiles += 1
+            tokens += count
+            if outputs + segment.outputs > self.max_output_rows:
+                raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
+            if segment.outputs:
+                state.output_rows[outputs : outputs + segment.outputs] = range(tokens - segment.outputs, tokens)
+                outputs += segment.outputs
+        for rope in state.ropes:
+            rope.prepare(longest)
+        state.counts[:3] = (tokens, outputs, tiles)
+        self.program.run()
+        return self.program.logits[:outputs]
+
+    def _place(self, state: Any, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
+        """Write one segment's tokens, positions, cache slots and block table into the state."""
+        size = self.block_size
+        table = segment.block_table
+        blocks = -(-end // size)
+        if len(table) < blocks:
+            raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
+        used = state.block_tables[row, :blocks]
+        used[:] = table[:blocks]
+        if count == 1:
+            token, block = segment.tokens[0], int(used[-1])
+            if not 0 <= token < self.vocab_size or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+                raise ValueError(f"token {token} or block {block} does not exist")
+            state.tokens[at] = token
+            state.positions[at] = start
+            state.cache_slots[at] = block * size + start % size
+            return
+        place = slice(at, at + count)
+        state.tokens[place] = segment.tokens
+        ids = state.tokens[place]
+        if ids.min() < 0 or ids.max() >= self.vocab_size or used.min() < 0 or used.max() >= self.num_blocks:
+            raise ValueError("a token or block does not exist")
+        positions = np.arange(start, end, dtype=np.int32)
+        state.positions[place] = positions
+        state.cache_slots[place] = used[positions // size] * size + positions % size
+
+
+def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:
+    """Tokens: the model's context, but at most a quarter of the memory. It is taken only as it fills."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    affordable = memory // 4 // max(1, token_bytes)
+    tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), affordable)
+    if tokens < 256:
+        raise ModelLoadError(f"a KV cache of {tokens} tokens is all that a quarter of this machine's memory holds; set its size with with_paged_attn")
+    return tokens
