@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from fake_model import make_model
 
 from pymistral.blocking import BlockingModel
