@@ -170,10 +170,13 @@ class Builder(ModelOptions):
 def load_model(builder: Builder) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
     from ..engine import Engine
+    from ..engine.runner import CpuRunner, cache_token_bytes
     from ..loading.checkpoint import load_gguf
     from ..loading.hub import resolve
+    from ..loading.progress import counting_bar
     from ..model import Model
-    from ..models import load_runner
+    from ..models.registry import build_model
+    from ..nn import record
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
@@ -189,13 +192,17 @@ def load_model(builder: Builder) -> Model:
     checkpoint = load_gguf(path)
     _log.info("%s: read %s", model_id, path)
     chat_template = chat_template_source(builder, checkpoint)
-    runner = load_runner(
-        checkpoint,
-        device="cpu" if builder.force_cpu else None,
-        threads=builder.threads,
-        max_num_seqs=builder.max_num_seqs,
-        paged_attn=builder.paged_attn,
-    )
+    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    with counting_bar("compiling kernels for this CPU (once)") as progress:
+        runner = CpuRunner(
+            graph,
+            max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
+            threads=builder.threads,
+            max_num_seqs=builder.max_num_seqs,
+            block_size=builder.paged_attn.block_size if builder.paged_attn else None,
+            cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
+            progress=progress,
+        )
     engine = Engine(
         runner,
         checkpoint.tokenizer,

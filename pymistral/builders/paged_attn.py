@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError
@@ -11,7 +14,7 @@ from ..errors import ModelLoadError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_BLOCK_SIZES = (8, 16, 32, 64, 128)
+_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ class PagedAttentionConfig:
     block_size: int | None
     memory: MemoryGpuConfig
 
+    def tokens(self, token_bytes: int) -> int:
+        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none."""
+        if isinstance(self.memory, ContextSize):
+            return self.memory.tokens
+        if isinstance(self.memory, MbAmount):
+            tokens = self.memory.megabytes * 2**20 // token_bytes
+        else:
+            tokens = int(self.memory.share * _free_memory()) // token_bytes
+        if tokens < 1:
+            raise ModelLoadError(f"{self.memory} holds no token of this model: one takes {token_bytes} bytes of KV cache")
+        return tokens
+
+
+def _free_memory() -> int:
+    """Bytes that may be taken without pushing others out."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
 
 class PagedAttentionMetaBuilder:
     """Settings of the paged KV cache.
@@ -65,7 +88,7 @@ class PagedAttentionMetaBuilder:
     Parameters
     ----------
     block_size
-        Tokens in a block: 8, 16, 32, 64 or 128. None: what suits the device.
+        Tokens in a block: 16, 32, 64 or 128. None: what suits the device.
     gpu_memory
         The size of the cache.
 

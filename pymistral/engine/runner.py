@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..nn import Array, Batch, record
+from ..kernels.cpu.compiler import Progress
 from ..nn.cpu import compile_graph
+from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.state import Limits
 from .types import Segment
@@ -30,8 +31,8 @@ class CpuRunner:
 
     Parameters
     ----------
-    model
-        The model's graph, as `models.build_model` makes it.
+    graph
+        The model, recorded.
     max_position_embeddings
         The longest sequence that the model was made for.
     threads
@@ -53,22 +54,18 @@ class CpuRunner:
 
     def __init__(
         self,
-        model: Callable[[Batch], Array],
+        graph: Graph,
         *,
         max_position_embeddings: int,
         threads: int | None = None,
         max_num_seqs: int = 32,
         block_size: int | None = None,
         cache_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        graph = record(model)
         self.block_size = block_size or _BLOCK_SIZE
-        self.cache_token_bytes = sum(
-            2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention"
-        )  # keys and values, f16
         if cache_tokens is None:
-            cache_tokens = _suggested_cache(max_position_embeddings, self.cache_token_bytes)
+            cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph))
         self.num_blocks = -(-cache_tokens // self.block_size)
         self.max_sequence_length = min(max_position_embeddings, self.num_blocks * self.block_size)
         self.max_num_seqs = max_num_seqs
@@ -146,6 +143,11 @@ class CpuRunner:
         positions = np.arange(start, end, dtype=np.int32)
         state.positions[place] = positions
         state.cache_slots[place] = used[positions // size] * size + positions % size
+
+
+def cache_token_bytes(graph: Graph) -> int:
+    """Bytes of KV cache (keys and values, half floats) for one token."""
+    return sum(2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
 
 
 def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:

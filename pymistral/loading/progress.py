@@ -37,3 +37,29 @@ def download_bar(label: str, total: int | None, progress: bool | None = None) ->
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=total)
         yield Bar(lambda done: bars.update(task, completed=done))
+
+
+@contextlib.contextmanager
+def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield ``progress(done, total)``, which shows a bar from its first call on, where stderr is a terminal, and logs its start elsewhere."""
+    with contextlib.ExitStack() as stack:
+        show: list[Callable[[int, int], None]] = []
+
+        def start() -> Callable[[int, int], None]:
+            if not sys.stderr.isatty():
+                logger.info(label)
+                return lambda done, total: None
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            bars = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+            task = bars.add_task(label)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        def progress(done: int, total: int) -> None:
+            if not show:
+                show.append(start())
+            show[0](done, total)
+
+        yield progress
