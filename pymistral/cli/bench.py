@@ -119,9 +119,9 @@ def measure(engine: Engine, test: Callable[[Runner, int], None], count: int, rep
         test(runner, count)
         return count / (time.perf_counter() - start)
 
-    engine.call(lambda runner: test(runner, min(count, 64))).result()
-    engine.call(timed).result()
-    return [engine.call(timed).result() for _ in range(repetitions)]
+    engine.call(lambda runner: test(runner, min(count, 64)), clear_cache=True).result()
+    engine.call(timed, clear_cache=True).result()
+    return [engine.call(timed, clear_cache=True).result() for _ in range(repetitions)]
 
 
 def _check_fits(engine: Engine, count: int) -> None:

@@ -30,10 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def pull(args: argparse.Namespace) -> int:
     """Fetch the model."""
-    from ..builders.token_source import TokenSource
-
-    token = TokenSource.parse(args.token_source).token()
     with status_line():
-        path = resolve(args.model, files=args.file, revision=args.revision, token=token, offline=args.offline)
+        path = resolve(args.model, files=args.file, revision=args.revision, token=args.token_source, offline=args.offline)
     print(path)
     return 0

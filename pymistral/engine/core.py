@@ -180,6 +180,7 @@ class EngineCore:
         self._retire(job)
         self.stats.failed += 1
         self._emit(job, RequestFailed(error, [sequence.text.text for sequence in job.sequences], job.final_usage()))
+        job.sequences = []
 
     def step(self) -> None:
         """Compute one step, and pass on what came of it."""
@@ -279,6 +280,7 @@ class EngineCore:
             else:
                 self.stats.finished += 1
             self._emit(job, RequestFinished(job.final_usage()))
+            job.sequences = []
 
     def _retire(self, job: Job) -> None:
         job.done = True

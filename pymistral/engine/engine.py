@@ -132,6 +132,7 @@ class Engine:
 
     def logits(self, tokens: Sequence[int]) -> Future[NDArray[np.float32]]:
         """The logits after each of the tokens, float32 ``[len(tokens), vocab_size]``, computed between two steps."""
+        tokens = [int(token) for token in tokens]
         return self._future(lambda: self._core.logits(tokens))
 
     def stats(self) -> EngineStats:

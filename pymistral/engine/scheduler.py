@@ -113,7 +113,7 @@ class Scheduler:
                 batch.append(sequence)
         self.streams = len(batch)
         if prefilling or self.waiting:
-            self._schedule_prompts(batch, [sequence for sequence in prefilling if sequence.block_table])
+            self._schedule_prompts(batch, prefilling)
         else:
             self.prompt_tokens = 0
         return batch

@@ -36,7 +36,7 @@ def resolve(
     *,
     files: Sequence[str] | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
+    token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     progress: bool | None = None,
@@ -53,7 +53,8 @@ def resolve(
     revision
         Branch, tag or commit of a Hugging Face repository.
     token
-        The Hugging Face token; ``True`` or ``None`` is ``HF_TOKEN`` or the one of the last login, ``False`` is none at all.
+        Where the Hugging Face token comes from: ``"cache"`` (the default: ``HF_TOKEN``, else the one of the last login), ``"none"``,
+        ``"env:NAME"``, ``"path:FILE"`` or ``"literal:TOKEN"``.
     cache_dir
         Where fetched files are kept, in place of pymistral's and Hugging Face's own folders.
     offline
@@ -83,7 +84,7 @@ def resolve(
     if looks_local(model_id) or not _REPO_ID.fullmatch(repo):
         raise ModelLoadError(f"{model_id}: there is no such file or folder")
     with _hub_errors(model_id, revision, offline):
-        where = {"revision": revision, "token": token, "cache_dir": cache_dir and Path(cache_dir), "local_files_only": offline}
+        where = {"revision": revision, "token": token_from(token), "cache_dir": cache_dir and Path(cache_dir), "local_files_only": offline}
         return _fetch_repo(repo, part, files, where)
 
 
@@ -113,6 +114,25 @@ def _file_or_folder(folder: Path, files: Sequence[str]) -> Path:
 
 
 # ---- Hugging Face --------------------------------------------------------------------------------
+
+
+def token_from(source: str | None) -> str | bool | None:
+    """The token that a source stands for, as huggingface_hub takes it: ``None`` is its own choice, ``False`` is none at all."""
+    kind, _, value = (source or "cache").partition(":")
+    if kind in ("cache", "none") and not value:
+        return None if kind == "cache" else False
+    if kind == "literal" and value:
+        return value
+    if kind == "env" and value:
+        if not (found := os.environ.get(value, "").strip()):
+            raise ModelLoadError(f"the token source env:{value} names an environment variable that is not set")
+        return found
+    if kind == "path" and value:
+        try:
+            return Path(value).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"the token source path:{value} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raise ModelLoadError("a token source is one of cache, none, env:NAME, path:FILE, literal:TOKEN")  # never shown: it may be a secret
 
 
 def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -> Path:

@@ -41,7 +41,7 @@ def download_bar(label: str, total: int | None, progress: bool | None = None) ->
 
 @contextlib.contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield ``progress(done, total)``, which shows a bar from its first call on, where stderr is a terminal, and logs its start elsewhere."""
+    """Yield ``progress(done, total)``: a bar from its first call on where stderr is a terminal, a line in the log elsewhere."""
     with contextlib.ExitStack() as stack:
         show: list[Callable[[int, int], None]] = []
 

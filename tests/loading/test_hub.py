@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pymistral.errors import ModelLoadError
-from pymistral.loading.hub import cache_folder, choose_gguf, resolve
+from pymistral.loading.hub import cache_folder, choose_gguf, resolve, token_from
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,6 +98,22 @@ def test_choose_gguf(names: list[str], part: str, found: list[str]) -> None:
 def test_choose_gguf_needs_help(names: list[str], part: str, message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         choose_gguf("owner/name", names, part)
+
+
+def test_token_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    assert token_from(None) is token_from("cache") is None
+    assert token_from("none") is False
+    for source in ("literal:secret", "env:MY_TOKEN", f"path:{tmp_path / 'token'}"):
+        assert token_from(source) == "secret"
+    with pytest.raises(ModelLoadError, match="NO_TOKEN names an environment variable that is not set"):
+        token_from("env:NO_TOKEN")
+    with pytest.raises(ModelLoadError, match="cannot be read: No such file"):
+        token_from("path:/no/such/file")
+    with pytest.raises(ModelLoadError, match="a token source is one of") as caught:
+        token_from("hf_secret")
+    assert "hf_secret" not in str(caught.value)
 
 
 @dataclass
@@ -248,10 +264,10 @@ def test_a_cut_connection_is_resumed(hub: Hub) -> None:
 def test_tokens(hub: Hub) -> None:
     hub.token = "secret"
     assert "no such local path, nor a Hugging Face repository" in hub.resolve("owner/private")
-    assert Path(hub.resolve("owner/private", token="secret")).is_dir()
+    assert Path(hub.resolve("owner/private", token="literal:secret")).is_dir()
     assert Path(hub.resolve("owner/gated", {"HF_TOKEN": "secret"})).is_dir()
     hub.tokens.clear()
-    assert "is gated: accept its terms" in hub.resolve("owner/gated", {"HF_TOKEN": "secret"}, token=False)
+    assert "is gated: accept its terms" in hub.resolve("owner/gated", {"HF_TOKEN": "secret"}, token="none")
     assert hub.tokens == {""}
 
 

