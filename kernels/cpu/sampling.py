@@ -28,6 +28,7 @@ from .simd import (
     either,
     exp,
     f32_to_bits,
+    fma,
     greater,
     lane_numbers,
     less_i32,
@@ -52,6 +53,8 @@ from .simd import (
     sum_lanes,
     unordered,
 )
+
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 routine = njit(**JIT_OPTIONS)  # as `inline`, for what is called from several places and is large
 
@@ -102,11 +105,11 @@ def copy_allowed(row, tail, count, mask, out):
 
 
 @inline
-def add_to_tokens(row, count, sign, ids, values, size):
+def add_to_tokens(row, count, factor, ids, values, size):
     for entry in range(size):
         token = load_i32(ids + 4 * entry)
         if 0 <= token < count:
-            store_f32(row + 4 * token, load_f32(row + 4 * token) + np.float32(sign) * load_f32(values + 4 * entry))
+            store_f32(row + 4 * token, load_f32(row + 4 * token) + factor * load_f32(values + 4 * entry))
 
 
 @inline
@@ -126,7 +129,7 @@ def penalise(row, count, ids, counts, size, frequency, presence, repetition):
 
 @inline
 def adjust(request, row, count):
-    add_to_tokens(row, count, -1, word(request, at.DRY_IDS), word(request, at.DRY_VALUES), word(request, at.DRY_SIZE))
+    add_to_tokens(row, count, -ONE, word(request, at.DRY_IDS), word(request, at.DRY_VALUES), word(request, at.DRY_SIZE))
     penalise(
         row,
         count,
@@ -137,7 +140,7 @@ def adjust(request, row, count):
         np.float32(number(request, at.PRESENCE)),
         np.float32(number(request, at.REPETITION)),
     )
-    add_to_tokens(row, count, 1, word(request, at.BIAS_IDS), word(request, at.BIAS_VALUES), word(request, at.BIAS_SIZE))
+    add_to_tokens(row, count, ONE, word(request, at.BIAS_IDS), word(request, at.BIAS_VALUES), word(request, at.BIAS_SIZE))
 
 
 # ---- the most likely ------------------------------------------------------------------------------------------------
@@ -193,33 +196,34 @@ def float_at(order):
 
 
 @inline
-def measure(values, size, bound, weighted):
-    """How many of a list are greater than the bound, or what they add up to."""
+def measure(values, size, bound, unit):
+    """What those of a list add up to that are greater than the bound; their number, if the unit is 1 and not 0."""
+    units, slope, limit, zero = splat_f32(unit), splat_f32(np.float32(1.0) - unit), splat_f32(bound), splat_f32(0.0)
     total = 0.0
     for first in range(0, size, BLOCK):
-        part = splat_f32(0.0)
-        for index in range(first, min(first + BLOCK, size), 16):
-            value = load_f32x16(values + 4 * index)
-            part = part + select(greater(value, splat_f32(bound)), value if weighted else splat_f32(1.0), splat_f32(0.0))
-        total += sum_lanes(part)
+        x, y = zero, zero
+        for index in range(first, min(first + BLOCK, size), 32):
+            u, v = load_f32x16(values + 4 * index), load_f32x16(values + 4 * index + 64)
+            x = x + select(greater(u, limit), fma(u, slope, units), zero)
+            y = y + select(greater(v, limit), fma(v, slope, units), zero)
+        total += sum_lanes(x + y)
     return total
 
 
 @inline
 def end_list(values, size):
-    """Lists are read sixteen at a time: nothing of what follows counts."""
+    """Lists are read thirty-two at a time: nothing of what follows counts."""
     store_f32x16(values + 4 * size, splat_f32(-inf))
+    store_f32x16(values + 4 * size + 64, splat_f32(-inf))
 
 
 @inline
-def shrink(values, size, bound, above):
-    """Keep what is greater than the bound, or what is not. Returns how many are left."""
+def shrink(values, size, bound, turn):
+    """Keep what is greater than the bound; if ``turn`` is all ones, what is not. Returns how many are left."""
     kept = 0
     for index in range(0, size, 16):
         value = load_f32x16(values + 4 * index)
-        bits = mask_bits(greater(value, splat_f32(bound)))
-        if not above:
-            bits = ~bits & ((1 << min(size - index, 16)) - 1)
+        bits = (mask_bits(greater(value, splat_f32(bound))) ^ turn) & ((1 << min(size - index, 16)) - 1)
         store_selected(values + 4 * kept, bits_mask(bits), value)
         kept += count_ones(bits)
     end_list(values, kept)
@@ -227,31 +231,31 @@ def shrink(values, size, bound, above):
 
 
 @routine
-def threshold(values, size, target, weighted, low, high):
-    """The largest value such that it and those above it reach the target: a count, or the sum of their values.
+def threshold(values, size, target, unit, low, high):
+    """The largest value such that it and those above it reach the target: their sum if the unit is 0, their number if it is 1.
 
     The list is used up. Returns the value, how many of those equal to it are needed, and how many there are.
 
     Parameters
     ----------
     low, high
-        Bounds of the answer, both of which it may be. All of the list lies between them.
+        Bounds of the answer, both of which it may be, and of the list. If all of it does not reach the target, the answer is ``low``.
     """
     lowest, highest = order_of(low), order_of(high)
     while lowest < highest:
         middle = (lowest + highest) >> 1
         bound = float_at(middle)
-        above = measure(values, size, bound, weighted)
+        above = measure(values, size, bound, unit)
+        turn = 0
         if above >= target:
             lowest = middle + 1
-            size = shrink(values, size, bound, True)
         else:
             highest = middle
             target -= above
-            if above > 0:
-                size = shrink(values, size, bound, False)
+            turn = 0xFFFF
+        size = shrink(values, size, bound, turn)
     value = float_at(lowest)
-    needed = np.int64(np.ceil(target / (np.float64(value) if weighted else 1.0)))
+    needed = np.int64(np.ceil(target / (value * (np.float32(1.0) - unit) + unit)))
     return value, max(needed, 1), size
 
 
@@ -282,9 +286,9 @@ def largest(row, tail, count, maxima, peak, wanted, ids, values, spare):
             for first in range(0, blocks, 16):
                 store_f32x16(spare + 4 * first, load_f32x16(maxima + 4 * first))
             end_list(spare, blocks)
-            floor, _, _ = threshold(spare, blocks, np.float64(wanted), False, floor, peak)
+            floor, _, _ = threshold(spare, blocks, np.float64(wanted), ONE, floor, peak)
         size = gather(row, tail, count, maxima, floor, spare)
-        floor, ties, _ = threshold(spare, size, np.float64(wanted), False, floor, peak)
+        floor, ties, _ = threshold(spare, size, np.float64(wanted), ONE, floor, peak)
     size = 0
     for block in range(blocks_of(count)):
         if load_f32(maxima + 4 * block) < floor:
@@ -346,13 +350,10 @@ def cut(weights, count, sums, total, top_p, min_p, spare):
         # All that weigh less than this add up to less than top-p leaves out.
         low = max(floor, np.float32(0.99 * (1.0 - top_p) * total / count))
         size = gather(weights, weights + (count // BLOCK) * (4 * BLOCK), count, sums, low, spare)
-        if measure(spare, size, np.float32(0.0), True) >= target:
-            value, needed, ties = threshold(spare, size, target, True, low, np.float32(1.0))
-            if value > floor:
-                floor = value
-                last = count if needed >= ties else nth_equal(weights, count, value, needed)
-        elif low > floor:
-            floor, last = low, count
+        value, needed, ties = threshold(spare, size, target, ZERO, low, ONE)
+        if value > floor:
+            floor = value
+            last = count if needed >= ties else nth_equal(weights, count, value, needed)
     return floor, last
 
 
