@@ -153,6 +153,7 @@ class _Lowering:
         self.done: set[int] = set()  # nodes that are part of another's launch
         self.rows_of: dict[Array, _Buffer] = {}
         self.panels_of: dict[Array, _Buffer] = {}
+        self.residuals_of: dict[Array, _Buffer] = {}
         self.free: dict[tuple[int, ...], list[_Buffer]] = {}
         self.pending_add: dict[Array, tuple[_Buffer, NDArray[Any] | None]] = {}  # x -> branch to add when it is next normed
         self.state_buffer = _Buffer(np.zeros(0, np.uint8))
@@ -185,11 +186,17 @@ class _Lowering:
     def _new_panels(self, array: Array) -> _Buffer:
         buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = buffer
+        if array.rows == OUTPUTS:
+            # Logits come straight from these activations: they are few, and worth 15 bits instead of 8.
+            self.residuals_of[array] = self._new(buffer.array.shape, np.uint8)
         return buffer
+
+    def _residual_panels(self, array: Array) -> int:
+        return self.residuals_of[array].address if array in self.residuals_of else 0
 
     def _release(self, index: int) -> None:
         """Give back the buffers of arrays whose last user is behind us."""
-        for table in (self.rows_of, self.panels_of):
+        for table in (self.rows_of, self.panels_of, self.residuals_of):
             for array in [a for a in table if all(self.order[id(user)] <= index for user in self.users.get(a, []))]:
                 if array is self.graph.nodes[-1].output or array in self.pending_add:
                     continue
@@ -267,7 +274,7 @@ class _Lowering:
             panels = self._new_panels(x)
             self._launch(
                 spec("quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),
@@ -290,7 +297,7 @@ class _Lowering:
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common]
+            slots = [address(matrix.tiles), source.address, *common, self._residual_panels(x)]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
@@ -438,6 +445,7 @@ class _Lowering:
             target.address if wants_panels else 0,
             epsilon,
             rows,
+            self._residual_panels(out),
         )
         touched = (buffer, branch) if branch is not None else ()
         self._launch(
@@ -466,6 +474,7 @@ class _Lowering:
         panels: int,
         epsilon: float,
         rows: int,
+        residuals: int = 0,
     ) -> tuple[int, ...]:
         return (
             x.address,
@@ -480,6 +489,7 @@ class _Lowering:
             rows,
             0,
             0,
+            residuals,
         )
 
     def _take_rows(self, node: Node) -> None:
