@@ -248,6 +248,8 @@ def run_processor(processor: LogitsProcessor, logits: F32, tokens: Sequence[int]
 
 def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> list[SampledToken | Exception]:
     """One token for each row. An error takes the place of the token that it prevented, so that it stays its own request's."""
+    if not samplers:
+        return []
     if logits.dtype != np.float32 or logits.shape != (len(samplers), runner.vocab_size) or logits.strides[1] != 4:
         raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")  # the kernel trusts them
     row, stride = address(logits), logits.strides[0]
