@@ -20,6 +20,7 @@ from .graph import OUTPUTS, TOKENS, Array, Graph, Node
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
+from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
@@ -682,7 +683,7 @@ class _Lowering:
             key: spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
             for key, matrix in self.matrices.items()
         }
-        wanted = [*EXECUTOR_KERNELS, *(launch.kernel for launch in self.launches), *packers.values()]
+        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *packers.values()]
         addresses = load_kernels(wanted, progress)
         pool = thread_pool(self.threads)
         for key, matrix in self.matrices.items():
