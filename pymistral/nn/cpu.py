@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,6 +46,18 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
+    weights: tuple[int, int]  # address and bytes of what it streams through
+    label: str
+    results: list[_Result]
+
+
+@dataclass
+class _Result:
+    """What a launch computes as floats."""
+
+    array: NDArray[Any]
+    rows: str
+    columns: int
 
 
 @dataclass
@@ -102,13 +115,20 @@ class CpuProgram:
     state: State
     logits: NDArray[np.float32]
     names: list[str]
+    labels: list[str]
     weight_bytes: int
     _launches: Launches
     _pool: ThreadPool
+    _results: list[list[_Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
+    _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
     def run(self) -> None:
-        self._pool.run(self._launches)
+        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        if self._eager:
+            self.run_checked()
+        else:
+            self._pool.run(self._launches)
 
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
@@ -116,11 +136,29 @@ class CpuProgram:
 
         seconds = []
         for row in self._launches.table:
-            single = Launches([tuple(int(word) for word in row[:6])], self._pool.threads)  # type: ignore[list-item]
+            single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)
             seconds.append(perf_counter() - start)
         return seconds
+
+    def run_checked(self) -> None:
+        """Run each launch as a program of its own, and look at what it wrote.
+
+        Raises
+        ------
+        FloatingPointError
+            A launch computed what is no finite number; the message names it.
+        """
+        for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
+            self._pool.run(Launches([tuple(int(word) for word in row[:6])], self._pool.threads))  # type: ignore[list-item]
+            for result in results:
+                values = result.array[: self.state.count(result.rows), : result.columns]
+                wrong = np.argwhere(~np.isfinite(values))
+                if len(wrong):
+                    at = tuple(int(i) for i in wrong[0])
+                    where = f"launch {number} of {len(self.labels)}, {self.labels[number]}"
+                    raise FloatingPointError(f"{where}: {values[at]} in row {at[0]}, column {at[1]}")
 
 
 def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> CpuProgram:
@@ -161,6 +199,7 @@ class _Lowering:
 
         for index, node in enumerate(graph.nodes):
             if index not in self.done:
+                self.node = node
                 getattr(self, f"_{node.op}")(node)
             self._release(index)
 
@@ -259,6 +298,7 @@ class _Lowering:
         reads: Iterable[_Buffer] = (),
         writes: Iterable[_Buffer] = (),
         scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
     ) -> None:
         """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
         values = list(slots)
@@ -266,7 +306,11 @@ class _Lowering:
             slot, nbytes = scratch
             self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
             self.scratch_slots.append((values, slot))
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes)))
+        tensors = [value.name for value in self.node.attributes.values() if isinstance(value, Tensor)]
+        written = tuple(writes)
+        results = [_Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
+        label = " ".join([kernel.factory, *tensors])
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -302,9 +346,23 @@ class _Lowering:
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
-        self._launch(kernel, slots, "one", units=matrix.tile_count, chunk=self._chunk(matrix), reads=reads, writes=(out,))
+        self._launch(
+            kernel,
+            slots,
+            "one",
+            units=matrix.tile_count,
+            chunk=self._chunk(matrix),
+            reads=reads,
+            writes=(out,),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
 
     # ---- operations -------------------------------------------------------------------------------------------------
+
+    def _input(self, node: Node) -> None:
+        """An array of eager mode: no launch, its values are here."""
+        values = node.attributes["values"]
+        self._rows(node.output).array[: len(values), : node.output.columns] = values
 
     def _embedding(self, node: Node) -> None:
         matrix = self._matrix(node.attributes["weight"])
@@ -378,6 +436,7 @@ class _Lowering:
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.gated_scratch_bytes()),
+                weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), _padded(columns)), np.float32)
@@ -391,8 +450,8 @@ class _Lowering:
         self.free.setdefault((*raised.array.shape, 4), []).append(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as int8 panels."""
-        return all(
+        """All users take the array as int8 panels, and nobody reads its floats."""
+        return array is not self.graph.nodes[-1].output and all(
             all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
             for user in self.users.get(array, [])
             if user.op in ("linear", "gated_linear")
@@ -638,16 +697,23 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
-            records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
+            records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
         self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
             logits=self.rows_of[logits].array[:, : logits.columns],
             names=[launch.kernel.factory for launch in self.launches],
+            labels=[launch.label for launch in self.launches],
             weight_bytes=sum(matrix.tiles.nbytes for matrix in self.matrices.values()),
             _launches=Launches(records, self.threads),
             _pool=pool,
+            _results=[launch.results for launch in self.launches],
             _alive=self.alive,
         )
 
