@@ -255,7 +255,7 @@ def threshold(values, size, target, unit, low, high):
             turn = 0xFFFF
         size = shrink(values, size, bound, turn)
     value = float_at(lowest)
-    needed = np.int64(np.ceil(target / (value * (np.float32(1.0) - unit) + unit)))
+    needed = np.int64(np.ceil(target / (value if unit == 0 else ONE)))
     return value, max(needed, 1), size
 
 

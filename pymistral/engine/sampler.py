@@ -120,7 +120,20 @@ class Sampler:
         The tokens that end DRY's matches.
     """
 
-    __slots__ = ("_bias", "_dry", "_logits", "_top", "constraint", "counts", "dry", "in_python", "processors", "row", "tokens", "vocab_size")
+    __slots__ = (
+        "_bias",
+        "_dry",
+        "_logits",
+        "_top",
+        "constraint",
+        "counts",
+        "dry",
+        "in_python",
+        "processors",
+        "row",
+        "tokens",
+        "vocab_size",
+    )
 
     def __init__(
         self,
@@ -251,7 +264,9 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     if not samplers:
         return []
     if logits.dtype != np.float32 or logits.shape != (len(samplers), runner.vocab_size) or logits.strides[1] != 4:
-        raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")  # the kernel trusts them
+        raise ValueError(
+            f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}"
+        )  # the kernel trusts them
     row, stride = address(logits), logits.strides[0]
     for sampler in samplers:
         sampler.prepare(row)
@@ -281,5 +296,3 @@ def signed(seed: int) -> int:
 
 def fresh_seed() -> int:
     return secrets.randbits(64)
-
-
