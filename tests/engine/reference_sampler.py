@@ -84,7 +84,10 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def is_drawn(token: int, probs: np.ndarray, params: Any, u: float, tolerance: float = 1e-6) -> bool:
-    """Whether a token is what ``u`` picks, in the vocabulary's order, from what the cuts leave; on a hair's breadth around a border either answer is right."""
+    """Whether a token is what ``u`` picks, in the vocabulary's order, from what the cuts leave.
+
+    On a hair's breadth around a border either answer is right.
+    """
     for shift in (0.0, -tolerance, tolerance):
         near = SimpleNamespace(
             temperature=params.temperature,
