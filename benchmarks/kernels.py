@@ -133,7 +133,9 @@ def launch_seconds(runner: CpuRunner, kernel: str, settings: Settings, count: in
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
-def matrices(report: Report, limits: Limits, settings: Settings, types: Sequence[GgmlType], shapes: Sequence[str], tokens: Sequence[int]) -> None:
+def matrices(
+    report: Report, limits: Limits, settings: Settings, types: Sequence[GgmlType], shapes: Sequence[str], tokens: Sequence[int]
+) -> None:
     """Products with one matrix, and with the pair of a gated MLP."""
     for type in types:
         for shape in shapes:
@@ -180,11 +182,11 @@ def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) 
             size = 2 * 2 * end * kv_heads * head_dim
             count = min(64, max(1, settings.cold // size))
 
-            def operations(batch: Batch, count: int = count, q: int = heads * head_dim, kv: int = kv_heads * head_dim, dim: int = head_dim) -> Array:
+            def operations(
+                batch: Batch, count: int = count, q: int = heads * head_dim, kv: int = kv_heads * head_dim, dim: int = head_dim
+            ) -> Array:
                 for _ in range(count):
-                    x = F.attention(
-                        *(embedded(batch, columns) for columns in (q, kv, kv)), head_dim=dim, scale=dim**-0.5, rope=rope(dim)
-                    )
+                    x = F.attention(*(embedded(batch, columns) for columns in (q, kv, kv)), head_dim=dim, scale=dim**-0.5, rope=rope(dim))
                 return x
 
             runner = runner_of(operations, settings, context=end)
@@ -192,7 +194,16 @@ def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) 
             shape = f"{heads}/{kv_heads} heads of {head_dim}, from {start}"
             seen = tokens * start + tokens * (tokens + 1) // 2
             attention = Work(size, 2 * heads * head_dim * seen, floats=True)
-            add(report, limits, "attention.attention", "F16", shape, tokens, attention, launch_seconds(runner, "attention.attention", settings))
+            add(
+                report,
+                limits,
+                "attention.attention",
+                "F16",
+                shape,
+                tokens,
+                attention,
+                launch_seconds(runner, "attention.attention", settings),
+            )
             seconds = launch_seconds(runner, "rope.rope_and_cache", settings)
             add(report, limits, "rope.rope_and_cache", "F16", shape, tokens, None, seconds)
 
@@ -222,7 +233,16 @@ def small_kernels(report: Report, limits: Limits, settings: Settings, types: Seq
         table = random_matrix(type, 4096, 2048)
         runner = runner_of(lambda batch, table=table: F.embedding(batch.tokens, table), settings)  # type: ignore[misc]
         prepare(runner, 512)
-        add(report, limits, "embedding.embedding", type.name, "4096x2048", 512, None, launch_seconds(runner, "embedding.embedding", settings))
+        add(
+            report,
+            limits,
+            "embedding.embedding",
+            type.name,
+            "4096x2048",
+            512,
+            None,
+            launch_seconds(runner, "embedding.embedding", settings),
+        )
 
 
 def empty_launches(report: Report, limits: Limits, settings: Settings) -> None:
@@ -279,8 +299,12 @@ def plot_roofline(report: Report, path: Path) -> None:
         points = [row for row in report.rows if (row["kernel"], row["type"]) == kind]
         marker = {"matmul.matmul": "o", "matmul.gated_matmul": "s", "matmul.float_matmul": "^"}.get(kind[0], "x")
         name = kind[0].partition(".")[2]
-        axes.plot([p["macs_per_byte"] for p in points], [p["gmac_per_sec"] for p in points], marker, markersize=5, label=f"{name} {kind[1]}")
-    axes.set(xscale="log", yscale="log", xlabel="multiplications per byte of weights or cache", ylabel="GMAC/s", title=report.machine["cpu"])
+        axes.plot(
+            [p["macs_per_byte"] for p in points], [p["gmac_per_sec"] for p in points], marker, markersize=5, label=f"{name} {kind[1]}"
+        )
+    axes.set(
+        xscale="log", yscale="log", xlabel="multiplications per byte of weights or cache", ylabel="GMAC/s", title=report.machine["cpu"]
+    )
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=7, ncols=2, loc="lower right")
     figure.savefig(path, dpi=150)

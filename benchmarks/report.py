@@ -71,7 +71,9 @@ class Report:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         numeric = [any(isinstance(row.get(key), int | float) for row in self.rows) for key in self.columns]
         table = [
-            "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric, strict=True)).rstrip()
+            "  ".join(
+                text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric, strict=True)
+            ).rstrip()
             for line in lines
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
@@ -123,7 +125,7 @@ def machine() -> dict[str, Any]:
 def command() -> str:
     """The command line, without the folders of the machine that it ran on."""
     module = Path(sys.argv[0]).stem
-    words = [re.sub(r"(^|[=,])\S*/", r"\1", word) for word in sys.argv[1:]]
+    words = [re.sub(r"(^|[=,])[^=,]*/", r"\1", word) for word in sys.argv[1:]]
     return " ".join(["python -m", f"benchmarks.{module}", *words])
 
 
