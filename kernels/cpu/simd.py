@@ -57,7 +57,7 @@ i8x64 = Vector("i8", 64)
 b1x16 = Vector("i1", 16)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F16, _F32 = ir.HalfType(), ir.FloatType()
+_F16, _F32, _F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _Emit = Callable[..., Any]
 
 
@@ -106,6 +106,24 @@ def _splat(b: Any, scalar: Any, lanes: int = LANES) -> Any:
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
 
+class _BFloatType(ir.Type):  # type: ignore[misc]
+    """LLVM's ``bfloat``, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
+
+
+_BFLOAT = _BFloatType()
+
+
 def _constant(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 
@@ -148,6 +166,11 @@ def load_f32(b, address):
     return _load(b, address, _F32)
 
 
+@_operation(types.float64, types.intp)
+def load_f64(b, address):
+    return _load(b, address, _F64)
+
+
 @_operation(types.void, types.intp, types.int64)
 def store_i64(b, address, value):
     _store(b, address, value)
@@ -170,6 +193,11 @@ def store_u8(b, address, value):
 
 @_operation(types.void, types.intp, types.float32)
 def store_f32(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, types.float64)
+def store_f64(b, address, value):
     _store(b, address, value)
 
 
@@ -442,9 +470,25 @@ def greater(b, x, y):
     return b.fcmp_ordered(">", x, y)
 
 
+@_operation(b1x16, f32x16, f32x16)
+def at_least(b, x, y):
+    return b.fcmp_ordered(">=", x, y)
+
+
+@_operation(b1x16, f32x16, f32x16)
+def unordered(b, x, y):
+    """Whether one of the two is NaN."""
+    return b.fcmp_unordered("uno", x, y)
+
+
 @_operation(b1x16, b1x16, b1x16)
 def both(b, x, y):
     return b.and_(x, y)
+
+
+@_operation(b1x16, b1x16, b1x16)
+def either(b, x, y):
+    return b.or_(x, y)
 
 
 @_operation(types.int64, b1x16)
@@ -453,9 +497,32 @@ def mask_bits(b, mask):
     return b.zext(b.bitcast(mask, _I16), _I64)
 
 
+@_operation(b1x16, types.int64)
+def bits_mask(b, bits):
+    """Lane ``i`` is bit ``i``."""
+    return b.bitcast(b.trunc(bits, _I16), b1x16.llvm)
+
+
 @_operation(types.int64, types.int64)
 def count_trailing_zeros(b, x):
     return b.cttz(x, ir.Constant(ir.IntType(1), 0))
+
+
+@_operation(types.int64, types.int64)
+def count_ones(b, x):
+    return b.ctpop(x)
+
+
+@_operation(types.void, types.intp, b1x16, f32x16)
+def store_selected(b, address, mask, value):
+    """The lanes that the mask names, one after another. All 16 floats at ``address`` may be written."""
+    if current_isa().name.startswith("avx512"):
+        _store(b, address, _call(b, "llvm.x86.avx512.mask.compress.v16f32", f32x16.llvm, value, value, mask))
+        return
+    for lane in range(LANES):
+        index = ir.Constant(_I32, lane)
+        _store(b, address, b.extract_element(value, index))
+        address = b.add(address, b.shl(b.zext(b.extract_element(mask, index), _I64), ir.Constant(_I64, 2)))
 
 
 @_operation(f32x16, f32x16)
@@ -757,6 +824,97 @@ def add_to_tile(typing_context, tile, address, stride):
         return _each(b, tile_value, add)
 
     return tile(tile, types.intp, types.intp), codegen
+
+
+# ---- bfloat16 pairs ------------------------------------------------------------------------------------------------
+
+
+def _round_to_bf16(b, value):
+    """The upper 16 bits of each float, rounded to nearest even, in the upper half of an int32."""
+    integers = i32x16.llvm
+    bits = b.bitcast(value, integers)
+    odd = b.and_(b.lshr(bits, _constant(integers, 16)), _constant(integers, 1))
+    return b.add(bits, b.add(odd, _constant(integers, 0x7FFF)))
+
+
+@_operation(f32x16, f32x16)
+def round_bf16(b, x):
+    """To the nearest bfloat16, as float32."""
+    integers = i32x16.llvm
+    return b.bitcast(b.and_(_round_to_bf16(b, x), _constant(integers, -65536)), f32x16.llvm)
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_bf16x16(b, address, x):
+    """Rounded to bfloat16, to nearest even."""
+    high = b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16))
+    _store(b, address, b.trunc(high, ir.VectorType(_I16, 16)))
+
+
+@_operation(types.void, types.intp, f32x16, types.int64)
+def scatter_bf16x16(b, address, x, stride):
+    """Lane ``i``, rounded to bfloat16, goes to ``address + i * stride``."""
+    high = b.trunc(b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16)), ir.VectorType(_I16, 16))
+    for lane in range(LANES):
+        _store(b, b.add(address, b.mul(stride, ir.Constant(_I64, lane))), b.extract_element(high, ir.Constant(_I32, lane)))
+
+
+@_operation(types.void, types.intp, f32x16, types.int64)
+def scatter_bf16_pairs(b, address, x, stride):
+    """Lanes ``2 i`` and ``2 i + 1``, rounded to bfloat16, go to ``address + i * stride``."""
+    high = b.trunc(b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16)), ir.VectorType(_I16, 16))
+    pairs = b.bitcast(high, ir.VectorType(_I32, 8))
+    for pair in range(LANES // 2):
+        _store(b, b.add(address, b.mul(stride, ir.Constant(_I64, pair))), b.extract_element(pairs, ir.Constant(_I32, pair)))
+
+
+def _dot_pairs(b, total, x, y):
+    """Each lane plus the two products of its bfloat16 pairs."""
+    floats, integers = f32x16.llvm, i32x16.llvm
+    if current_isa().has_bf16:
+        pairs = ir.VectorType(_BFLOAT, 32)
+        return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", floats, total, b.bitcast(x, pairs), b.bitcast(y, pairs))
+
+    def halves(value):
+        low = b.bitcast(b.shl(value, _constant(integers, 16)), floats)
+        return low, b.bitcast(b.and_(value, _constant(integers, -65536)), floats)
+
+    (x_low, x_high), (y_low, y_high) = halves(x), halves(y)
+    total = _call(b, "llvm.fmuladd.v16f32", floats, x_high, y_high, total)
+    return _call(b, "llvm.fmuladd.v16f32", floats, x_low, y_low, total)
+
+
+@intrinsic(prefer_literal=True)
+def dot_pairs_grid(typing_context, grid, rows, vectors, address, stride):
+    """A grid is a tile of ``len(vectors) * rows`` vectors; add to vector ``[v][row]`` the pair products of ``vectors[v]`` with the pair of
+    bfloat16 at ``address + row * stride``, which all lanes share. ``rows`` and ``stride`` are literals."""
+
+    def codegen(context, b, sig, values):
+        total, _, columns, base, _ = values
+        count, step = sig.args[1].literal_value, sig.args[4].literal_value
+        for row in range(count):
+            shared = _scalar_row(b, base, step, row, _I32)
+            for v in range(sig.args[2].count):
+                index = v * count + row
+                product = _dot_pairs(b, b.extract_value(total, index), b.extract_value(columns, v), shared)
+                total = b.insert_value(total, product, index)
+        return total
+
+    return grid(grid, rows, vectors, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_grid(typing_context, grid, rows, address, stride):
+    """Vector ``[v][row]`` goes to ``address + row * stride + 64 * v``."""
+
+    def codegen(context, b, sig, values):
+        count, step = sig.args[1].literal_value, sig.args[3].literal_value
+        for index in range(sig.args[0].count):
+            offset = index % count * step + index // count * 64
+            _store(b, _row(b, values[2], offset, 1), b.extract_value(values[0], index))
+        return context.get_dummy_value()
+
+    return types.void(grid, rows, types.intp, stride), codegen
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------

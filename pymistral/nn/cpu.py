@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .graph import OUTPUTS, TOKENS, Array, Graph, Node
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
+from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
@@ -44,6 +46,18 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
+    weights: tuple[int, int]  # address and bytes of what it streams through
+    label: str
+    results: list[_Result]
+
+
+@dataclass
+class _Result:
+    """What a launch computes as floats."""
+
+    array: NDArray[Any]
+    rows: str
+    columns: int
 
 
 @dataclass
@@ -101,13 +115,20 @@ class CpuProgram:
     state: State
     logits: NDArray[np.float32]
     names: list[str]
+    labels: list[str]
     weight_bytes: int
     _launches: Launches
     _pool: ThreadPool
+    _results: list[list[_Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
+    _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
     def run(self) -> None:
-        self._pool.run(self._launches)
+        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        if self._eager:
+            self.run_checked()
+        else:
+            self._pool.run(self._launches)
 
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
@@ -115,11 +136,29 @@ class CpuProgram:
 
         seconds = []
         for row in self._launches.table:
-            single = Launches([tuple(int(word) for word in row[:6])], self._pool.threads)  # type: ignore[list-item]
+            single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)
             seconds.append(perf_counter() - start)
         return seconds
+
+    def run_checked(self) -> None:
+        """Run each launch as a program of its own, and look at what it wrote.
+
+        Raises
+        ------
+        FloatingPointError
+            A launch computed what is no finite number; the message names it.
+        """
+        for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
+            self._pool.run(Launches([tuple(int(word) for word in row[:6])], self._pool.threads))  # type: ignore[list-item]
+            for result in results:
+                values = result.array[: self.state.count(result.rows), : result.columns]
+                wrong = np.argwhere(~np.isfinite(values))
+                if len(wrong):
+                    at = tuple(int(i) for i in wrong[0])
+                    where = f"launch {number} of {len(self.labels)}, {self.labels[number]}"
+                    raise FloatingPointError(f"{where}: {values[at]} in row {at[0]}, column {at[1]}")
 
 
 def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> CpuProgram:
@@ -153,12 +192,14 @@ class _Lowering:
         self.done: set[int] = set()  # nodes that are part of another's launch
         self.rows_of: dict[Array, _Buffer] = {}
         self.panels_of: dict[Array, _Buffer] = {}
+        self.residuals_of: dict[Array, _Buffer] = {}
         self.free: dict[tuple[int, ...], list[_Buffer]] = {}
         self.pending_add: dict[Array, tuple[_Buffer, NDArray[Any] | None]] = {}  # x -> branch to add when it is next normed
         self.state_buffer = _Buffer(np.zeros(0, np.uint8))
 
         for index, node in enumerate(graph.nodes):
             if index not in self.done:
+                self.node = node
                 getattr(self, f"_{node.op}")(node)
             self._release(index)
 
@@ -185,11 +226,17 @@ class _Lowering:
     def _new_panels(self, array: Array) -> _Buffer:
         buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = buffer
+        if array.rows == OUTPUTS:
+            # Logits come straight from these activations: they are few, and worth 15 bits instead of 8.
+            self.residuals_of[array] = self._new(buffer.array.shape, np.uint8)
         return buffer
+
+    def _residual_panels(self, array: Array) -> int:
+        return self.residuals_of[array].address if array in self.residuals_of else 0
 
     def _release(self, index: int) -> None:
         """Give back the buffers of arrays whose last user is behind us."""
-        for table in (self.rows_of, self.panels_of):
+        for table in (self.rows_of, self.panels_of, self.residuals_of):
             for array in [a for a in table if all(self.order[id(user)] <= index for user in self.users.get(a, []))]:
                 if array is self.graph.nodes[-1].output or array in self.pending_add:
                     continue
@@ -251,6 +298,7 @@ class _Lowering:
         reads: Iterable[_Buffer] = (),
         writes: Iterable[_Buffer] = (),
         scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
     ) -> None:
         """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
         values = list(slots)
@@ -258,7 +306,11 @@ class _Lowering:
             slot, nbytes = scratch
             self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
             self.scratch_slots.append((values, slot))
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes)))
+        tensors = [value.name for value in self.node.attributes.values() if isinstance(value, Tensor)]
+        written = tuple(writes)
+        results = [_Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
+        label = " ".join([kernel.factory, *tensors])
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -267,7 +319,7 @@ class _Lowering:
             panels = self._new_panels(x)
             self._launch(
                 spec("quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),
@@ -290,13 +342,27 @@ class _Lowering:
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common]
+            slots = [address(matrix.tiles), source.address, *common, self._residual_panels(x)]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
-        self._launch(kernel, slots, "one", units=matrix.tile_count, chunk=self._chunk(matrix), reads=reads, writes=(out,))
+        self._launch(
+            kernel,
+            slots,
+            "one",
+            units=matrix.tile_count,
+            chunk=self._chunk(matrix),
+            reads=reads,
+            writes=(out,),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
 
     # ---- operations -------------------------------------------------------------------------------------------------
+
+    def _input(self, node: Node) -> None:
+        """An array of eager mode: no launch, its values are here."""
+        values = node.attributes["values"]
+        self._rows(node.output).array[: len(values), : node.output.columns] = values
 
     def _embedding(self, node: Node) -> None:
         matrix = self._matrix(node.attributes["weight"])
@@ -370,6 +436,7 @@ class _Lowering:
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.gated_scratch_bytes()),
+                weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), _padded(columns)), np.float32)
@@ -383,8 +450,8 @@ class _Lowering:
         self.free.setdefault((*raised.array.shape, 4), []).append(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as int8 panels."""
-        return all(
+        """All users take the array as int8 panels, and nobody reads its floats."""
+        return array is not self.graph.nodes[-1].output and all(
             all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
             for user in self.users.get(array, [])
             if user.op in ("linear", "gated_linear")
@@ -438,6 +505,7 @@ class _Lowering:
             target.address if wants_panels else 0,
             epsilon,
             rows,
+            self._residual_panels(out),
         )
         touched = (buffer, branch) if branch is not None else ()
         self._launch(
@@ -466,6 +534,7 @@ class _Lowering:
         panels: int,
         epsilon: float,
         rows: int,
+        residuals: int = 0,
     ) -> tuple[int, ...]:
         return (
             x.address,
@@ -480,6 +549,7 @@ class _Lowering:
             rows,
             0,
             0,
+            residuals,
         )
 
     def _take_rows(self, node: Node) -> None:
@@ -523,7 +593,7 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.float16)), _Buffer(zeros(shape, np.float16))
+        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -562,6 +632,7 @@ class _Lowering:
             writes=(q_rows, k_rows, keys, values),
         )
         out = self._rows(node.output)
+        partials = self._new((self.state.max_partials * kv_heads * geometry.partial_floats(group, head_dim),), np.float32)
         slots = (
             q_rows.address,
             self._row_bytes(q),
@@ -572,23 +643,35 @@ class _Lowering:
             limits.block_size,
             kv_heads,
             address(self.state.positions),
-            address(self.state.query_tiles),
+            address(self.state.items),
             address(self.state.block_tables),
-            limits.max_blocks,
+            self.state.table_width,
             options["window"] or 0,
             _float_bits(options["soft_cap"] or 0.0),
             0,
             0,
+            partials.address,
         )
         self._launch(
             spec("attention.attention", head_dim=head_dim, group=group),
             slots,
-            "tiles",
+            "items",
             units=kv_heads,
             reads=(q_rows, keys, values),
-            writes=(out,),
+            writes=(out, partials),
             scratch=(14, geometry.attention_scratch_bytes(group, head_dim)),
         )
+        slots = (address(self.state.merges), partials.address, kv_heads, out.address, self._row_bytes(node.output), 0, 0)
+        self._launch(
+            spec("attention.merge", head_dim=head_dim, group=group),
+            slots,
+            "merges",
+            units=kv_heads,
+            reads=(partials,),
+            writes=(out,),
+            scratch=(5, 4 * geometry.partial_floats(group, head_dim)),
+        )
+        self._give_back(partials)
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
@@ -600,7 +683,7 @@ class _Lowering:
             key: spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
             for key, matrix in self.matrices.items()
         }
-        wanted = [*EXECUTOR_KERNELS, *(launch.kernel for launch in self.launches), *packers.values()]
+        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *packers.values()]
         addresses = load_kernels(wanted, progress)
         pool = thread_pool(self.threads)
         for key, matrix in self.matrices.items():
@@ -614,16 +697,23 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
-            records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
+            records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
         self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
             logits=self.rows_of[logits].array[:, : logits.columns],
             names=[launch.kernel.factory for launch in self.launches],
+            labels=[launch.label for launch in self.launches],
             weight_bytes=sum(matrix.tiles.nbytes for matrix in self.matrices.values()),
             _launches=Launches(records, self.threads),
             _pool=pool,
+            _results=[launch.results for launch in self.launches],
             _alive=self.alive,
         )
 
