@@ -57,7 +57,7 @@ i8x64 = Vector("i8", 64)
 b1x16 = Vector("i1", 16)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F16, _F32 = ir.HalfType(), ir.FloatType()
+_F16, _F32, _F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _Emit = Callable[..., Any]
 
 
@@ -166,6 +166,11 @@ def load_f32(b, address):
     return _load(b, address, _F32)
 
 
+@_operation(types.float64, types.intp)
+def load_f64(b, address):
+    return _load(b, address, _F64)
+
+
 @_operation(types.void, types.intp, types.int64)
 def store_i64(b, address, value):
     _store(b, address, value)
@@ -188,6 +193,11 @@ def store_u8(b, address, value):
 
 @_operation(types.void, types.intp, types.float32)
 def store_f32(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, types.float64)
+def store_f64(b, address, value):
     _store(b, address, value)
 
 
@@ -460,9 +470,25 @@ def greater(b, x, y):
     return b.fcmp_ordered(">", x, y)
 
 
+@_operation(b1x16, f32x16, f32x16)
+def at_least(b, x, y):
+    return b.fcmp_ordered(">=", x, y)
+
+
+@_operation(b1x16, f32x16, f32x16)
+def unordered(b, x, y):
+    """Whether one of the two is NaN."""
+    return b.fcmp_unordered("uno", x, y)
+
+
 @_operation(b1x16, b1x16, b1x16)
 def both(b, x, y):
     return b.and_(x, y)
+
+
+@_operation(b1x16, b1x16, b1x16)
+def either(b, x, y):
+    return b.or_(x, y)
 
 
 @_operation(types.int64, b1x16)
@@ -471,9 +497,32 @@ def mask_bits(b, mask):
     return b.zext(b.bitcast(mask, _I16), _I64)
 
 
+@_operation(b1x16, types.int64)
+def bits_mask(b, bits):
+    """Lane ``i`` is bit ``i``."""
+    return b.bitcast(b.trunc(bits, _I16), b1x16.llvm)
+
+
 @_operation(types.int64, types.int64)
 def count_trailing_zeros(b, x):
     return b.cttz(x, ir.Constant(ir.IntType(1), 0))
+
+
+@_operation(types.int64, types.int64)
+def count_ones(b, x):
+    return b.ctpop(x)
+
+
+@_operation(types.void, types.intp, b1x16, f32x16)
+def store_selected(b, address, mask, value):
+    """The lanes that the mask names, one after another. All 16 floats at ``address`` may be written."""
+    if current_isa().name.startswith("avx512"):
+        _store(b, address, _call(b, "llvm.x86.avx512.mask.compress.v16f32", f32x16.llvm, value, value, mask))
+        return
+    for lane in range(LANES):
+        index = ir.Constant(_I32, lane)
+        _store(b, address, b.extract_element(value, index))
+        address = b.add(address, b.shl(b.zext(b.extract_element(mask, index), _I64), ir.Constant(_I64, 2)))
 
 
 @_operation(f32x16, f32x16)

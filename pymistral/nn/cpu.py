@@ -20,6 +20,7 @@ from .graph import OUTPUTS, TOKENS, Array, Graph, Node
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
+from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
@@ -45,6 +46,7 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
+    weights: tuple[int, int]  # address and bytes of what it streams through
     label: str
     results: list[_Result]
 
@@ -134,7 +136,7 @@ class CpuProgram:
 
         seconds = []
         for row in self._launches.table:
-            single = Launches([tuple(int(word) for word in row[:6])], self._pool.threads)  # type: ignore[list-item]
+            single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)
             seconds.append(perf_counter() - start)
@@ -296,6 +298,7 @@ class _Lowering:
         reads: Iterable[_Buffer] = (),
         writes: Iterable[_Buffer] = (),
         scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
     ) -> None:
         """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
         values = list(slots)
@@ -307,7 +310,7 @@ class _Lowering:
         written = tuple(writes)
         results = [_Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
         label = " ".join([kernel.factory, *tensors])
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, label, results))
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -343,7 +346,16 @@ class _Lowering:
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
-        self._launch(kernel, slots, "one", units=matrix.tile_count, chunk=self._chunk(matrix), reads=reads, writes=(out,))
+        self._launch(
+            kernel,
+            slots,
+            "one",
+            units=matrix.tile_count,
+            chunk=self._chunk(matrix),
+            reads=reads,
+            writes=(out,),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
 
     # ---- operations -------------------------------------------------------------------------------------------------
 
@@ -424,6 +436,7 @@ class _Lowering:
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.gated_scratch_bytes()),
+                weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), _padded(columns)), np.float32)
@@ -670,7 +683,7 @@ class _Lowering:
             key: spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
             for key, matrix in self.matrices.items()
         }
-        wanted = [*EXECUTOR_KERNELS, *(launch.kernel for launch in self.launches), *packers.values()]
+        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *packers.values()]
         addresses = load_kernels(wanted, progress)
         pool = thread_pool(self.threads)
         for key, matrix in self.matrices.items():
@@ -684,7 +697,12 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
-            records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
+            records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
         self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
