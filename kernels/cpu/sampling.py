@@ -1,7 +1,8 @@
 """From a row of logits to a token: mask, penalties, bias, then temperature, top-k, top-p, min-p and a draw: the order of mistral.rs.
 
-Nothing is ever sorted. A cut is a threshold, found by bisection on the bits of the floats over a list that shrinks as it goes; blocks of the
-row that cannot matter are skipped, since the largest value of each is known. The draw inverts the distribution function in the vocabulary's order.
+Nothing is ever sorted. A cut is a threshold, found by bisection on the bits of the floats over a list that shrinks as it goes; blocks of
+the row that cannot matter are skipped, since the largest value of each is known. The draw inverts the distribution function in the
+vocabulary's order.
 
 Rows are worked on in whole blocks of `BLOCK`: a row is an address, how many floats it holds, and ``tail``: where its last block lies,
 filled up with minus infinity. Weights are probabilities times a constant, 1 for the most likely token.

@@ -41,6 +41,6 @@ def whole_blocks(count: int) -> int:
 
 
 def scratch_bytes(vocab_size: int) -> int:
-    """Scratch of one thread: four rows (adjusted logits, weights, a list of values and its ids), two numbers for each block, and one block."""
+    """Scratch of one thread: four rows (logits, weights, a list of values and its ids), two numbers for each block, and one block."""
     row = whole_blocks(vocab_size)
     return 4 * (4 * row + 2 * whole_blocks(row // BLOCK) + 2 * BLOCK)  # the second: lists are written by whole vectors

@@ -268,9 +268,8 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     if not samplers:
         return []
     if logits.dtype != np.float32 or logits.shape != (len(samplers), runner.vocab_size) or logits.strides[1] != 4:
-        raise ValueError(
-            f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}"
-        )  # the kernel trusts them
+        # the kernel trusts them
+        raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")
     row, stride = address(logits), logits.strides[0]
     for sampler in samplers:
         sampler.prepare(row)
@@ -278,7 +277,7 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     errors: dict[Sampler, Exception] = {}
     if stopovers := [sampler for sampler in samplers if sampler.in_python]:
         runner.sample([sampler.row for sampler in stopovers])
-        errors = {sampler: error for sampler in stopovers if (error := sampler.process())}
+        errors = {sampler: error for sampler in stopovers if (error := sampler.process()) is not None}
     runner.sample([sampler.row for sampler in samplers if sampler not in errors])
     return [errors.get(sampler) or sampler.result() for sampler in samplers]
 

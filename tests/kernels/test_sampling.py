@@ -14,8 +14,8 @@ import pytest
 from engine import reference_sampler as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pymistral.kernels.cpu import sampling_layout as at
+
 from pymistral.nn.memory import address
 from pymistral.nn.sampling import SamplingProgram, SamplingRow
 
