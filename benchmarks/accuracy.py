@@ -1,8 +1,9 @@
-"""How close the logits are to float32's, beside llama.cpp's: mean KL divergence and top-1 agreement, on every instruction set that this CPU has.
+"""How close the logits are to float32's, beside llama.cpp's: mean KL divergence and top-1 agreement, on every instruction set of this CPU.
 
-The reference, ``tests/goldens/*.npz``, was computed once by transformers in float32 from the same file's dequantised weights: for each position of 512
-tokens of English the 128 likeliest ids with their log-probabilities. The divergence is taken over those and one bucket for all other ids. The files also
-hold what llama.cpp scores against them. The exit code is 1 if pymistral is further from float32 than llama.cpp is.
+The reference, ``tests/goldens/*.npz``, was computed once by transformers in float32 from the same file's dequantised
+weights: for each position of 512 tokens of English the 128 likeliest ids with their log-probabilities. The divergence
+is taken over those and one bucket for all other ids. The files also hold what llama.cpp scores against them. The exit
+code is 1 if pymistral is further from float32 than llama.cpp is.
 """
 
 from __future__ import annotations

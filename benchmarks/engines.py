@@ -2,16 +2,18 @@
 
     python -m benchmarks.engines -m MODEL.gguf --python llama_cpp=/path/to/venv/bin/python --output results
 
-Each engine runs in a process of its own, with its own interpreter: ``--python ENGINE=PATH`` names one that has it, else this interpreter is tried. Engines
-that are not installed are left out. The tests are those of llama-bench: ppN processes a prompt of N tokens; tgN generates N tokens one by one, always the
-likeliest; "tgN @ C" does so after C tokens.
+Each engine runs in a process of its own, with its own interpreter: ``--python ENGINE=PATH`` names one that has it, else
+this interpreter is tried. Engines that are not installed are left out. The tests are those of llama-bench: ppN
+processes a prompt of N tokens; tgN generates N tokens one by one, always the likeliest; "tgN @ C" does so after C
+tokens.
 
-Figures are medians, in tokens per second; a ratio is pymistral's median over the other's. An engine that needs longer than --patience for a test is
-measured once, without warm-up.
+Figures are medians, in tokens per second; a ratio is pymistral's median over the other's. An engine that needs longer
+than --patience for a test is measured once, without warm-up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -67,7 +69,7 @@ class Worker:
     @classmethod
     def start(cls, engine: str, python: str, model: Path, threads: int, context: int) -> Worker:
         """Start the process and wait until the model is loaded. Raises EngineError."""
-        errors = tempfile.TemporaryFile()
+        errors = tempfile.TemporaryFile()  # noqa: SIM115
         command = [python, str(WORKERS / f"{engine}.py"), str(model), str(threads), str(context)]
         worker = cls(engine, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True), errors)
         hello = worker._read()
@@ -91,11 +93,9 @@ class Worker:
 
     def _measure(self, test: Test) -> tuple[float, float]:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended; reading says why
             self.process.stdin.write(json.dumps({"test": test.kind, "tokens": test.tokens, "context": test.context}) + "\n")
             self.process.stdin.flush()
-        except OSError:  # it has ended; reading says why
-            pass
         result = self._read()
         return result["tokens"] / result["seconds"], result["seconds"]
 
@@ -111,10 +111,8 @@ class Worker:
     def close(self) -> None:
         """Let it end."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):
             self.process.stdin.close()
-        except OSError:
-            pass
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -138,7 +136,7 @@ def start_all(engines: list[str], pythons: dict[str, str], model: Path, threads:
     for engine in engines:
         try:
             workers.append(Worker.start(engine, pythons[engine], model, threads, context))
-        except (EngineError, OSError) as error:
+        except (EngineError, OSError) as error:  # noqa: PERF203
             message = f"{engine} is not measured: {error}"
             print(message, file=sys.stderr)
             notes.append(message)

@@ -1,7 +1,8 @@
 """Every kernel by tile format and shape: GB/s, GMAC/s, and per cent of what this machine can do.
 
-The limits come first (`limits`): memory bandwidth, int8 dot products and float FMAs, all threads together. A kernel's bound is the time that its bytes
-need at that bandwidth or its multiplications at that peak, whichever is longer; "% of bound" is the bound over the measured time.
+The limits come first (`limits`): memory bandwidth, int8 dot products and float FMAs, all threads together. A kernel's
+bound is the time that its bytes need at that bandwidth or its multiplications at that peak, whichever is longer; "% of
+bound" is the bound over the measured time.
 
 Matrices are read cold, as a model's weights are: as many copies take turns as exceed the last-level cache four times.
 """
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymistral.kernels.cpu.tiles import FLOAT_FORMATS
 
 from pymistral.engine.runner import CpuRunner
 from pymistral.engine.types import Segment
 from pymistral.errors import ModelLoadError
-from pymistral.kernels.cpu.tiles import FLOAT_FORMATS
 from pymistral.nn import Array, Batch, Rope, record
 from pymistral.nn import functional as F
 from pymistral.nn.cpu import tile_format
@@ -121,13 +122,17 @@ def prepare(runner: CpuRunner, tokens: int, start: int = 0) -> None:
     runner.forward([Segment([1] * tokens, start, table, 0)])
 
 
-def launch_seconds(runner: CpuRunner, kernel: str, settings: Settings, count: int | None = None) -> list[float]:
-    """Seconds of one launch of this kernel in each pass: all its launches in a row, as they stand in the program, threads meeting at each."""
+def launch_seconds(runner: CpuRunner, kernels: Sequence[str], settings: Settings, count: int | None = None) -> list[float]:
+    """Seconds of one launch of the first of these kernels, and what goes with it of the others, in each pass.
+
+    The launches run in a row, as they stand in the program, each waiting for the one before it.
+    """
     program = runner.program
-    rows = [row for name, row in zip(program.names, program._launches.table, strict=False) if name == kernel][:count]
-    launches = Launches([(*map(int, row[:5]), 1) for row in rows], settings.threads)  # type: ignore[misc]
-    pool = thread_pool(settings.threads)
-    return [seconds / len(rows) for seconds in passes_of(lambda: pool.run(launches), settings.passes, settings.seconds)]
+    table = [row.tolist() for name, row in zip(program.names, program._launches.table, strict=False) if name in kernels][:count]
+    records = [[*row[:5], 1, *row[6:]] for row in table]
+    repeats = count or program.names.count(kernels[0])
+    launches, pool = Launches(records, settings.threads), thread_pool(settings.threads)
+    return [seconds / repeats for seconds in passes_of(lambda: pool.run(launches), settings.passes, settings.seconds)]
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ def matrices(
                 for n in tokens:
                     prepare(runner, n)
                     work = Work(each * size, each * rows * columns * n, is_float)
-                    add(report, limits, kernel, type.name, shape, n, work, launch_seconds(runner, kernel, settings, launches))
+                    add(report, limits, kernel, type.name, shape, n, work, launch_seconds(runner, [kernel], settings, launches))
 
 
 def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) -> None:
@@ -198,14 +203,14 @@ def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) 
                 report,
                 limits,
                 "attention.attention",
-                "F16",
+                "BF16",
                 shape,
                 tokens,
                 attention,
-                launch_seconds(runner, "attention.attention", settings),
+                launch_seconds(runner, ["attention.attention", "attention.merge"], settings),
             )
-            seconds = launch_seconds(runner, "rope.rope_and_cache", settings)
-            add(report, limits, "rope.rope_and_cache", "F16", shape, tokens, None, seconds)
+            seconds = launch_seconds(runner, ["rope.rope_and_cache"], settings)
+            add(report, limits, "rope.rope_and_cache", "BF16", shape, tokens, None, seconds)
 
 
 def rope(head_dim: int) -> Rope:
@@ -228,7 +233,7 @@ def small_kernels(report: Report, limits: Limits, settings: Settings, types: Seq
     for tokens in (1, 512):
         prepare(runner, tokens)
         for kernel in ("quantize.quantize", "norm.norm"):
-            add(report, limits, kernel, "F32", "2048", tokens, None, launch_seconds(runner, kernel, settings))
+            add(report, limits, kernel, "F32", "2048", tokens, None, launch_seconds(runner, [kernel], settings))
     for type in types:
         table = random_matrix(type, 4096, 2048)
         runner = runner_of(lambda batch, table=table: F.embedding(batch.tokens, table), settings)  # type: ignore[misc]
@@ -241,7 +246,7 @@ def small_kernels(report: Report, limits: Limits, settings: Settings, types: Seq
             "4096x2048",
             512,
             None,
-            launch_seconds(runner, "embedding.embedding", settings),
+            launch_seconds(runner, ["embedding.embedding"], settings),
         )
 
 
@@ -251,7 +256,7 @@ def empty_launches(report: Report, limits: Limits, settings: Settings) -> None:
     runner = runner_of(lambda batch: [embedded(batch, 64) for _ in range(count)][-1], settings)
     prepare(runner, 1)
     runner.program.state.counts[0] = 0
-    add(report, limits, "executor", None, "empty launch", 0, None, launch_seconds(runner, "embedding.embedding", settings))
+    add(report, limits, "executor", None, "empty launch", 0, None, launch_seconds(runner, ["embedding.embedding"], settings))
 
 
 def add(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from pymistral.kernels.cpu.compiler import load_kernels, spec
+
 from pymistral.nn.memory import address, zeros
 from pymistral.nn.pool import Launches, thread_pool
 

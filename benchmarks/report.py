@@ -107,8 +107,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def machine() -> dict[str, Any]:
     """The machine, the versions and the command, for whoever wants to repeat it."""
-    from pymistral.cli.doctor import cpu_model
     from pymistral.kernels.cpu.isa import current_isa
+
+    from pymistral.cli.doctor import cpu_model
     from pymistral.nn.pool import available_threads
 
     return {

@@ -1,7 +1,8 @@
 """How long a person waits: imports, loading, the first token with and without compiled kernels; and how much memory it takes.
 
-Each figure is of fresh processes, one after the other. "First token" runs from the start of `pymistral run` to the first byte of the answer; "cold" gives it
-an empty kernel cache, as on the day of the installation. Files are in the page cache, as the second time that anyone uses them.
+Each figure is of fresh processes, one after the other. "First token" runs from the start of `pymistral run` to the
+first byte of the answer; "cold" gives it an empty kernel cache, as on the day of the installation. Files are in the
+page cache, as the second time that anyone uses them.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ def compare(logits: NDArray[np.float32], golden: Any) -> tuple[float, float]:
     """Mean KL divergence over the golden's ids and one bucket for all others, and how often the most likely id agrees."""
     ids = golden["top_ids"]
     expected = golden["top_logprobs"].astype(np.float64)
-    found = logits.astype(np.float64)
-    found -= found.max(axis=1, keepdims=True)
-    found -= np.log(np.exp(found).sum(axis=1, keepdims=True))
-    found = np.take_along_axis(found, ids, axis=1)
+    found = np.empty_like(expected)
+    for row, (values, top) in enumerate(zip(logits, ids, strict=True)):
+        peak = values.max()
+        found[row] = values[top].astype(np.float64) - peak - np.log(np.exp(values - peak).sum(dtype=np.float64))
     p = np.exp(expected)
     rest_p, rest_q = (np.maximum(1 - np.exp(values).sum(axis=1), 1e-9) for values in (expected, found))
     divergence = (p * (expected - found)).sum(axis=1) + rest_p * np.log(rest_p / rest_q)

@@ -1,4 +1,4 @@
-"""mistral.rs through its Python package. It takes text, so prompts have about as many tokens as asked for; rates are of the tokens that it counted.
+"""mistral.rs through its Python package. It takes text, so prompts have about as many tokens as asked for; it counts them itself.
 
 Arguments: model file, threads, context.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.workers.protocol import quiet, serve
+from benchmarks.workers.protocol import quiet, serve  # noqa: E402
 
 
 def main() -> None:

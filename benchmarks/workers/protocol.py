@@ -1,7 +1,7 @@
 """How `benchmarks.engines` talks to the process of an engine: one JSON object a line. Standard library only: any interpreter runs it.
 
-The first line out is ``{"version": ..., "note": ...}`` once the model is loaded; then each line in, ``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is
-answered by ``{"tokens": N, "seconds": S}``.
+The first line out is ``{"version": ..., "note": ...}`` once the model is loaded; then each line in,
+``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is answered by ``{"tokens": N, "seconds": S}``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def serve(
     version
         Of the engine.
     prefill
-        ``prefill(tokens)``: process a prompt of so many tokens, return the seconds (or seconds and tokens, where the engine decides how many).
+        ``prefill(tokens)``: process a prompt of so many tokens, return the seconds (or seconds and tokens, where the
+        engine decides how many).
     decode
         ``decode(tokens, context)``: generate so many tokens after ``context`` others, return the seconds of the generation alone.
     note
@@ -33,11 +34,9 @@ def serve(
     answer(version=version, note=note)
     for line in sys.stdin:
         request = json.loads(line)
-        if request["test"] == "prefill":
-            result = prefill(request["tokens"])
-        else:
-            result = decode(request["tokens"], request["context"])
-        answer(**result if isinstance(result, dict) else {"tokens": request["tokens"], "seconds": result})
+        tokens = request["tokens"]
+        result = prefill(tokens) if request["test"] == "prefill" else decode(tokens, request["context"])
+        answer(**result if isinstance(result, dict) else {"tokens": tokens, "seconds": result})
 
 
 def quiet() -> None:

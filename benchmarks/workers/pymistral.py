@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the checkout, not this folder, which has a module of the same name
 
-from benchmarks.workers.protocol import prompt, quiet, serve, timed
+from benchmarks.workers.protocol import prompt, quiet, serve, timed  # noqa: E402
 
 
 def main() -> None:

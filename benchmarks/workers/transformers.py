@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.workers.protocol import prompt, quiet, serve, timed
+from benchmarks.workers.protocol import prompt, quiet, serve, timed  # noqa: E402
 
 
 def main() -> None:

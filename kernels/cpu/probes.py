@@ -93,7 +93,7 @@ def _another(b, value):
 
 
 def int8_dots() -> Any:
-    """Dot products of bytes out of the first-level cache: `DOTS_IN_UNIT` times 64 multiplications and additions for each unit and accumulator.
+    """Dot products of bytes out of the first-level cache: `DOTS_IN_UNIT` times 64 for each unit and accumulator.
 
     Slots: 0 scratch, 1 bytes of scratch for a thread (64 for each accumulator), zeroed.
     """

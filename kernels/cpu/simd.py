@@ -629,7 +629,11 @@ def _dot_unsigned(b, total, weights, activations):
     if isa.name == "avx2":
         parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
         return _join(b, [b.add(t, _pair_sums(b, w, a)) for t, w, a in parts])
-    return b.add(total, _dot_portable(b, b.zext(weights, ir.VectorType(_I16, 64)), activations))
+    if isa.has_usdot:
+        return _dot_neon(b, "usdot", total, weights, activations)
+    if isa.has_sdot:
+        return _dot_neon(b, "sdot", total, weights, activations)  # weights of eight bits come signed: see `_is_signed`
+    return b.add(total, _dot_portable(b, weights, activations, signed=False))
 
 
 def _dot_signed(b, total, weights, activations):
@@ -643,7 +647,9 @@ def _dot_signed(b, total, weights, activations):
             signed = _call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
             results.append(b.add(t, _pair_sums(b, size, signed)))
         return _join(b, results)
-    return b.add(total, _dot_portable(b, b.sext(weights, ir.VectorType(_I16, 64)), activations))
+    if isa.has_sdot:
+        return _dot_neon(b, "sdot", total, weights, activations)
+    return b.add(total, _dot_portable(b, weights, activations, signed=True))
 
 
 def _pair_sums(b, weights, activations):
@@ -653,16 +659,42 @@ def _pair_sums(b, weights, activations):
     return _call(b, "llvm.x86.avx2.pmadd.wd", doubles, pairs, _constant(words, 1))
 
 
-def _dot_portable(b, weights, activations):
-    """Products of 16-bit values, summed by fours; LLVM finds ``pmaddwd`` or ``smlal`` in it."""
-    wide = ir.VectorType(_I32, 64)
-    products = b.mul(b.sext(weights, wide), b.sext(activations, wide))
-    total = None
-    for offset in range(4):
-        indices = ir.Constant(i32x16.llvm, list(range(offset, 64, 4)))
-        part = b.shuffle_vector(products, products, indices)
-        total = part if total is None else b.add(total, part)
-    return total
+def _quarters(b, value):
+    return [quarter for half in _halves(b, value) for quarter in _halves(b, half)]
+
+
+def _join_quarters(b, parts):
+    return _join(b, [_join(b, parts[:2]), _join(b, parts[2:])])
+
+
+def _dot_neon(b, instruction, total, weights, activations):
+    """AArch64: sixteen products at a time."""
+    name = f"llvm.aarch64.neon.{instruction}.v4i32.v16i8"
+    parts = zip(_quarters(b, total), _quarters(b, weights), _quarters(b, activations), strict=True)
+    return _join_quarters(b, [_call(b, name, t.type, t, w, a) for t, w, a in parts])
+
+
+def _dot_portable(b, weights, activations, signed):
+    """Products of 16-bit values, even and odd bytes apart, so that nothing is shuffled: no product leaves the 16 bits."""
+    words, doubles = ir.VectorType(_I16, 32), i32x16.llvm
+    weights, activations = b.bitcast(weights, words), b.bitcast(activations, words)
+
+    def even(value, signed):
+        return b.ashr(b.shl(value, _constant(words, 8)), _constant(words, 8)) if signed else b.and_(value, _constant(words, 255))
+
+    def odd(value, signed):
+        return b.ashr(value, _constant(words, 8)) if signed else b.lshr(value, _constant(words, 8))
+
+    def pair_sums(x, y):
+        if "x86_64" in b.module.triple:  # every one has SSE2
+            narrow = ir.VectorType(_I32, 4)
+            parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
+            return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
+        products = b.bitcast(b.mul(x, y), doubles)
+        low = b.ashr(b.shl(products, _constant(doubles, 16)), _constant(doubles, 16))
+        return b.add(low, b.ashr(products, _constant(doubles, 16)))
+
+    return b.add(pair_sums(even(weights, signed), even(activations, True)), pair_sums(odd(weights, signed), odd(activations, True)))
 
 
 # ---- register tiles: one vector for each of T tokens, as a tuple ----------------------------------------------------
