@@ -255,6 +255,6 @@ def test_a_row_is_the_same_in_any_company() -> None:
 def test_other_instruction_sets(isa: str) -> None:
     if isa == "avx2" and not llvm.get_host_cpu_features().get("avx2"):
         pytest.skip("this CPU has no AVX2")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
     done = subprocess.run(command, env={**os.environ, "PYMISTRAL_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
