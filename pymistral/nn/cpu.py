@@ -451,11 +451,15 @@ class _Lowering:
 
     def _only_feeds_panels(self, array: Array) -> bool:
         """All users take the array as int8 panels, and nobody reads its floats."""
-        return array is not self.graph.nodes[-1].output and all(
-            all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
-            for user in self.users.get(array, [])
-            if user.op in ("linear", "gated_linear")
-        ) and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        return (
+            array is not self.graph.nodes[-1].output
+            and all(
+                all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
+                for user in self.users.get(array, [])
+                if user.op in ("linear", "gated_linear")
+            )
+            and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        )
 
     def _rms_norm(self, node: Node) -> None:
         (x,) = node.inputs
