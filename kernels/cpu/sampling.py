@@ -1,10 +1,10 @@
-"""From a row of logits to a token: mask, penalties, bias, then temperature, top-k, top-p, min-p and a draw, in this order (that of mistral.rs).
+"""From a row of logits to a token: mask, penalties, bias, then temperature, top-k, top-p, min-p and a draw: the order of mistral.rs.
 
-Nothing is ever sorted. A cut is a threshold, found by bisection on the bits of the floats over a list that shrinks as it goes; blocks of the row that cannot
-matter are skipped, since the largest value of each is known. The draw inverts the distribution function in the vocabulary's order.
+Nothing is ever sorted. A cut is a threshold, found by bisection on the bits of the floats over a list that shrinks as it goes; blocks of the
+row that cannot matter are skipped, since the largest value of each is known. The draw inverts the distribution function in the vocabulary's order.
 
-Rows are worked on in whole blocks of `BLOCK`: a row is an address, how many floats it holds, and ``tail``, where its last block lies if that is not whole
-in memory: padded with minus infinity. Weights are probabilities times a constant, 1 for the most likely token.
+Rows are worked on in whole blocks of `BLOCK`: a row is an address, how many floats it holds, and ``tail``: where its last block lies,
+filled up with minus infinity. Weights are probabilities times a constant, 1 for the most likely token.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def threshold(values, size, target, unit, low, high):
             turn = 0xFFFF
         size = shrink(values, size, bound, turn)
     value = float_at(lowest)
-    needed = np.int64(np.ceil(target / (value * (np.float32(1.0) - unit) + unit)))
+    needed = np.int64(np.ceil(target / (value if unit == 0 else ONE)))
     return value, max(needed, 1), size
 
 
@@ -426,7 +426,10 @@ def uniform(seed, choice, position):
 
 
 def sample() -> Any:
-    """Sample rows; units are rows. Slots: 0 addresses of the rows' descriptions (`sampling_layout`), 1 vocabulary size, 2 scratch, 3 bytes of it for a thread."""
+    """Sample rows; units are rows.
+
+    Slots: 0 addresses of the rows' descriptions (`sampling_layout`), 1 vocabulary size, 2 scratch, 3 bytes of it for a thread.
+    """
 
     def kernel(slots, begin, end, thread):
         requests, count = load_i64(slots), load_i64(slots + 8)

@@ -1,7 +1,7 @@
 """Memory that the sampling kernel (`sampling`) shares with whoever samples. No Numba here, so that a warm start loads none.
 
-A row and its result take `ROW_WORDS` words of eight bytes, in this order. An address or a size of 0 stands for nothing. Ids are int32, lists of values
-float32; the parameters from TEMPERATURE on are float64, as are all results but TOKEN.
+A row and its result take `ROW_WORDS` words of eight bytes, in this order. An address or a size of 0 stands for nothing. Ids are int32,
+lists of values float32; the parameters from TEMPERATURE on are float64, as are all results but TOKEN.
 
 ========================  =============================================================================================
 LOGITS                    address of the row, which is only read
@@ -41,6 +41,6 @@ def whole_blocks(count: int) -> int:
 
 
 def scratch_bytes(vocab_size: int) -> int:
-    """Scratch of one thread: four rows (adjusted logits, weights, a list of values, its ids), two numbers for each block, and one block."""
+    """Scratch of one thread: four rows (adjusted logits, weights, a list of values and its ids), two numbers for each block, and one block."""
     row = whole_blocks(vocab_size)
-    return 4 * (4 * row + 2 * whole_blocks(row // BLOCK) + 2 * BLOCK)
+    return 4 * (4 * row + 2 * whole_blocks(row // BLOCK) + 2 * BLOCK)  # the second: lists are written by whole vectors

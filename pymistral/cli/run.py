@@ -33,7 +33,7 @@ Text that is piped in is the prompt. With PROMPT as well, the prompt is PROMPT, 
 """
 
 # Small models answer far better with a plain instruction than with the one that some templates bring along.
-DEFAULT_SYSTEM = "You are a helpful assistant."
+DEFAULT_SYSTEM = "You are a helpful assistant. Give short, correct answers."
 
 
 def add_parser(commands: Any) -> None:

@@ -1,8 +1,8 @@
 """From logits to a token: penalties, bias, processors, grammar, temperature, top-k, top-p, min-p, in this order.
 
-The semantics are those of mistral.rs. `Sampler` holds what belongs to one choice: what the kernel reads lies in its `SamplingRow`, and what must run in
-Python (logits processors, grammars) runs between two calls of the kernel. A draw depends on the logits and on (seed, choice, position) alone, so it is the
-same in every batch and after a preemption.
+The semantics are those of mistral.rs. `Sampler` holds what belongs to one choice: what the kernel reads lies in its `SamplingRow`, and what
+must run in Python (logits processors, grammars) runs between two calls of the kernel. A draw depends on the logits and on (seed, choice,
+position) alone, so it is the same in every batch and after a preemption.
 """
 
 from __future__ import annotations
@@ -120,7 +120,20 @@ class Sampler:
         The tokens that end DRY's matches.
     """
 
-    __slots__ = ("_bias", "_dry", "_logits", "_top", "constraint", "counts", "dry", "in_python", "processors", "row", "tokens", "vocab_size")
+    __slots__ = (
+        "_bias",
+        "_dry",
+        "_logits",
+        "_top",
+        "constraint",
+        "counts",
+        "dry",
+        "in_python",
+        "processors",
+        "row",
+        "tokens",
+        "vocab_size",
+    )
 
     def __init__(
         self,
@@ -204,15 +217,19 @@ class Sampler:
             self._logits = np.empty(at.whole_blocks(self.vocab_size), np.float32)
             words[at.MODE], words[at.OUT] = at.ADJUST, address(self._logits)
 
-    def process(self) -> None:
-        """Run the request's own functions on the logits that the kernel has adjusted. Raises whatever they raise."""
+    def process(self) -> Exception | None:
+        """Run the request's own functions on the logits that the kernel has adjusted. Returns what they raise."""
         logits = self._logits[: self.vocab_size]
-        for processor in self.processors:
-            logits = run_processor(processor, logits, self.tokens)
-        if self.constraint is not None:
-            self.constraint.mask(logits)
+        try:
+            for processor in self.processors:
+                logits = run_processor(processor, logits, self.tokens)
+            if self.constraint is not None:
+                self.constraint.mask(logits)
+        except Exception as error:
+            return error
         self._logits = np.ascontiguousarray(logits)
         self.row.words[at.MODE], self.row.words[at.LOGITS] = at.ADJUSTED, address(self._logits)
+        return None
 
     def result(self) -> SampledToken | InferenceError:
         """What the kernel made of the row."""
@@ -251,27 +268,19 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     if not samplers:
         return []
     if logits.dtype != np.float32 or logits.shape != (len(samplers), runner.vocab_size) or logits.strides[1] != 4:
-        raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")  # the kernel trusts them
+        raise ValueError(
+            f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}"
+        )  # the kernel trusts them
     row, stride = address(logits), logits.strides[0]
     for sampler in samplers:
         sampler.prepare(row)
         row += stride
-    errors = process_rows(runner, [sampler for sampler in samplers if sampler.in_python])
+    errors: dict[Sampler, Exception] = {}
+    if stopovers := [sampler for sampler in samplers if sampler.in_python]:
+        runner.sample([sampler.row for sampler in stopovers])
+        errors = {sampler: error for sampler in stopovers if (error := sampler.process())}
     runner.sample([sampler.row for sampler in samplers if sampler not in errors])
     return [errors.get(sampler) or sampler.result() for sampler in samplers]
-
-
-def process_rows(runner: Runner, samplers: Sequence[Sampler]) -> dict[Sampler, Exception]:
-    """Have the rows adjusted, and do what is to be done in Python. Returns what that raised."""
-    errors: dict[Sampler, Exception] = {}
-    if samplers:
-        runner.sample([sampler.row for sampler in samplers])
-    for sampler in samplers:
-        try:
-            sampler.process()
-        except Exception as error:
-            errors[sampler] = error
-    return errors
 
 
 def signed(seed: int) -> int:
@@ -281,5 +290,3 @@ def signed(seed: int) -> int:
 
 def fresh_seed() -> int:
     return secrets.randbits(64)
-
-

@@ -17,12 +17,13 @@ from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
-from .memory import address, zeros
+from .memory import address, forget, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
 from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
+_PACK_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
 
 
@@ -722,7 +723,16 @@ class _Lowering:
         )
 
     def _pack(self, matrix: _Matrix, kernel: int, pool: ThreadPool) -> None:
+        """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
         rows, columns = matrix.tensor.shape
-        slots = np.array([address(matrix.tensor.data), address(matrix.tiles), rows, columns], np.int64)
+        row_bytes = matrix.tensor.data.size // rows
+        part = max(1, _PACK_BYTES // (row_bytes * ROWS)) * ROWS
         one = np.ones(1, np.int64)
-        pool.run(Launches([(kernel, address(slots), address(one), matrix.tile_count, max(1, matrix.tile_count // 64), 0)], pool.threads))
+        for first in range(0, rows, part):
+            count = min(part, rows - first)
+            source = matrix.tensor.data[first * row_bytes : (first + count) * row_bytes]
+            target = address(matrix.tiles) + first // ROWS * matrix.tile_bytes
+            slots = np.array([address(source), target, count, columns], np.int64)
+            tiles = -(-count // ROWS)
+            pool.run(Launches([(kernel, address(slots), address(one), tiles, max(1, tiles // 64), 0)], pool.threads))
+            forget(source)

@@ -31,7 +31,7 @@ class SamplingRow:
     def __init__(self) -> None:
         memory: NDArray[Any] = zeros(ROW_WORDS, np.int64)
         self.address = address(memory)
-        self.words = memoryview(memory)
+        self.words = memoryview(memory)  # type: ignore[arg-type]
         self.numbers = self.words.cast("B").cast("d")
 
 
