@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
+from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
@@ -702,6 +703,9 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
+            most = 1 if launch.count == "one" else len(self.state.items)
+            if launch.units * most >> UNIT_BITS:
+                raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
             records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
         weights = [0, 0]
         for record in reversed(records):
