@@ -90,7 +90,7 @@ def quantized(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Activations after they went through int8: 32 at a time share the scale ``max|x| / 127``, in the kernels' own float32 operations."""
     blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(axis=2, keepdims=True)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 1e-36)
     return (np.rint(blocks * inverse) * (peak / np.float32(127))).astype(np.float32).reshape(x.shape)
 
 

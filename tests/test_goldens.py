@@ -65,7 +65,11 @@ def test_as_close_as_llama_cpp(name: str, request: pytest.FixtureRequest) -> Non
 def test_on_other_instruction_sets(isa: str, name: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(f"{name}_path")
     done = subprocess.run(
-        [sys.executable, __file__, name, path], env={**os.environ, "PYMISTRAL_ISA": isa}, cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, __file__, name, path],
+        env={**os.environ, "PYMISTRAL_ISA": isa},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     if "this CPU offers" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])

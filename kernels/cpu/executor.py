@@ -19,14 +19,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .executor_layout import COUNT, COUNTERS, FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCHES, LINE, STEP, STOP, TO_WAKE
+from .executor_layout import COUNT, COUNTERS, FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCHES, LINE, STEP, STOP, TO_WAKE, UNIT_BITS
 from .helpers import inline
 from .simd import _operation, _pointer, load_i64, prefetch, store_i64
 
 _I64 = ir.IntType(64)
 _SPINS_BEFORE_YIELD = 2000
 _FETCH_AHEAD = 256 << 10  # bytes of weights that a waiting thread fetches at most: a part of its second-level cache
-_LOW = (1 << 32) - 1
+_SHIFT = UNIT_BITS
+_LOW = (1 << UNIT_BITS) - 1
 
 
 @_operation(types.boolean, types.intp, types.int64, types.int64)
@@ -96,7 +97,7 @@ def wait_for(done, wanted, step, upcoming, upcoming_end):
         value = atomic_load(done)
         if value == wanted:
             return upcoming
-        if value >> 32 > step:
+        if value >> _SHIFT > step:
             return -1
         if upcoming < upcoming_end:
             for line in range(4):
@@ -114,11 +115,11 @@ def claim(counter, step, size, chunk):
     """Claim up to ``chunk`` units. Returns the first, ``size`` or more if none is left, or -1 if the step is over."""
     while True:
         value = atomic_load(counter)
-        number = value >> 32
+        number = value >> _SHIFT
         if number > step:
             return -1
         at = value & _LOW if number == step else 0
-        if at >= size or compare_exchange(counter, value, step << 32 | (at + chunk)):
+        if at >= size or compare_exchange(counter, value, step << _SHIFT | (at + chunk)):
             return at
 
 
@@ -126,7 +127,7 @@ def claim(counter, step, size, chunk):
 def add_done(counter, step, units):
     while True:
         value = atomic_load(counter)
-        new = value + units if value >> 32 == step else step << 32 | units
+        new = value + units if value >> _SHIFT == step else step << _SHIFT | units
         if compare_exchange(counter, value, new):
             return
 
@@ -156,7 +157,7 @@ def run_program(launches, count, counters, step, thread, threads):
                 upcoming_end = min(weights + nbytes * (thread + 1) // threads, weights + nbytes * thread // threads + _FETCH_AHEAD)
             for before in range(first_open, index):
                 wanted = atomic_load(unit_counts + 8 * before)
-                if wanted >> 32 != step:
+                if wanted >> _SHIFT != step:
                     return
                 if wanted & _LOW:
                     upcoming = wait_for(counters + before * stride, wanted, step, upcoming, upcoming_end)
@@ -168,7 +169,7 @@ def run_program(launches, count, counters, step, thread, threads):
         if index == count:
             return
         tagged = atomic_load(unit_counts + 8 * index)
-        if tagged >> 32 != step:
+        if tagged >> _SHIFT != step:
             return
         units = tagged & _LOW
         done = counters + index * stride
@@ -198,12 +199,12 @@ def lead() -> Any:
     """
 
     def lead_program(sync, threads, launches, count, counters):
-        step = atomic_load(sync + STEP) + 1
+        step = (atomic_load(sync + STEP) | 1) + 1  # even, also after a step that was interrupted
         unit_counts = counters + count * (threads + 1) * LINE
         for index in range(count):
             launch = launches + index * LAUNCH_BYTES
             units = load_i64(load_i64(launch + 16)) * load_i64(launch + 24)
-            atomic_store_relaxed(unit_counts + 8 * index, step << 32 | units)
+            atomic_store_relaxed(unit_counts + 8 * index, step << _SHIFT | units)
         store_i64(sync + LAUNCHES, launches)
         store_i64(sync + COUNT, count)
         store_i64(sync + COUNTERS, counters)
@@ -262,7 +263,8 @@ def follow() -> Any:
                 # The leader raises the step before it looks for sleepers: one of the two sees the other.
                 atomic_store(sleeping, 1)
                 now = atomic_load(sync + STEP)
-                if now & 1 or now == done or atomic_exchange(sleeping, 0) == 2:
+                # If it is too late to stay awake, the leader has to find the 2 that it left.
+                if now & 1 or now == done or not compare_exchange(sleeping, 1, 0):
                     break
                 spins = 0
 

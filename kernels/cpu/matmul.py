@@ -253,7 +253,7 @@ def activation_function(name: str) -> Any:
 
     @inline
     def relu(x):
-        return maximum(x, splat_f32(0.0))
+        return maximum(splat_f32(0.0), x)  # in this order NaN stays NaN
 
     return {"silu": silu, "gelu": gelu, "relu": relu}[name]
 

@@ -7,13 +7,12 @@ from typing import Any
 from .helpers import inline
 from .isa import current_isa
 from .simd import (
-    absolute,
+    larger_magnitudes,
     load_f32,
     load_f32x16,
     load_i8x16,
     load_i64,
-    max_lanes,
-    maximum,
+    peak_lanes,
     round_to_i32,
     splat_f32,
     store_f32,
@@ -24,6 +23,7 @@ from .simd import (
 )
 from .tiles import panel_bytes, panel_offsets
 
+_SMALLEST = 1e-36  # a block whose peak is below becomes zeros: 127 / peak would overflow
 _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _SCALES, _SCALED_SUMS, _SUMS, _FIRST, _LAST = panel_offsets(_PANEL)
@@ -42,8 +42,8 @@ def quantize_row(x, panels, token, columns):
 @inline
 def quantize_block(low, high, record, slot):
     """32 floats into one token's place in a record."""
-    peak = max_lanes(maximum(absolute(low), absolute(high)))
-    inverse = 127.0 / peak if peak > 0.0 else 0.0
+    peak = peak_lanes(larger_magnitudes(low, high))  # NaN makes the scale NaN, and so all that comes of it
+    inverse = 127.0 / peak if peak > _SMALLEST else 0.0
     scale = peak / 127.0
     low_quants = round_to_i32(low * splat_f32(inverse))
     high_quants = round_to_i32(high * splat_f32(inverse))

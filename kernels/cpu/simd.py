@@ -441,6 +441,20 @@ def first_lane(b, x):
 
 
 @_operation(types.float32, f32x16)
+def peak_lanes(b, x):
+    """The largest magnitude; NaN if there is one. As integers, the bits of magnitudes are in their order, and NaN comes last."""
+    bits = b.and_(b.bitcast(x, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF))
+    return b.bitcast(_reduce(b, bits, lambda low, high: b.select(b.icmp_signed(">", low, high), low, high)), _F32)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def larger_magnitudes(b, x, y):
+    """Of each lane the value of larger magnitude, without its sign; NaN if either is."""
+    magnitudes = [b.and_(b.bitcast(value, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF)) for value in (x, y)]
+    return b.bitcast(b.select(b.icmp_signed(">", *magnitudes), *magnitudes), f32x16.llvm)
+
+
+@_operation(types.float32, f32x16)
 def sum_lanes(b, x):
     return _reduce(b, x, b.fadd)
 
@@ -592,7 +606,9 @@ def look_up(b, indices, table):
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
-        return _join(b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)])
+        return _join(
+            b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)]
+        )
     result = _constant(i8x64.llvm, 0)
     for entry in range(16):
         byte = b.extract_element(table, ir.Constant(_I32, entry))
@@ -964,7 +980,13 @@ def _operator(function: Any, vector: Vector, method: str) -> None:
 
 for _function, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _operator(_function, f32x16, _method)
-for _function, _method in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul"), (operator.and_, "and_"), (operator.or_, "or_")):
+for _function, _method in (
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+    (operator.mul, "mul"),
+    (operator.and_, "and_"),
+    (operator.or_, "or_"),
+):
     _operator(_function, i32x16, _method)
 for _function, _method in ((operator.and_, "and_"), (operator.or_, "or_")):
     _operator(_function, i8x64, _method)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
+from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
@@ -452,11 +453,15 @@ class _Lowering:
 
     def _only_feeds_panels(self, array: Array) -> bool:
         """All users take the array as int8 panels, and nobody reads its floats."""
-        return array is not self.graph.nodes[-1].output and all(
-            all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
-            for user in self.users.get(array, [])
-            if user.op in ("linear", "gated_linear")
-        ) and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        return (
+            array is not self.graph.nodes[-1].output
+            and all(
+                all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
+                for user in self.users.get(array, [])
+                if user.op in ("linear", "gated_linear")
+            )
+            and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        )
 
     def _rms_norm(self, node: Node) -> None:
         (x,) = node.inputs
@@ -698,6 +703,9 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = self.state.count_address(launch.count)
+            most = 1 if launch.count == "one" else len(self.state.items)
+            if launch.units * most >> UNIT_BITS:
+                raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
             records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
         weights = [0, 0]
         for record in reversed(records):

@@ -16,8 +16,8 @@ def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32, *, huge_p
     shape = (shape,) if isinstance(shape, int) else shape
     nbytes = prod(shape) * np.dtype(dtype).itemsize
     if nbytes >= 1 << 20:
-        # straight from the system: page-aligned, given back to it at once when dropped
-        region = mmap.mmap(-1, nbytes)
+        # straight from the system: page-aligned, given back to it at once when dropped; private, or a forked child would write into it
+        region = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE) if hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, nbytes)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(region, np.uint8)[:nbytes].view(dtype).reshape(shape)
