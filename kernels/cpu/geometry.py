@@ -34,3 +34,21 @@ def attention_scratch_bytes(group: int, head_dim: int) -> int:
     """Scratch of one thread in `attention`: queries, scores, outputs, and two numbers for each row."""
     rows = query_tile_tokens(group) * group
     return rows * (2 * head_dim + ATTENTION_CHUNK + 2) * 4 + 64
+
+
+def panel_tokens() -> int:
+    """Tokens in a panel."""
+    return current_isa().tokens
+
+
+def panel_row_bytes(columns: int) -> int:
+    """Bytes of int8 panels for each of their rows."""
+    return panel_bytes(1, columns)
+
+
+def gathered_rows(choices: int, experts: int) -> int:
+    """Rows that ``choices`` may take when each of the experts' rows start at a whole panel (see `moe`)."""
+    return choices + min(choices, experts) * (panel_tokens() - 1)
+
+
+EXPERTS_SCRATCH_BYTES = 128  # of one thread in `moe.experts`: the slots of a matrix kernel
