@@ -17,6 +17,7 @@ from .helpers import inline
 from .isa import current_isa
 from .quantize import quantize_block
 from .simd import (
+    add_tiles,
     add_to_tile,
     exp,
     fma_tile,
@@ -189,7 +190,7 @@ def matmul(*, layout: str) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
     Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row, 6 address of the number of
-    tokens, 7 add to what ``out`` holds.
+    tokens, 7 add to what ``out`` holds, 8 panels of what the rounding of 1 lost (the product is then exact to 15 bits of activation), or 0.
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
@@ -204,6 +205,8 @@ def matmul(*, layout: str) -> Any:
         row_bytes = load_i64(slots + 40)
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
+        residuals = load_i64(slots + 64)
+        lost = residuals - panels
         for start in range(0, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
@@ -212,16 +215,22 @@ def matmul(*, layout: str) -> Any:
                 target = out + start * row_bytes + unit * 64
                 if left == 1:
                     result = one(w, x, blocks)
+                    if residuals:
+                        result = add_tiles(result, one(w, x + lost, blocks))
                     if accumulate:
                         result = add_to_tile(result, target, row_bytes)
                     store_tile(result, target, row_bytes)
                 elif left <= 4:
                     few = four(w, x, blocks)
+                    if residuals:
+                        few = add_tiles(few, four(w, x + lost, blocks))
                     if accumulate:
                         few = add_to_tile(few, target, row_bytes)
                     store_tile(few, target, row_bytes)
                 else:
                     many = full(w, x, blocks)
+                    if residuals:
+                        many = add_tiles(many, full(w, x + lost, blocks))
                     if accumulate:
                         many = add_to_tile(many, target, row_bytes)
                     store_tile(many, target, row_bytes)

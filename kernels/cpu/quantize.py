@@ -8,7 +8,9 @@ from .helpers import inline
 from .isa import current_isa
 from .simd import (
     absolute,
+    load_f32,
     load_f32x16,
+    load_i8x16,
     load_i64,
     max_lanes,
     maximum,
@@ -18,6 +20,7 @@ from .simd import (
     store_i8x16,
     store_i32,
     sum_lanes_i32,
+    to_f32,
 )
 from .tiles import panel_bytes, panel_offsets
 
@@ -56,15 +59,36 @@ def quantize_block(low, high, record, slot):
     store_i32(record + _LAST + 4 * slot, last)
 
 
+@inline
+def quantize_row_twice(x, panels, residuals, token, columns):
+    """As `quantize_row`, and what the rounding lost likewise into a second set of panels: 15 bits in all."""
+    slot = token % _PANEL
+    offset = token // _PANEL * (columns // 32) * _RECORD
+    for column in range(0, columns, 32):
+        low, high = load_f32x16(x + 4 * column), load_f32x16(x + 4 * column + 64)
+        record = panels + offset
+        quantize_block(low, high, record, slot)
+        scale = splat_f32(load_f32(record + _SCALES + 4 * slot))
+        quants = record + 32 * slot
+        low = low - to_f32(load_i8x16(quants)) * scale
+        high = high - to_f32(load_i8x16(quants + 16)) * scale
+        quantize_block(low, high, residuals + offset, slot)
+        offset += _RECORD
+
+
 def quantize() -> Any:
-    """Units are tokens. Slots: 0 x, 1 bytes of a row, 2 panels, 3 columns."""
+    """Units are tokens. Slots: 0 x, 1 bytes of a row, 2 panels, 3 columns, 4 panels for what the rounding lost, or 0."""
 
     def kernel(slots, begin, end, thread):
         x = load_i64(slots)
         row_bytes = load_i64(slots + 8)
         panels = load_i64(slots + 16)
         columns = load_i64(slots + 24)
+        residuals = load_i64(slots + 32)
         for token in range(begin, end):
-            quantize_row(x + token * row_bytes, panels, token, columns)
+            if residuals:
+                quantize_row_twice(x + token * row_bytes, panels, residuals, token, columns)
+            else:
+                quantize_row(x + token * row_bytes, panels, token, columns)
 
     return kernel

@@ -153,6 +153,7 @@ class _Lowering:
         self.done: set[int] = set()  # nodes that are part of another's launch
         self.rows_of: dict[Array, _Buffer] = {}
         self.panels_of: dict[Array, _Buffer] = {}
+        self.residuals_of: dict[Array, _Buffer] = {}
         self.free: dict[tuple[int, ...], list[_Buffer]] = {}
         self.pending_add: dict[Array, tuple[_Buffer, NDArray[Any] | None]] = {}  # x -> branch to add when it is next normed
         self.routings: dict[tuple[int, int], tuple[_Buffer, ...]] = {}
@@ -186,11 +187,17 @@ class _Lowering:
     def _new_panels(self, array: Array) -> _Buffer:
         buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = buffer
+        if array.rows == OUTPUTS:
+            # Logits come straight from these activations: they are few, and worth 15 bits instead of 8.
+            self.residuals_of[array] = self._new(buffer.array.shape, np.uint8)
         return buffer
+
+    def _residual_panels(self, array: Array) -> int:
+        return self.residuals_of[array].address if array in self.residuals_of else 0
 
     def _release(self, index: int) -> None:
         """Give back the buffers of arrays whose last user is behind us."""
-        for table in (self.rows_of, self.panels_of):
+        for table in (self.rows_of, self.panels_of, self.residuals_of):
             for array in [a for a in table if all(self.order[id(user)] <= index for user in self.users.get(a, []))]:
                 if array is self.graph.nodes[-1].output or array in self.pending_add:
                     continue
@@ -269,7 +276,7 @@ class _Lowering:
             panels = self._new_panels(x)
             self._launch(
                 spec("quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),
@@ -292,7 +299,7 @@ class _Lowering:
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common]
+            slots = [address(matrix.tiles), source.address, *common, self._residual_panels(x)]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
@@ -440,6 +447,7 @@ class _Lowering:
             target.address if wants_panels else 0,
             epsilon,
             rows,
+            self._residual_panels(out),
         )
         touched = (buffer, branch) if branch is not None else ()
         self._launch(
@@ -468,6 +476,7 @@ class _Lowering:
         panels: int,
         epsilon: float,
         rows: int,
+        residuals: int = 0,
     ) -> tuple[int, ...]:
         return (
             x.address,
@@ -482,6 +491,7 @@ class _Lowering:
             rows,
             0,
             0,
+            residuals,
         )
 
     def _take_rows(self, node: Node) -> None:
@@ -622,7 +632,7 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.float16)), _Buffer(zeros(shape, np.float16))
+        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -661,6 +671,7 @@ class _Lowering:
             writes=(q_rows, k_rows, keys, values),
         )
         out = self._rows(node.output)
+        partials = self._new((self.state.max_partials * kv_heads * geometry.partial_floats(group, head_dim),), np.float32)
         slots = (
             q_rows.address,
             self._row_bytes(q),
@@ -671,23 +682,35 @@ class _Lowering:
             limits.block_size,
             kv_heads,
             address(self.state.positions),
-            address(self.state.query_tiles),
+            address(self.state.items),
             address(self.state.block_tables),
-            limits.max_blocks,
+            self.state.table_width,
             options["window"] or 0,
             _float_bits(options["soft_cap"] or 0.0),
             0,
             0,
+            partials.address,
         )
         self._launch(
             spec("attention.attention", head_dim=head_dim, group=group),
             slots,
-            "tiles",
+            "items",
             units=kv_heads,
             reads=(q_rows, keys, values),
-            writes=(out,),
+            writes=(out, partials),
             scratch=(14, geometry.attention_scratch_bytes(group, head_dim)),
         )
+        slots = (address(self.state.merges), partials.address, kv_heads, out.address, self._row_bytes(node.output), 0, 0)
+        self._launch(
+            spec("attention.merge", head_dim=head_dim, group=group),
+            slots,
+            "merges",
+            units=kv_heads,
+            reads=(partials,),
+            writes=(out,),
+            scratch=(5, 4 * geometry.partial_floats(group, head_dim)),
+        )
+        self._give_back(partials)
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
