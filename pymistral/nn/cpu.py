@@ -136,6 +136,7 @@ class _Lowering:
         self.limits = limits
         self.threads = threads
         self.state = State(limits)
+        self.exact = graph.exact
         self.launches: list[_Launch] = []
         self.matrices: dict[int, _Matrix] = {}
         self.arena: NDArray[Any] = zeros(self._weight_bytes(), np.uint8, huge_pages=True)
@@ -218,10 +219,7 @@ class _Lowering:
 
     def _weight_bytes(self) -> int:
         """Of all matrices in tiles, each rounded up to cache lines."""
-        values = [value for node in self.graph.nodes for value in node.attributes.values()]
-        tensors = [item for value in values for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Tensor)]
-        matrices = {id(tensor): tensor for tensor in tensors if len(tensor.shape) == 2}
-        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices.values())
+        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in self.graph.matrices())
 
     def _matrix(self, tensor: Tensor) -> _Matrix:
         known = self.matrices.get(id(tensor))
@@ -573,7 +571,7 @@ class _Lowering:
             out = self._new((rows, _padded(out_rows)), np.float32)
             input_bytes = 4 * _padded(columns) if first.is_float else geometry.panel_row_bytes(columns)
             width = columns if first.is_float else columns // 32
-            common = (first.tile_bytes, 4 * _padded(out_rows), 0, 0, input_bytes)
+            common = (first.tile_bytes, 4 * _padded(out_rows), 0, 0, input_bytes if first.is_float else 0)
             slots = [addresses[0], source.address, out.address, width, *common, *(0,) * 7]
             slots += [active.address, counts.address, firsts.address, first.tile_count, stride, input_bytes, 0, 0]
             self._launch(
@@ -632,7 +630,8 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
+        dtype = np.float32 if self.exact else np.uint16  # bfloat16
+        keys, values = _Buffer(zeros(shape, dtype)), _Buffer(zeros(shape, dtype))
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -664,7 +663,7 @@ class _Lowering:
             limits.block_size,
         )
         self._launch(
-            spec("rope.rope_and_cache", head_dim=head_dim),
+            spec("rope.rope_and_cache", head_dim=head_dim, **({"cache": "f32"} if self.exact else {})),
             slots,
             TOKENS,
             reads=(q_rows, k_rows, v_rows),
@@ -692,7 +691,7 @@ class _Lowering:
             partials.address,
         )
         self._launch(
-            spec("attention.attention", head_dim=head_dim, group=group),
+            spec("exact_attention.attention" if self.exact else "attention.attention", head_dim=head_dim, group=group),
             slots,
             "items",
             units=kv_heads,
