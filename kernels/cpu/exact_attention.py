@@ -1,6 +1,7 @@
 """`attention` in float32 throughout, for models whose weights are float32: the same items, chunks and order of merging, nothing rounded.
 
-The cache of a layer is, for each block of ``B`` positions and each key/value head: keys ``f32[B / 16][head_dim][16 positions]``, values ``f32[B][head_dim]``.
+The cache of a layer is, for each block of ``B`` positions and each key/value head: keys ``f32[B / 16][head_dim][16 positions]``, values
+``f32[B][head_dim]``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def attention(*, head_dim: int, group: int) -> Any:
         oldest = splat_i32(position - window - start if window else -1)
         peak = splat_f32(_LOWEST)
         for at in range(start, stop, 16):
-            k = load_i64(slots + 32) + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size * head_dim * 4
+            k = load_i64(slots + 32) + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
+            k += at % block_size * head_dim * 4
             s = splat_f32(0.0)
             for i in range(head_dim):
                 s = fma(splat_f32(load_f32(q + 4 * i)), load_f32x16(k + 64 * i), s)

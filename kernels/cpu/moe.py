@@ -1,7 +1,7 @@
 """A mixture of experts: choose experts for each token, gather tokens by expert, multiply, and add up what the experts say.
 
-Tokens that chose the same expert become consecutive rows, so that a weight is read once for all of them. Each expert's rows start at a whole panel;
-the products themselves are `matmul`'s kernels, handed one expert's weights and rows at a time.
+Tokens that chose the same expert become consecutive rows, so that a weight is read once for all of them. Each expert's rows start at a
+whole panel; the products themselves are `matmul`'s kernels, handed one expert's weights and rows at a time.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def route() -> Any:
 def group() -> Any:
     """Give every (token, choice) a row, by expert. One unit.
 
-    Slots: 0 chosen experts (int32), 1 address of the number of tokens, 2 top_k, 3 experts, 4 rows of a panel, 5 rows of each expert (int64),
-    6 first row of each expert (int64), 7 experts that have rows (int64), 8 address of their number, 9 row of each choice (int32 [tokens][top_k]).
+    Slots: 0 chosen experts (int32), 1 address of the number of tokens, 2 top_k, 3 experts, 4 rows of a panel, 5 rows of each expert,
+    6 first row of each expert, 7 experts that have rows (all int64), 8 address of their number, 9 row of each choice (int32).
     """
 
     def kernel(slots, begin, end, thread):
@@ -156,9 +156,9 @@ def activate(*, activation: str, panels: str) -> Any:
 def experts(*, layout: str) -> Any:
     """A matrix product for each expert that has rows. Units are (such an expert, tile).
 
-    Slots: 0 to 15 those of `matmul.matmul` or `matmul.float_matmul`, for expert 0 and row 0; 16 experts that have rows, 17 rows of each expert,
-    18 first row of each expert (all int64), 19 tiles of an expert, 20 bytes of its weights, 21 bytes of a row of the input, 22 scratch,
-    23 bytes of scratch for a thread.
+    Slots: 0 to 15 those of `matmul.matmul` or `matmul.float_matmul`, for expert 0 and row 0; 16 experts that have rows, 17 rows of each
+    expert, 18 first row of each expert (all int64), 19 tiles of an expert, 20 bytes of its weights, 21 bytes of a row of the input,
+    22 scratch, 23 bytes of scratch for a thread.
     """
     product = inline(matmul.float_matmul(layout=layout) if layout in FLOAT_FORMATS else matmul.matmul(layout=layout))
 

@@ -34,8 +34,8 @@ SIZES = (
     "max_position_embeddings",
 )
 FP8_SCALES = ("weight_scale_inv", "weight_scale")
-# buffers that old checkpoints carry along
-BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.(input|activation|[kv])_scale$")
+# buffers that old checkpoints carry along, and the scales of quantised ones
+NO_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$|\.(input|activation|weight|[kv])_scale(_inv)?$")
 
 
 def load_folder(path: str | Path) -> Checkpoint:
@@ -81,14 +81,15 @@ class FolderLoader:
             inner = text.get("model_type", f"{model_type}_text")
             if inner in names.MODEL_TYPES:
                 logger.warning("%s: a %r model; only its text part is loaded", self.folder, model_type)
-                outer = {key: config[key] for key in ("tie_word_embeddings", "quantization_config", "eos_token_id") if key in config}
+                outer: dict[str, Any] = {key: config[key] for key in ("tie_word_embeddings", "quantization_config", "eos_token_id") if key in config}
                 model_type, config = inner, {**outer, **text}
         if not isinstance(model_type, str) or model_type not in names.MODEL_TYPES:
             known = ", ".join(sorted(names.MODEL_TYPES))
             classes = config.get("architectures")
             called = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) and classes else ""
-            missing = f"What is missing is a declaration of {model_type!r:.80} in pymistral/loading/names.py and a file in pymistral/models"
-            self.fail(f"the architecture {model_type!r:.80}{called:.80} is not supported", f"Supported: {known}. {missing} (docs/adding-a-model.md).")
+            missing = f"{model_type!r:.80} lacks its row in pymistral/loading/names.py and its file in pymistral/models"
+            remedy = f"Supported: {known}. What is missing: {missing} (see docs/adding-a-model.md)."
+            self.fail(f"the architecture {model_type!r:.80}{called:.80} is not supported", remedy)
         return names.MODEL_TYPES[model_type], config
 
     # config
@@ -104,8 +105,9 @@ class FolderLoader:
         self._attention(config)
         for name in SIZES:
             self.size(config, name)
-        if config["num_attention_heads"] % config["num_key_value_heads"]:
-            self.fail(f"num_key_value_heads={config['num_key_value_heads']} does not divide num_attention_heads={config['num_attention_heads']}")
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        if heads % kv_heads:
+            self.fail(f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
         if config["head_dim"] % 2:
             self.fail(f"head_dim={config['head_dim']} is odd")
         self.positive(config, "rms_norm_eps")
@@ -179,8 +181,11 @@ class FolderLoader:
     def _activation(self, config: dict[str, Any]) -> None:
         expected = self.architecture.config.get("hidden_act") or "gelu_pytorch_tanh"
         given = config.get("hidden_activation") or config.get("hidden_act", expected)
-        if given != expected and not (expected.startswith("gelu") and given == "gelu"):  # early Gemma files say gelu and mean its tanh form
-            self.fail(f"config.json: the activation is {given!r:.80}, but {config['model_type']} models have {expected}", "Use another model.")
+        if given == "gelu" and expected.startswith("gelu"):  # early Gemma files say gelu and mean its tanh form
+            return
+        if given != expected:
+            problem = f"config.json: the activation is {given!r:.80}, but {config['model_type']} models have {expected}"
+            self.fail(problem, "Use another model.")
 
     def _experts(self, config: dict[str, Any]) -> None:
         if not _has_experts(self.architecture):
@@ -253,9 +258,10 @@ class FolderLoader:
                 missing.append(name)
         if missing:
             self.fail(f"the safetensors lack {some(missing)} of a {config['model_type']!r} model")
-        unexpected = [name for name in stored if name not in known and not BUFFERS.search(name) and name.rpartition(".")[2] not in FP8_SCALES]
+        unexpected = [name for name in stored if name not in known and not NO_WEIGHTS.search(name)]
         if unexpected:
-            logger.warning("%s: ignored the tensors %s, which are not part of a %r model", self.folder, some(unexpected), config["model_type"])
+            model_type = config["model_type"]
+            logger.warning("%s: ignored the tensors %s, which are not part of a %r model", self.folder, some(unexpected), model_type)
         config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in weights
         config["mlp_bias"] = "layers.0.mlp.gate_proj.bias" in weights
         return weights
@@ -302,17 +308,17 @@ class FolderLoader:
         tensor = stored[name]
         if tensor.shape != shape:
             self.fail(f"{tensor.path.name}: tensor {tensor.name!r} has the shape {tensor.shape}, but config.json asks for {shape}")
+        if tensor.dtype not in (*TYPES, "F64", "F8_E4M3") or (tensor.dtype == "F8_E4M3" and len(shape) != 2):
+            remedy = f"Supported: {', '.join(TYPES)}, F64, and F8_E4M3 for matrices."
+            self.fail(f"{tensor.path.name}: tensor {tensor.name!r} is stored as {tensor.dtype}, which is not supported", remedy)
         if tensor.dtype in TYPES:
             return Tensor(tensor.name, TYPES[tensor.dtype], shape, tensor.data)
         if tensor.dtype == "F64":
             values = tensor.data.view(np.float64).astype(np.float32)
             return Tensor(tensor.name, GgmlType.F32, shape, values.view(np.uint8))
-        if tensor.dtype == "F8_E4M3" and len(shape) == 2:
-            prefix = name.removesuffix("weight")
-            scale = next((stored[prefix + kind] for kind in FP8_SCALES if prefix + kind in stored), None)
-            return self._from_fp8(tensor, scale)
-        known = ", ".join((*TYPES, "F64", "F8_E4M3"))
-        self.fail(f"{tensor.path.name}: tensor {tensor.name!r} is stored as {tensor.dtype}, which is not supported", f"Supported: {known}.")
+        prefix = name.removesuffix("weight")
+        scale = next((stored[prefix + kind] for kind in FP8_SCALES if prefix + kind in stored), None)
+        return self._from_fp8(tensor, scale)
 
     def _from_fp8(self, tensor: StoredTensor, scale: StoredTensor | None) -> Tensor:
         """BF16 from FP8 with a scale for all, for each row, or for each block of 128 by 128 (or as ``quantization_config`` says)."""
@@ -336,7 +342,8 @@ class FolderLoader:
 
     def _scales(self, tensor: StoredTensor, scale: StoredTensor) -> NDArray[np.float32]:
         if len(scale.shape) > 2 or prod(scale.shape) < 1 or scale.dtype not in TYPES:
-            self.fail(f"{scale.path.name}: the scale {scale.name!r} is {scale.dtype} {scale.shape}, no scale of {tensor.name!r} {tensor.shape}")
+            found = f"{scale.dtype} {scale.shape}"
+            self.fail(f"{scale.path.name}: the scale {scale.name!r} is {found}, no scale of {tensor.name!r} {tensor.shape}")
         values = floats(scale)
         if not np.isfinite(values).all():
             self.fail(f"{scale.path.name}: the scale {scale.name!r} has values that are not finite")
@@ -404,5 +411,6 @@ def _end_tokens(generation_config: Mapping[str, Any], config: Mapping[str, Any],
     ids: list[int] = []
     for source in (generation_config, config):
         value = source.get("eos_token_id")
-        ids += [token for token in (value if isinstance(value, list) else [value]) if type(token) is int and 0 <= token < config["vocab_size"]]
+        named = value if isinstance(value, list) else [value]
+        ids += [token for token in named if type(token) is int and 0 <= token < config["vocab_size"]]
     return tuple(dict.fromkeys([*ids, *tokenizer.end_token_ids]))

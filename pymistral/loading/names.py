@@ -206,7 +206,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             defaults={**QWEN, "norm_topk_prob": False, "num_experts": 60, "num_experts_per_tok": 4},
         ),
         "qwen3": Architecture(
-            "qwen3", EMBEDDINGS + ATTENTION + QK_NORMS + MLP, HEAD_AND_ROPE + ATTENTION_BIASES, config=SILU, defaults={**QWEN, "head_dim": 128}
+            "qwen3",
+            EMBEDDINGS + ATTENTION + QK_NORMS + MLP,
+            HEAD_AND_ROPE + ATTENTION_BIASES,
+            config=SILU,
+            defaults={**QWEN, "head_dim": 128},
         ),
         "qwen3moe": Architecture(
             "qwen3_moe",

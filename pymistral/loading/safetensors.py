@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from .gguf import MAGIC, OTHER_FORMATS, map_file
+from .pickles import refuse_pickle
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_JSON_BYTES = 100_000_000  # of an index
 MAX_DIMS = 8
 REMEDY = "The file is damaged or incomplete: fetch it again."
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 FOREIGN = {**OTHER_FORMATS, MAGIC: "a GGUF file: name it .gguf"}
 
@@ -138,7 +138,7 @@ class _Header:
 
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder: of ``model.safetensors``, of the shards that ``model.safetensors.index.json`` lists, or of the only file there.
+    """All tensors of a folder: of ``model.safetensors``, else of the shards in ``model.safetensors.index.json``, else of the only file.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
-            raise ModelLoadError(f"{index}: tensor {name[:80]!r} is said to be in {file!r:.80}, which is no safetensors file of this folder")
+            raise ModelLoadError(f"{index}: tensor {name[:80]!r} is said to be in {file!r:.80}, no safetensors file of this folder")
         if file not in shards:
             if not (folder / file).is_file():
                 raise ModelLoadError(f"{index}: it lists the file {file}, which is not there. Fetch the folder again.")
@@ -177,15 +177,6 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
             raise ModelLoadError(f"{index}: tensor {name[:80]!r} is said to be in {file}, which does not hold it. Fetch the folder again.")
         tensors[name] = shards[file].tensors[name]
     return tensors
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises ModelLoadError if the file is of a kind that runs code when it is loaded."""
-    if path.suffix.lower() in PICKLES:
-        raise ModelLoadError(
-            f"{path}: pickled weights are refused, because loading a pickle runs whatever code it holds. "
-            "Use the model's safetensors, or convert it where you trust it: save_pretrained writes safetensors."
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

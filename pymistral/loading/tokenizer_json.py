@@ -1,4 +1,4 @@
-"""The tokenizer of a folder of Hugging Face's form: ``tokenizer.json`` run by the `tokenizers` package, ``tokenizer_config.json`` beside it."""
+"""The tokenizer of a folder of Hugging Face's form: ``tokenizer.json``, run by the `tokenizers` package, and ``tokenizer_config.json``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Block:
         self.attention = Attention(weights.child("self_attn"), config, rope, scale=config["attention_multiplier"])
         self.mlp_norm = RMSNorm(weights.tensor("post_attention_layernorm"), epsilon)
         self.mlp = GatedMLP(weights.child("mlp"), "silu")
-        self.scale = config["residual_multiplier"]
+        self.scale = float(config["residual_multiplier"])
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attention(self.attention_norm(x)) * self.scale
@@ -31,7 +31,7 @@ class Granite:
         self.layers = [Block(config, weights.child("layers", i), rope) for i in range(config["num_hidden_layers"])]
         self.norm = RMSNorm(weights.tensor("norm"), config["rms_norm_eps"])
         self.lm_head = Linear(weights.tensor("lm_head") if "lm_head" in weights else weights.tensor("embed_tokens"))
-        self.scale = 1.0 / config["logits_scaling"]
+        self.scale = 1.0 / float(config["logits_scaling"])
 
     def __call__(self, batch: Batch) -> Array:
         x = self.embed(batch.tokens)

@@ -15,7 +15,18 @@ Factory = Callable[[Mapping[str, Any], Weights], Model]
 F = TypeVar("F", bound=Factory)
 
 _FILES = (
-    "gemma", "gemma2", "gemma3", "granite", "llama", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
 )
 _factories: dict[str, Factory] = {}
 

@@ -553,7 +553,15 @@ class _Lowering:
         routing = self._routing(choices, experts)
         chosen, weights, counts, firsts, active, used, row_of = routing
         logits = self.rows_of[router]
-        slots = (logits.address, self._row_bytes(router), experts, top_k, int(options["normalize"]), chosen.address, weights.address)
+        slots: tuple[int, ...] = (
+            logits.address,
+            self._row_bytes(router),
+            experts,
+            top_k,
+            int(options["normalize"]),
+            chosen.address,
+            weights.address,
+        )
         self._launch(spec("moe.route"), slots, x.rows, reads=(logits,), writes=(chosen, weights))
         tokens = self.state.count_address(x.rows)
         addresses = [buffer.address for buffer in (counts, firsts, active, used, row_of)]
@@ -587,7 +595,9 @@ class _Lowering:
             return out
 
         def panels_or_rows(columns: int, floats: bool) -> _Buffer:
-            return self._new((rows, _padded(columns)), np.float32) if floats else self._new((geometry.panels_bytes(rows, columns),), np.uint8)
+            if floats:
+                return self._new((rows, _padded(columns)), np.float32)
+            return self._new((geometry.panels_bytes(rows, columns),), np.uint8)
 
         floats = [isinstance(tile_format(options[name][0]), FloatFormat) for name in ("gate", "up", "down")]
         if floats[0] != floats[1]:
@@ -611,12 +621,16 @@ class _Lowering:
             self._give_back(buffer)
 
     def _routing(self, choices: int, experts: int) -> tuple[_Buffer, ...]:
-        """What tells tokens and experts apart in `kernels.cpu.moe`, shared by all layers: chosen experts, weights; and by `moe.group`: rows and first row
-        of each expert, experts with rows, their number, row of each choice."""
+        """Which token goes to which expert in `kernels.cpu.moe`; all layers share these.
+
+        From `moe.route`: chosen experts, their weights; from `moe.group`: rows and first row of each expert, experts with rows, their number,
+        row of each choice.
+        """
         known = self.routings.get((choices, experts))
         if known is None:
-            sizes = ((choices, np.int32), (choices, np.float32), *((size, np.int64) for size in (experts, experts, experts, 1)), (choices, np.int32))
-            known = self.routings[choices, experts] = tuple(_Buffer(zeros(size, dtype)) for size, dtype in sizes)
+            of_choices = [zeros(choices, dtype) for dtype in (np.int32, np.float32, np.int32)]
+            of_experts = [zeros(size, np.int64) for size in (experts, experts, experts, 1)]
+            known = self.routings[choices, experts] = tuple(_Buffer(array) for array in (*of_choices[:2], *of_experts, of_choices[2]))
             self.alive += [buffer.array for buffer in known]
         return known
 

@@ -77,7 +77,8 @@ def mixture_of_experts(
     of the chosen ones add up to 1.
     """
     if not len(gate) == len(up) == len(down) == router.columns or not 1 <= top_k <= router.columns:
-        raise ValueError(f"{router.columns} router columns, {len(gate)} gates, {len(up)} ups and {len(down)} downs, of which {top_k} are used")
+        counts = f"{len(gate)} gates, {len(up)} ups and {len(down)} downs"
+        raise ValueError(f"{router.columns} router columns, {counts}, of which {top_k} are used")
     ffn = gate[0].shape[0]
     for tensors, shape in ((gate, (ffn, x.columns)), (up, (ffn, x.columns)), (down, (x.columns, ffn))):
         for tensor in tensors:
@@ -124,7 +125,9 @@ def attention(
     ``window`` limits it to that many newest positions; ``soft_cap`` bounds the scores.
     """
     if q.columns % head_dim or k.columns % head_dim or k.columns != v.columns or q.columns % k.columns:
-        raise ValueError(f"attention: {q.columns} query, {k.columns} key and {v.columns} value columns do not divide into heads of {head_dim}")
+        raise ValueError(
+            f"attention: {q.columns} query, {k.columns} key and {v.columns} value columns do not divide into heads of {head_dim}"
+        )
     for norm in (q_norm, k_norm):
         if norm is not None:
             _check_vector(norm.weight, head_dim)

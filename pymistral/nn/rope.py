@@ -117,7 +117,7 @@ def _dynamic(scaling: Mapping[str, Any], base: float, dims: int, max_positions: 
 
 
 def _longrope(inverse: NDArray[np.float64], scaling: Mapping[str, Any], max_positions: int) -> tuple[NDArray[np.float64], float]:
-    """LongRoPE (arXiv:2402.13753): a divisor for each frequency; one list for models opened for longer texts than they were first trained on.
+    """LongRoPE (arXiv:2402.13753): a divisor for each frequency; there is a list for longer texts than the model was first trained on.
 
     transformers chooses by the text at hand. Keys that are cached cannot be rotated again, so here the model's longest text decides.
     """

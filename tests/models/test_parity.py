@@ -1,4 +1,4 @@
-"""Every architecture against transformers: logits of a tiny checkpoint, from safetensors and from GGUF, at once, in chunks and token by token."""
+"""Every architecture against transformers: a tiny checkpoint's logits, from safetensors and from GGUF, at once, in chunks, by the token."""
 
 from __future__ import annotations
 

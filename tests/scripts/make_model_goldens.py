@@ -4,8 +4,8 @@ Run with torch==2.13.0, transformers==5.23.0, safetensors==0.8.0, numpy==2.4.6 (
 
     python tests/scripts/make_model_goldens.py [NAME ...]
 
-Each file holds ``config`` (config.json as transformers writes it), ``shapes`` (of the tensors that it writes), ``tokens`` and ``logits`` (float32
-[tokens, every fourth of the vocabulary]). Values of the tensors come from tests/models/tiny.py.
+Each file holds ``config`` (config.json as transformers writes it), ``shapes`` (of the tensors that it writes), ``tokens``, and ``logits``
+(float32 [tokens, every fourth of the vocabulary]). Values of the tensors come from tests/models/tiny.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24, "head_dim": 32},
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
     "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+    },
     "qwen2_moe": {
         "num_hidden_layers": 3,
         "num_experts": 6,
