@@ -44,6 +44,7 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
+    weights: tuple[int, int] = (0, 0)  # address and bytes of what it streams through
 
 
 @dataclass
@@ -115,7 +116,7 @@ class CpuProgram:
 
         seconds = []
         for row in self._launches.table:
-            single = Launches([tuple(int(word) for word in row[:6])], self._pool.threads)  # type: ignore[list-item]
+            single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)
             seconds.append(perf_counter() - start)
@@ -258,6 +259,7 @@ class _Lowering:
         reads: Iterable[_Buffer] = (),
         writes: Iterable[_Buffer] = (),
         scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
     ) -> None:
         """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
         values = list(slots)
@@ -265,7 +267,7 @@ class _Lowering:
             slot, nbytes = scratch
             self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
             self.scratch_slots.append((values, slot))
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes)))
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes), weights))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -301,7 +303,16 @@ class _Lowering:
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
-        self._launch(kernel, slots, "one", units=matrix.tile_count, chunk=self._chunk(matrix), reads=reads, writes=(out,))
+        self._launch(
+            kernel,
+            slots,
+            "one",
+            units=matrix.tile_count,
+            chunk=self._chunk(matrix),
+            reads=reads,
+            writes=(out,),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
 
     # ---- operations -------------------------------------------------------------------------------------------------
 
@@ -377,6 +388,7 @@ class _Lowering:
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.gated_scratch_bytes()),
+                weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), _padded(columns)), np.float32)
@@ -749,7 +761,12 @@ class _Lowering:
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
             count = launch.count if isinstance(launch.count, int) else self.state.count_address(launch.count)
-            records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
+            records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
         self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
