@@ -154,11 +154,11 @@ def activate(*, activation: str, panels: str) -> Any:
 
 
 def experts(*, layout: str) -> Any:
-    """A matrix product for each expert that has rows. Units are (such an expert, tile).
+    """A matrix product for each expert that has rows. Units are equal pieces of all tiles of these experts: how many there are shows late.
 
     Slots: 0 to 15 those of `matmul.matmul` or `matmul.float_matmul`, for expert 0 and row 0; 16 experts that have rows, 17 rows of each
     expert, 18 first row of each expert (all int64), 19 tiles of an expert, 20 bytes of its weights, 21 bytes of a row of the input,
-    22 scratch, 23 bytes of scratch for a thread.
+    22 scratch, 23 bytes of scratch for a thread, 24 address of the number of experts that have rows, 25 pieces.
     """
     product = inline(matmul.float_matmul(layout=layout) if layout in FLOAT_FORMATS else matmul.matmul(layout=layout))
 
@@ -168,8 +168,9 @@ def experts(*, layout: str) -> Any:
         own = load_i64(slots + 176) + thread * load_i64(slots + 184)
         for slot in range(DENSE_SLOTS):
             store_i64(own + 8 * slot, load_i64(slots + 8 * slot))
-        unit = begin
-        while unit < end:
+        total, pieces = load_i64(load_i64(slots + 192)) * tiles, load_i64(slots + 200)
+        unit, last = begin * total // pieces, end * total // pieces
+        while unit < last:
             expert = load_i64(active + unit // tiles * 8)
             first_row = load_i64(firsts + 8 * expert)
             store_i64(own, load_i64(slots) + expert * weight_bytes)
@@ -177,7 +178,7 @@ def experts(*, layout: str) -> Any:
             store_i64(own + 16, load_i64(slots + 16) + first_row * load_i64(slots + 40))
             store_i64(own + 48, counts + 8 * expert)
             tile = unit % tiles
-            stop = min(tiles, tile + end - unit)
+            stop = min(tiles, tile + last - unit)
             product(own, tile, stop, thread)
             unit += stop - tile
 

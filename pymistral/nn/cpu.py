@@ -22,6 +22,7 @@ from .rope import Rope
 from .state import Limits, State
 
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
+_PIECES_PER_THREAD = 16  # that the products of experts are cut into
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class _Buffer:
 class _Launch:
     kernel: Spec
     slots: list[int]
-    count: str | int  # which of the state's counts, or the address of another
+    count: str  # which of the state's counts
     units: int  # for each of that count
     chunk: int
     reads: tuple[_Buffer, ...]
@@ -252,7 +253,7 @@ class _Lowering:
         self,
         kernel: Spec,
         slots: Iterable[int],
-        rows: str | int,
+        rows: str,
         *,
         units: int = 1,
         chunk: int = 1,
@@ -593,13 +594,13 @@ class _Lowering:
             width = columns if first.is_float else columns // 32
             common = (first.tile_bytes, 4 * _padded(out_rows), 0, 0, input_bytes if first.is_float else 0)
             slots = [addresses[0], source.address, out.address, width, *common, *(0,) * 7]
-            slots += [active.address, counts.address, firsts.address, first.tile_count, stride, input_bytes, 0, 0]
+            pieces = _PIECES_PER_THREAD * self.threads
+            slots += [active.address, counts.address, firsts.address, first.tile_count, stride, input_bytes, 0, 0, used.address, pieces]
             self._launch(
                 spec("moe.experts", layout=first.format.name),
                 slots,
-                used.address,
-                units=first.tile_count,
-                chunk=self._chunk(first),
+                "one",
+                units=pieces,
                 reads=(source, *routing[2:]),
                 writes=(out,),
                 scratch=(22, geometry.EXPERTS_SCRATCH_BYTES),
@@ -760,7 +761,7 @@ class _Lowering:
             touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
             slots = np.array(launch.slots, np.int64)
             self.alive.append(slots)
-            count = launch.count if isinstance(launch.count, int) else self.state.count_address(launch.count)
+            count = self.state.count_address(launch.count)
             records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
         weights = [0, 0]
         for record in reversed(records):
