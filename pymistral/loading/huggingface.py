@@ -81,7 +81,8 @@ class FolderLoader:
             inner = text.get("model_type", f"{model_type}_text")
             if inner in names.MODEL_TYPES:
                 logger.warning("%s: a %r model; only its text part is loaded", self.folder, model_type)
-                outer: dict[str, Any] = {key: config[key] for key in ("tie_word_embeddings", "quantization_config", "eos_token_id") if key in config}
+                shared = ("tie_word_embeddings", "quantization_config", "eos_token_id")
+                outer: dict[str, Any] = {key: config[key] for key in shared if key in config}
                 model_type, config = inner, {**outer, **text}
         if not isinstance(model_type, str) or model_type not in names.MODEL_TYPES:
             known = ", ".join(sorted(names.MODEL_TYPES))

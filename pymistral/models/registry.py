@@ -48,7 +48,13 @@ def supported_model_types() -> list[str]:
 
 
 def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
-    """The model that a checkpoint describes. Raises ModelLoadError for an architecture that is not there, or a tensor or key that is missing."""
+    """The model that a checkpoint describes.
+
+    Raises
+    ------
+    ModelLoadError
+        The architecture is not there, or a tensor or a key of the configuration is missing.
+    """
     model_type = config.get("model_type")
     if model_type not in supported_model_types():
         raise ModelLoadError(f"architecture {model_type!r} is not supported; these are: {', '.join(supported_model_types())}")

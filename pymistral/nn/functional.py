@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import ModelLoadError
 from ..quantization.types import Tensor
 from .graph import TOKENS, Array, Tokens, emit
 from .rope import Rope
@@ -83,7 +84,8 @@ def mixture_of_experts(
     for tensors, shape in ((gate, (ffn, x.columns)), (up, (ffn, x.columns)), (down, (x.columns, ffn))):
         for tensor in tensors:
             if tensor.shape != shape or tensor.type != tensors[0].type:
-                raise ValueError(f"{tensor.name}: {tensor.type.name} {tensor.shape} among experts of {tensors[0].type.name} {shape}")
+                found, others = f"{tensor.type.name} {tensor.shape}", f"{tensors[0].type.name} {shape}"
+                raise ModelLoadError(f"tensor {tensor.name!r} is {found}, but the experts beside it are {others}: all must be alike")
     return emit(
         "mixture_of_experts",
         (x, router),

@@ -31,7 +31,11 @@ def write(path: Path, header: object, data: bytes = bytes(24), length: int | Non
 
 
 def test_reads(tmp_path: Path) -> None:
-    tensors: dict[str, Any] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((), np.float16), "c": np.ones((0, 4), np.float32)}
+    tensors: dict[str, Any] = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.ones((), np.float16),
+        "c": np.ones((0, 4), np.float32),
+    }
     tensors["d"] = np.arange(4, dtype=np.uint16)
     write_safetensors(tmp_path / "m.safetensors", tensors, {"d": "BF16"})
     file = SafetensorsFile.open(tmp_path / "m.safetensors")
@@ -174,5 +178,5 @@ def test_files_without_an_index(tmp_path: Path) -> None:
     write(tmp_path / "consolidated.safetensors", {"a": entry()})
     assert read_weights(tmp_path)["a"].path.name == "weights.safetensors"
     write(tmp_path / "more.safetensors", {"b": entry()})
-    with pytest.raises(ModelLoadError, match="holds 2 safetensors files but no model.safetensors.index.json"):
+    with pytest.raises(ModelLoadError, match=r"holds 2 safetensors files but no model.safetensors.index.json"):
         read_weights(tmp_path)

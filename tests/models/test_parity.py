@@ -107,3 +107,27 @@ def test_long_texts_and_batches(name: str, tmp_path: Path) -> None:
     runner.forward([Segment(text[300:597], 300, others, 0), Segment(tokens[:1], 64, [30, 31, 32], 0)])
     both = runner.forward([Segment(text[597:], 597, others, 3), Segment(tokens[1:2], 65, [30, 31, 32], 1)])[:3]
     np.testing.assert_allclose(np.concatenate(whole[1:]), both, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "limit"),
+    [
+        ("mixtral", "Q8_0", 0.1),
+        ("qwen2", "Q8_0", 0.1),
+        ("phi3", "Q8_0", 0.1),
+        ("qwen3_moe", "Q5_1", 0.6),
+        ("mixtral", "F16", 0.05),
+        ("phi3", "BF16", 0.1),
+    ],
+)
+def test_other_types(name: str, matrices: str, limit: float, tmp_path: Path) -> None:
+    """Quantised experts, biases and slices of fused matrices; all steps agree, and the logits stay near the float model's."""
+    config, values, tokens, expected = golden(Path(__file__).parent / "goldens" / f"{name}.npz")
+    if name == "qwen2":
+        config = config | {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+        expected = logits_in_steps(runner_of(load_folder(write_folder(tmp_path / "model", config, values))), tokens, 64, [0, 1])
+    runner = runner_of(load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, matrices)))
+    whole = logits_in_steps(runner, tokens, 64, [0, 1])
+    np.testing.assert_allclose(logits_in_steps(runner, tokens, 1, [7, 5]), whole, atol=1e-5)
+    error = np.median(np.abs(whole - expected).max(axis=1)) / expected.std()  # of a token; near a tie, a router chooses otherwise
+    assert error < limit

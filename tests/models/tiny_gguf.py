@@ -15,7 +15,8 @@ ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe"
 PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")
 
 
-def write_gguf(path: Path, config: Mapping[str, Any], values: Mapping[str, NDArray[np.float32]]) -> Path:
+def write_gguf(path: Path, config: Mapping[str, Any], values: Mapping[str, NDArray[np.float32]], matrices: str = "F32") -> Path:
+    """``matrices`` is the type of all but vectors and routers."""
     model_type = config["model_type"]
     name = ARCHITECTURES.get(model_type, model_type)
     writer = gguf.GGUFWriter(path, name)
@@ -24,7 +25,12 @@ def write_gguf(path: Path, config: Mapping[str, Any], values: Mapping[str, NDArr
     table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for hugging_face, tensor in _converted(config, values).items():
         found = table.get_name(hugging_face, try_suffixes=(".weight", ".bias")) or hugging_face
-        writer.add_tensor(found, np.ascontiguousarray(tensor, np.float32))
+        tensor = np.ascontiguousarray(tensor, np.float32)
+        if tensor.ndim > 1 and matrices != "F32" and "ffn_gate_inp" not in found:
+            kind = gguf.GGMLQuantizationType[matrices]
+            writer.add_tensor(found, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(found, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
