@@ -636,8 +636,8 @@ class _Lowering:
     def _routing(self, choices: int, experts: int) -> tuple[_Buffer, ...]:
         """Which token goes to which expert in `kernels.cpu.moe`; all layers share these.
 
-        From `moe.route`: chosen experts, their weights; from `moe.group`: rows and first row of each expert, experts with rows, their number,
-        row of each choice.
+        From `moe.route`: chosen experts, their weights; from `moe.group`: rows and first row of each expert, experts with rows, their
+        number, row of each choice.
         """
         known = self.routings.get((choices, experts))
         if known is None:

@@ -91,12 +91,12 @@ def _scale(
             return inverse / float(scaling["factor"]), 1.0
         if kind == "llama3":
             return _llama3(inverse, scaling), 1.0
+        if kind in ("longrope", "su") or "long_factor" in scaling:  # early Phi-3 files call it su or yarn
+            return _longrope(inverse, scaling, max_positions)
         if kind == "yarn":
             return _yarn(inverse, scaling, base, dims, max_positions)
         if kind == "dynamic":
             return _dynamic(scaling, base, dims, max_positions), 1.0
-        if kind in ("longrope", "su"):
-            return _longrope(inverse, scaling, max_positions)
     except KeyError as error:
         raise ModelLoadError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}: {dict(scaling)}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
