@@ -101,6 +101,8 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
 
     module, _, name = kernel.factory.partition(".")
     function = getattr(importlib.import_module(f"{__package__}.{module}"), name)(**dict(kernel.constants))
+    # Symbols carry the qualified name and a counter of this process only: kernels of one factory from two child processes would share theirs.
+    function.__qualname__ = f"{name}_{kernel.key[:16]}"
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     compiled = njit(signature, **JIT_OPTIONS)(function)
     (result,) = compiled.overloads.values()

@@ -171,14 +171,21 @@ def load_model(builder: Builder) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
     from ..engine import Engine
     from ..engine.runner import CpuRunner, cache_token_bytes
+    from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
     from ..model import Model
     from ..models.registry import build_model
     from ..nn import record
+    from ..nn.pool import available_threads
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
+    try:
+        current_isa()
+        threads = builder.threads or available_threads()
+    except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
+        raise ModelLoadError(str(error)) from error
     model_id, files = builder._source()
     path = resolve(
         model_id,
@@ -195,7 +202,7 @@ def load_model(builder: Builder) -> Model:
         runner = CpuRunner(
             graph,
             max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
-            threads=builder.threads,
+            threads=threads,
             max_num_seqs=builder.max_num_seqs,
             block_size=builder.paged_attn.block_size if builder.paged_attn else None,
             cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,

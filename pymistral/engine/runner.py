@@ -16,6 +16,7 @@ from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from ..nn.cpu import compile_graph
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
+from ..nn.sampling import SamplingProgram
 from ..nn.state import SPLIT_SEQUENCES, Limits
 from .types import Segment
 
@@ -83,6 +84,7 @@ class CpuRunner:
         self.threads = threads or available_threads()
         self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
         self.vocab_size = self.program.logits.shape[1]
+        self.sample = SamplingProgram(self.vocab_size, self.threads).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.

@@ -77,14 +77,16 @@ class FolderLoader:
     def _architecture(self, config: dict[str, Any]) -> tuple[names.Architecture, dict[str, Any]]:
         """What the model is, and the part of the configuration that is about text."""
         model_type, text = config.get("model_type"), config.get("text_config")
+        if not isinstance(model_type, str):
+            self.fail(f"config.json: model_type is {model_type!r:.80}, not a string")
         if model_type not in names.MODEL_TYPES and isinstance(text, dict):
-            inner = text.get("model_type", f"{model_type}_text")
+            inner = str(text.get("model_type", f"{model_type}_text"))
             if inner in names.MODEL_TYPES:
                 logger.warning("%s: a %r model; only its text part is loaded", self.folder, model_type)
                 shared = ("tie_word_embeddings", "quantization_config", "eos_token_id")
                 outer: dict[str, Any] = {key: config[key] for key in shared if key in config}
                 model_type, config = inner, {**outer, **text}
-        if not isinstance(model_type, str) or model_type not in names.MODEL_TYPES:
+        if model_type not in names.MODEL_TYPES:
             known = ", ".join(sorted(names.MODEL_TYPES))
             classes = config.get("architectures")
             called = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) and classes else ""
@@ -96,16 +98,20 @@ class FolderLoader:
     # config
 
     def config_and_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = self.config()
-        return config, self.weights(config)
+        stored = self._stored()
+        config = self.config(len(stored))
+        return config, self.weights(config, stored)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, tensors: int) -> dict[str, Any]:
+        """What models and loaders read, checked and complete; no more layers and experts than so many tensors can be."""
         given = {key: value for key, value in self.given.items() if value is not None}
         config: dict[str, Any] = {"rope_theta": 10_000.0, "tie_word_embeddings": False, **self.architecture.defaults, **given}
         config["model_type"] = self.architecture.model_type
         self._attention(config)
         for name in SIZES:
             self.size(config, name)
+        if config["num_hidden_layers"] > tensors:  # before anything is listed for each layer
+            self.fail(f"num_hidden_layers is {config['num_hidden_layers']}, more than the {tensors} tensors there are")
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         if heads % kv_heads:
             self.fail(f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
@@ -114,7 +120,7 @@ class FolderLoader:
         self.positive(config, "rms_norm_eps")
         self._rope(config)
         self._activation(config)
-        self._experts(config)
+        self._experts(config, tensors)
         if "no_rope_layer_interval" in config:
             config["no_rope_layers"] = names.no_rope_layers(config)
         self._windows(config)
@@ -188,7 +194,7 @@ class FolderLoader:
             problem = f"config.json: the activation is {given!r:.80}, but {config['model_type']} models have {expected}"
             self.fail(problem, "Use another model.")
 
-    def _experts(self, config: dict[str, Any]) -> None:
+    def _experts(self, config: dict[str, Any], tensors: int) -> None:
         if not _has_experts(self.architecture):
             return
         if "num_local_experts" in config:
@@ -203,6 +209,8 @@ class FolderLoader:
             self.fail("config.json: decoder_sparse_step or mlp_only_layers is of a wrong type")
         layers = range(config["num_hidden_layers"])
         config["mlp_only_layers"] = [layer for layer in layers if layer in dense or (layer + 1) % step != 0]
+        if (len(layers) - len(config["mlp_only_layers"])) * experts > tensors:
+            self.fail(f"config.json: num_experts is {experts}, more than the {tensors} tensors there are allow")
         if "blk.*.ffn_gate_shexp.weight" in self.architecture.tensors:
             self.size(config, "shared_expert_intermediate_size")
 
@@ -243,10 +251,7 @@ class FolderLoader:
 
     # tensors
 
-    def weights(self, config: dict[str, Any]) -> dict[str, Tensor]:
-        stored = self._stored()
-        if config["num_hidden_layers"] > len(stored):  # before anything is listed for each layer
-            self.fail(f"num_hidden_layers is {config['num_hidden_layers']}, more than the {len(stored)} tensors there are")
+    def weights(self, config: dict[str, Any], stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
         if config["tie_word_embeddings"]:
             stored.pop("lm_head.weight", None)
         weights: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
-from .memory import address, zeros
+from .memory import address, forget, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
+from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
+_PACK_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
 _PIECES_PER_THREAD = 16  # that the products of experts are cut into
 
@@ -45,7 +48,18 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
-    weights: tuple[int, int] = (0, 0)  # address and bytes of what it streams through
+    weights: tuple[int, int]  # address and bytes of what it streams through
+    label: str
+    results: list[_Result]
+
+
+@dataclass
+class _Result:
+    """What a launch computes as floats."""
+
+    array: NDArray[Any]
+    rows: str
+    columns: int
 
 
 @dataclass
@@ -103,13 +117,20 @@ class CpuProgram:
     state: State
     logits: NDArray[np.float32]
     names: list[str]
+    labels: list[str]
     weight_bytes: int
     _launches: Launches
     _pool: ThreadPool
+    _results: list[list[_Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
+    _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
     def run(self) -> None:
-        self._pool.run(self._launches)
+        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        if self._eager:
+            self.run_checked()
+        else:
+            self._pool.run(self._launches)
 
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
@@ -122,6 +143,24 @@ class CpuProgram:
             self._pool.run(single)
             seconds.append(perf_counter() - start)
         return seconds
+
+    def run_checked(self) -> None:
+        """Run each launch as a program of its own, and look at what it wrote.
+
+        Raises
+        ------
+        FloatingPointError
+            A launch computed what is no finite number; the message names it.
+        """
+        for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
+            self._pool.run(Launches([tuple(int(word) for word in row[:6])], self._pool.threads))  # type: ignore[list-item]
+            for result in results:
+                values = result.array[: self.state.count(result.rows), : result.columns]
+                wrong = np.argwhere(~np.isfinite(values))
+                if len(wrong):
+                    at = tuple(int(i) for i in wrong[0])
+                    where = f"launch {number} of {len(self.labels)}, {self.labels[number]}"
+                    raise FloatingPointError(f"{where}: {values[at]} in row {at[0]}, column {at[1]}")
 
 
 def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> CpuProgram:
@@ -164,6 +203,7 @@ class _Lowering:
 
         for index, node in enumerate(graph.nodes):
             if index not in self.done:
+                self.node = node
                 getattr(self, f"_{node.op}")(node)
             self._release(index)
 
@@ -268,7 +308,11 @@ class _Lowering:
             slot, nbytes = scratch
             self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
             self.scratch_slots.append((values, slot))
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes), weights))
+        tensors = [value.name for value in self.node.attributes.values() if isinstance(value, Tensor)]
+        written = tuple(writes)
+        results = [_Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
+        label = " ".join([kernel.factory, *tensors])
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -316,6 +360,11 @@ class _Lowering:
         )
 
     # ---- operations -------------------------------------------------------------------------------------------------
+
+    def _input(self, node: Node) -> None:
+        """An array of eager mode: no launch, its values are here."""
+        values = node.attributes["values"]
+        self._rows(node.output).array[: len(values), : node.output.columns] = values
 
     def _embedding(self, node: Node) -> None:
         matrix = self._matrix(node.attributes["weight"])
@@ -403,8 +452,8 @@ class _Lowering:
         self.free.setdefault((*raised.array.shape, 4), []).append(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as int8 panels."""
-        return all(
+        """All users take the array as int8 panels, and nobody reads its floats."""
+        return array is not self.graph.nodes[-1].output and all(
             all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
             for user in self.users.get(array, [])
             if user.op in ("linear", "gated_linear")
@@ -748,7 +797,7 @@ class _Lowering:
             key: spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
             for key, matrix in self.matrices.items()
         }
-        wanted = [*EXECUTOR_KERNELS, *(launch.kernel for launch in self.launches), *packers.values()]
+        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *packers.values()]
         addresses = load_kernels(wanted, progress)
         pool = thread_pool(self.threads)
         for key, matrix in self.matrices.items():
@@ -774,14 +823,25 @@ class _Lowering:
             state=self.state,
             logits=self.rows_of[logits].array[:, : logits.columns],
             names=[launch.kernel.factory for launch in self.launches],
+            labels=[launch.label for launch in self.launches],
             weight_bytes=sum(matrix.tiles.nbytes for matrix in self.matrices.values()),
             _launches=Launches(records, self.threads),
             _pool=pool,
+            _results=[launch.results for launch in self.launches],
             _alive=self.alive,
         )
 
     def _pack(self, matrix: _Matrix, kernel: int, pool: ThreadPool) -> None:
+        """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
         rows, columns = matrix.tensor.shape
-        slots = np.array([address(matrix.tensor.data), address(matrix.tiles), rows, columns], np.int64)
+        row_bytes = matrix.tensor.data.size // rows
+        part = max(1, _PACK_BYTES // (row_bytes * ROWS)) * ROWS
         one = np.ones(1, np.int64)
-        pool.run(Launches([(kernel, address(slots), address(one), matrix.tile_count, max(1, matrix.tile_count // 64), 0)], pool.threads))
+        for first in range(0, rows, part):
+            count = min(part, rows - first)
+            source = matrix.tensor.data[first * row_bytes : (first + count) * row_bytes]
+            target = address(matrix.tiles) + first // ROWS * matrix.tile_bytes
+            slots = np.array([address(source), target, count, columns], np.int64)
+            tiles = -(-count // ROWS)
+            pool.run(Launches([(kernel, address(slots), address(one), tiles, max(1, tiles // 64), 0)], pool.threads))
+            forget(source)

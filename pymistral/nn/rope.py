@@ -32,7 +32,9 @@ class Rope:
         self._ready = 0
 
     def prepare(self, positions: int) -> None:
-        """Make sure that positions ``0`` to ``positions - 1`` are in the table."""
+        """Make sure that positions ``0`` to ``positions - 1`` are in the table. Raises ValueError if it is too short."""
+        if positions > len(self.table):
+            raise ValueError(f"position {positions - 1} is beyond the {len(self.table)} that the rotations are made for")
         while self._ready < positions:
             stop = min(self._ready + _STEP, len(self.table))
             angles = np.arange(self._ready, stop, dtype=np.float64)[:, None] * self.inverse_frequencies

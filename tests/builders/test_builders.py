@@ -116,8 +116,8 @@ def test_a_token_is_not_shown() -> None:
 
 def test_paged_attention() -> None:
     assert PagedAttentionMetaBuilder().build().memory == ContextSize(4096)
-    built = PagedAttentionMetaBuilder(block_size=16, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
-    assert (built.block_size, built.memory) == (16, Utilization(0.5))
+    built = PagedAttentionMetaBuilder(block_size=64, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
+    assert (built.block_size, built.memory) == (64, Utilization(0.5))
     for bad in (0, 7, "32"):
         with pytest.raises(ModelLoadError, match="block_size"):
             PagedAttentionMetaBuilder().with_block_size(bad).build()  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ def test_tied_heads(write: Write) -> None:
             {"model_type": "rwkv9"},
             r"'rwkv9' \(LlamaForCausalLM\) is not supported. Supported: gemma, .*qwen3_moe.*What is missing: 'rwkv9' lacks",
         ),
-        ({"model_type": ["llama"]}, "is not supported"),
+        ({"model_type": ["llama"]}, "model_type is .*, not a string"),
         ({"hidden_size": 33}, "hidden_size=33 does not divide into num_attention_heads=2"),
         ({"hidden_size": "32"}, "hidden_size is '32', not a whole number from 1"),
         ({"vocab_size": True}, "vocab_size is True"),
@@ -170,6 +170,13 @@ def test_refused_configurations(write: Write, config: dict[str, Any], problem: s
     with pytest.raises(ModelLoadError, match=problem) as error:
         load_folder(write(**config))
     assert "model: " in str(error.value)
+
+
+def test_more_experts_than_tensors(write: Write) -> None:
+    with pytest.raises(ModelLoadError, match="num_experts is 1000000000, more than the 12 tensors"):
+        load_folder(write(model_type="mixtral", num_local_experts=1_000_000_000))
+    with pytest.raises(ModelLoadError, match="num_experts_per_tok is 9, but there are 8 experts"):
+        load_folder(write(model_type="mixtral", num_experts_per_tok=9))
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "rms_norm_eps", "max_position_embeddings"])
