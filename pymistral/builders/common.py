@@ -172,7 +172,6 @@ def load_model(builder: Builder) -> Model:
     from ..engine import Engine
     from ..engine.runner import CpuRunner, cache_token_bytes
     from ..kernels.cpu.isa import current_isa
-    from ..loading.checkpoint import load_gguf
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
     from ..model import Model
@@ -195,8 +194,7 @@ def load_model(builder: Builder) -> Model:
         token=builder.token_source,
         cache_dir=builder.hf_cache_path,
     )
-    path = _gguf_file(path, files)
-    checkpoint = load_gguf(path)
+    checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
     chat_template = chat_template_source(builder, checkpoint)
     graph = record(build_model(checkpoint.config, checkpoint.weights))
@@ -249,16 +247,18 @@ def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str |
     return source
 
 
-def _gguf_file(path: Path, files: list[str] | None) -> Path:
-    """The file to load, given a file, or a folder and the files wanted of it."""
+def load_checkpoint(path: Path, files: list[str] | None) -> Checkpoint:
+    """What a file holds; or a folder, of which ``files`` may name the GGUF files wanted."""
+    from ..loading.checkpoint import load_gguf
     from ..loading.hub import choose_gguf
 
     if not path.is_dir():
-        return path
-    names = files or choose_gguf(str(path), sorted(file.name for file in path.iterdir()))
-    if not names:
-        raise ModelLoadError(f"{path} holds safetensors, which cannot be loaded yet; give a model in GGUF form")
-    return path / names[0]
+        return load_gguf(path)
+    if names := files or choose_gguf(str(path), sorted(file.name for file in path.iterdir())):
+        return load_gguf(path / names[0])
+    from ..loading.huggingface import load_folder
+
+    return load_folder(path)
 
 
 def _read(path: Path, option: str) -> str:

@@ -159,8 +159,9 @@ class CpuRunner:
 
 
 def cache_token_bytes(graph: Graph) -> int:
-    """Bytes of KV cache (keys and values, bfloat16) for one token."""
-    return sum(2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
+    """Bytes of KV cache for one token: keys and values, in bfloat16, or float32 for a model in float32."""
+    item = 4 if graph.exact else 2
+    return sum(2 * item * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
 
 
 def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:

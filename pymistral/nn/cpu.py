@@ -26,6 +26,7 @@ from .state import Limits, State
 
 _PACK_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
+_PIECES_PER_THREAD = 16  # that the products of experts are cut into
 
 
 @dataclass(eq=False)
@@ -177,6 +178,7 @@ class _Lowering:
         self.limits = limits
         self.threads = threads
         self.state = State(limits)
+        self.exact = graph.exact
         self.launches: list[_Launch] = []
         self.matrices: dict[int, _Matrix] = {}
         self.arena: NDArray[Any] = zeros(self._weight_bytes(), np.uint8, huge_pages=True)
@@ -197,6 +199,7 @@ class _Lowering:
         self.residuals_of: dict[Array, _Buffer] = {}
         self.free: dict[tuple[int, ...], list[_Buffer]] = {}
         self.pending_add: dict[Array, tuple[_Buffer, NDArray[Any] | None]] = {}  # x -> branch to add when it is next normed
+        self.routings: dict[tuple[int, int], tuple[_Buffer, ...]] = {}
         self.state_buffer = _Buffer(np.zeros(0, np.uint8))
 
         for index, node in enumerate(graph.nodes):
@@ -259,9 +262,7 @@ class _Lowering:
 
     def _weight_bytes(self) -> int:
         """Of all matrices in tiles, each rounded up to cache lines."""
-        tensors = [value for node in self.graph.nodes for value in node.attributes.values() if isinstance(value, Tensor)]
-        matrices = {id(tensor): tensor for tensor in tensors if len(tensor.shape) == 2}
-        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices.values())
+        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in self.graph.matrices())
 
     def _matrix(self, tensor: Tensor) -> _Matrix:
         known = self.matrices.get(id(tensor))
@@ -577,6 +578,27 @@ class _Lowering:
         x, y = node.inputs
         self._elementwise(node, "multiply", self.rows_of[x], self.rows_of[y])
 
+    def _add_vector(self, node: Node) -> None:
+        (x,) = node.inputs
+        vector = self._vector(node.attributes["vector"])
+        source = self.rows_of[x]
+        if self.users[x] == [node]:
+            out = self.rows_of[node.output] = self.rows_of.pop(x)
+        else:
+            out = self._rows(node.output)
+        slots = (source.address, address(vector), out.address, _padded(x.columns), self._row_bytes(x))
+        self._launch(spec("elementwise.add_vector"), slots, x.rows, reads=(source,), writes=(out,))
+
+    def _activate(self, node: Node) -> None:
+        x, out = self.rows_of[node.inputs[0]], self._rows(node.output)
+        slots = (x.address, 0, out.address, _padded(node.output.columns), self._row_bytes(node.output))
+        kernel = spec("elementwise.activate", activation=node.attributes["activation"])
+        self._launch(kernel, slots, node.output.rows, reads=(x,), writes=(out,))
+
+    def _sigmoid_gate(self, node: Node) -> None:
+        x, gate = node.inputs
+        self._elementwise(node, "sigmoid_gate", self.rows_of[x], self.rows_of[gate], self._row_bytes(gate))
+
     def _scale(self, node: Node) -> None:
         self._elementwise(node, "scale", self.rows_of[node.inputs[0]], None, _float_bits(node.attributes["factor"]))
 
@@ -589,6 +611,96 @@ class _Lowering:
         reads = (x, y) if y else (x,)
         self._launch(spec(f"elementwise.{name}"), slots, node.output.rows, reads=reads, writes=(out,))
 
+    def _mixture_of_experts(self, node: Node) -> None:
+        x, router = node.inputs
+        options = node.attributes
+        top_k, experts = options["top_k"], router.columns
+        choices = self._max_rows(x) * top_k
+        rows = geometry.gathered_rows(choices, experts)
+        routing = self._routing(choices, experts)
+        chosen, weights, counts, firsts, active, used, row_of = routing
+        logits = self.rows_of[router]
+        slots: tuple[int, ...] = (
+            logits.address,
+            self._row_bytes(router),
+            experts,
+            top_k,
+            int(options["normalize"]),
+            chosen.address,
+            weights.address,
+        )
+        self._launch(spec("moe.route"), slots, x.rows, reads=(logits,), writes=(chosen, weights))
+        tokens = self.state.count_address(x.rows)
+        addresses = [buffer.address for buffer in (counts, firsts, active, used, row_of)]
+        slots = (chosen.address, tokens, top_k, experts, geometry.panel_tokens(), *addresses)
+        self._launch(spec("moe.group"), slots, "one", reads=(chosen,), writes=routing[2:])
+
+        def by_expert(tensors: tuple[Tensor, ...], source: _Buffer) -> _Buffer:
+            matrices = [self._matrix(tensor) for tensor in tensors]
+            first = matrices[0]
+            addresses = [address(matrix.tiles) for matrix in matrices]
+            stride = addresses[1] - addresses[0] if len(addresses) > 1 else 0
+            if any(place != addresses[0] + index * stride for index, place in enumerate(addresses)):
+                raise ValueError(f"{tensors[0].name}: experts are packed one after the other, once")
+            out_rows, columns = first.tensor.shape
+            out = self._new((rows, _padded(out_rows)), np.float32)
+            input_bytes = 4 * _padded(columns) if first.is_float else geometry.panel_row_bytes(columns)
+            width = columns if first.is_float else columns // 32
+            common = (first.tile_bytes, 4 * _padded(out_rows), 0, 0, input_bytes if first.is_float else 0)
+            slots = [addresses[0], source.address, out.address, width, *common, *(0,) * 7]
+            pieces = _PIECES_PER_THREAD * self.threads
+            slots += [active.address, counts.address, firsts.address, first.tile_count, stride, input_bytes, 0, 0, used.address, pieces]
+            self._launch(
+                spec("moe.experts", layout=first.format.name),
+                slots,
+                "one",
+                units=pieces,
+                reads=(source, *routing[2:]),
+                writes=(out,),
+                scratch=(22, geometry.EXPERTS_SCRATCH_BYTES),
+            )
+            return out
+
+        def panels_or_rows(columns: int, floats: bool) -> _Buffer:
+            if floats:
+                return self._new((rows, _padded(columns)), np.float32)
+            return self._new((geometry.panels_bytes(rows, columns),), np.uint8)
+
+        floats = [isinstance(tile_format(options[name][0]), FloatFormat) for name in ("gate", "up", "down")]
+        if floats[0] != floats[1]:
+            raise ModelLoadError(f"tensors {options['gate'][0].name!r} and {options['up'][0].name!r}: one is quantised, the other is not")
+        kind = {True: "no", False: "yes"}
+        source = self.rows_of[x]
+        gathered = panels_or_rows(x.columns, floats[0])
+        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, _padded(x.columns))
+        self._launch(spec("moe.gather", panels=kind[floats[0]]), slots, x.rows, units=top_k, reads=(source, row_of), writes=(gathered,))
+        gate, up = by_expert(options["gate"], gathered), by_expert(options["up"], gathered)
+        columns = options["gate"][0].shape[0]
+        panels = gate if floats[2] else panels_or_rows(columns, False)
+        slots = (gate.address, up.address, 4 * _padded(columns), row_of.address, panels.address, _padded(columns))
+        kernel = spec("moe.activate", activation=options["activation"], panels=kind[floats[2]])
+        self._launch(kernel, slots, x.rows, units=top_k, reads=(gate, up, row_of), writes=(gate, panels))
+        down = by_expert(options["down"], panels)
+        out = self._rows(node.output)
+        slots = (down.address, self._row_bytes(x), row_of.address, weights.address, top_k, out.address, _padded(x.columns))
+        self._launch(spec("moe.combine"), slots, x.rows, reads=(down, row_of, weights), writes=(out,))
+        for buffer in {id(buffer): buffer for buffer in (gathered, gate, up, panels, down)}.values():
+            self._give_back(buffer)
+
+    def _routing(self, choices: int, experts: int) -> tuple[_Buffer, ...]:
+        """Which token goes to which expert in `kernels.cpu.moe`; all layers share these.
+
+        From `moe.route`: chosen experts, their weights; from `moe.group`: rows and first row of each expert, experts with rows, their
+        number, row of each choice.
+        """
+        known = self.routings.get((choices, experts))
+        if known is None:
+            of_choices = [zeros(choices, dtype) for dtype in (np.int32, np.float32, np.int32)]
+            of_experts = [zeros(size, np.int64) for size in (experts, experts, experts, 1)]
+            known = self.routings[choices, experts] = tuple(_Buffer(array) for array in (*of_choices[:2], *of_experts, of_choices[2]))
+            self.alive += [buffer.array for buffer in known]
+        return known
+
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs
         options = node.attributes
@@ -599,7 +711,8 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
+        dtype = np.float32 if self.exact else np.uint16  # bfloat16
+        keys, values = _Buffer(zeros(shape, dtype)), _Buffer(zeros(shape, dtype))
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -631,7 +744,7 @@ class _Lowering:
             limits.block_size,
         )
         self._launch(
-            spec("rope.rope_and_cache", head_dim=head_dim),
+            spec("rope.rope_and_cache", head_dim=head_dim, **({"cache": "f32"} if self.exact else {})),
             slots,
             TOKENS,
             reads=(q_rows, k_rows, v_rows),
@@ -659,7 +772,7 @@ class _Lowering:
             partials.address,
         )
         self._launch(
-            spec("attention.attention", head_dim=head_dim, group=group),
+            spec("exact_attention.attention" if self.exact else "attention.attention", head_dim=head_dim, group=group),
             slots,
             "items",
             units=kv_heads,

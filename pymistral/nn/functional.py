@@ -5,12 +5,14 @@ Given NumPy arrays, outside a recording, each is computed at once and returns a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ModelLoadError
 from ..quantization.types import Tensor
 from .graph import TOKENS, A, Array, Tokens, columns_of, emit
 from .rope import Rope
@@ -38,10 +40,29 @@ def rms_norm(x: A, weight: Tensor, epsilon: float, *, offset: float = 0.0) -> A:
     return emit("rms_norm", (x,), columns=columns_of(x), weight=weight, epsilon=epsilon, offset=offset)
 
 
-def linear(x: A, weight: Tensor) -> A:
-    """``x @ weight.T`` for ``weight`` ``[out_features, in_features]``."""
+def linear(x: A, weight: Tensor, bias: Tensor | None = None) -> A:
+    """``x @ weight.T + bias`` for ``weight`` ``[out_features, in_features]``."""
     _check_columns(x, weight)
-    return emit("linear", (x,), columns=weight.shape[0], weight=weight)
+    product = emit("linear", (x,), columns=weight.shape[0], weight=weight)
+    return product if bias is None else add_vector(product, bias)
+
+
+def add_vector(x: A, vector: Tensor) -> A:
+    """``x + vector``, for every row."""
+    _check_length(vector, columns_of(x))
+    return emit("add_vector", (x,), columns=columns_of(x), vector=vector)
+
+
+def activate(x: A, activation: str) -> A:
+    """``silu``, ``gelu`` (its tanh form) or ``relu`` of every element."""
+    return emit("activate", (x,), columns=columns_of(x), activation=activation)
+
+
+def sigmoid_gate(x: A, gate: A) -> A:
+    """``x * sigmoid(gate)`` for ``gate`` of one column."""
+    if columns_of(gate) != 1:
+        raise ValueError(f"a gate has one column, not {columns_of(gate)}")
+    return emit("sigmoid_gate", (x, gate), columns=columns_of(x))
 
 
 def gated_linear(x: A, gate: Tensor, up: Tensor, activation: str) -> A:
@@ -58,6 +79,45 @@ def gated_linear(x: A, gate: Tensor, up: Tensor, activation: str) -> A:
 def soft_cap(x: A, cap: float) -> A:
     """``cap * tanh(x / cap)``."""
     return emit("soft_cap", (x,), columns=columns_of(x), cap=cap)
+
+
+def mixture_of_experts(
+    x: A,
+    router: A,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    *,
+    activation: str,
+    top_k: int,
+    normalize: bool,
+) -> A:
+    """Each token through the gated MLPs of its ``top_k`` experts, summed by weight (arXiv:1701.06538).
+
+    ``router`` ``[tokens, experts]`` holds logits: their softmax ranks the experts and weighs what they say; ``normalize`` makes the weights
+    of the chosen ones add up to 1.
+    """
+    experts, columns = columns_of(router), columns_of(x)
+    if not len(gate) == len(up) == len(down) == experts or not 1 <= top_k <= experts:
+        counts = f"{len(gate)} gates, {len(up)} ups and {len(down)} downs"
+        raise ValueError(f"{experts} router columns, {counts}, of which {top_k} are used")
+    ffn = gate[0].shape[0]
+    for tensors, shape in ((gate, (ffn, columns)), (up, (ffn, columns)), (down, (columns, ffn))):
+        for tensor in tensors:
+            if tensor.shape != shape or tensor.type != tensors[0].type:
+                found, others = f"{tensor.type.name} {tensor.shape}", f"{tensors[0].type.name} {shape}"
+                raise ModelLoadError(f"tensor {tensor.name!r} is {found}, but the experts beside it are {others}: all must be alike")
+    return emit(
+        "mixture_of_experts",
+        (x, router),
+        columns=columns,
+        gate=tuple(gate),
+        up=tuple(up),
+        down=tuple(down),
+        activation=activation,
+        top_k=top_k,
+        normalize=normalize,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantization.types import GgmlType, Tensor
+
 # What the rows of an array stand for: the tokens of a step, or those of them whose logits are wanted.
 TOKENS, OUTPUTS = "tokens", "outputs"
 
@@ -70,6 +72,20 @@ class Node:
 @dataclass
 class Graph:
     nodes: list[Node] = field(default_factory=list)
+
+    def matrices(self) -> list[Tensor]:
+        """The weights with two dimensions, each once."""
+        found: dict[int, Tensor] = {}
+        for node in self.nodes:
+            for value in node.attributes.values():
+                tensors = value if isinstance(value, tuple) else (value,)
+                found |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor) and len(tensor.shape) == 2}
+        return list(found.values())
+
+    @property
+    def exact(self) -> bool:
+        """Whether all matrices are float32: then attention and its cache are, too."""
+        return {tensor.type for tensor in self.matrices()} == {GgmlType.F32}
 
 
 @dataclass(frozen=True)
