@@ -46,7 +46,7 @@ class ByteTokenizer:
     def id_to_bytes(self, token: int) -> bytes:
         return {EOS: b"<eos>", BOS: b"<bos>"}.get(token, bytes([token & 255]))
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> ByteDecodeStream:
+    def decode_stream(self, *, skip_special_tokens: bool = True, keep: Sequence[str] = ()) -> ByteDecodeStream:
         return ByteDecodeStream()
 
 

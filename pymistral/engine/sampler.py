@@ -211,11 +211,13 @@ class Sampler:
         if self.dry is not None:
             self.dry.add(token)
 
-    def accept(self, token: int) -> bool:
-        """Take note of the token that was sampled; ``True`` when the grammar allows nothing after it."""
+    def accept(self, token: int) -> Sequence[int]:
+        """Take note of the token that was sampled; return those that the grammar forces to follow, of which note is taken too."""
+        forced = self.constraint.accept(token) if self.constraint is not None else ()
         if self.counts is not None or self.dry is not None:
-            self._observe(token, generated=True)
-        return self.constraint is not None and self.constraint.accept(token)
+            for observed in (token, *forced):
+                self._observe(observed, generated=True)
+        return forced
 
     def adjusted(self, logits: F32) -> F32:
         """The logits with everything applied that acts on them before the temperature. The row itself is not changed."""
@@ -231,8 +233,8 @@ class Sampler:
             logits[self._bias[0]] += self._bias[1]
         for processor in self.processors:
             logits = run_processor(processor, logits, self.tokens)
-        if self.constraint is not None:
-            self.constraint.mask(logits)
+        if self.constraint is not None and (allowed := self.constraint.allowed()) is not None:
+            forbid(logits, allowed)
         return logits
 
     def sample(self, logits: F32) -> SampledToken:
@@ -255,6 +257,12 @@ def run_processor(processor: LogitsProcessor, logits: F32, tokens: Sequence[int]
     if row.shape != logits.shape:
         raise InferenceError(f"a logits processor returned an array of shape {row.shape}; return one of shape {logits.shape}, or None")
     return row
+
+
+def forbid(logits: F32, allowed: I32) -> None:
+    """Set the logits of all tokens whose bit is not set to minus infinity, in place."""
+    bits = np.unpackbits(allowed.view(np.uint8), bitorder="little", count=logits.size)
+    np.copyto(logits, np.float32(-inf), where=bits == 0)
 
 
 def penalise(logits: F32, ids: I32, counts: F32, p: Parameters) -> None:
