@@ -1,9 +1,11 @@
 """Attention over a paged KV cache, flash style (arXiv:2205.14135): softmax on line, chunk by chunk, nothing of size context kept.
 
-A query tile is up to ``tokens`` consecutive tokens of one sequence; with the ``group`` query heads that share a key/value head they make up to
+An item is up to `query_tile_tokens` consecutive tokens of one sequence. With the ``group`` query heads that share a key/value head they make up to
 ``tokens * group`` query rows, which share every load of a key and a value. `rope` states the layout of the cache.
 
-Chunks lie at multiples of `CHUNK` positions and are always merged in order, so a token's result does not depend on the tile that it is in.
+A chunk of `CHUNK` positions, at multiples of `CHUNK`, gives each row a maximum, a sum and outputs of its own, and chunks are merged from first to
+last. So a token's result depends neither on the item that it is in nor on whether one thread took all chunks or several took one each
+(flash decoding): items of one token may name a single chunk and leave its result for `merge`.
 """
 
 from __future__ import annotations
@@ -11,33 +13,33 @@ from __future__ import annotations
 from typing import Any
 
 from .geometry import ATTENTION_CHUNK as CHUNK
-from .geometry import query_tile_tokens
+from .geometry import partial_floats, query_tile_tokens
 from .helpers import inline
-from .isa import current_isa
 from .simd import (
-    add_tiles,
     bits_to_f32,
     both,
+    dot_pairs_grid,
     exp,
     first_lane,
-    fma_tile,
     greater,
     lane_numbers,
     less_i32,
-    load_f16x16,
     load_f32,
     load_f32x16,
     load_i32,
+    load_i32x16,
     load_i64,
-    load_tile,
     max_lanes,
     maximum,
+    round_bf16,
+    scatter_bf16_pairs,
     select,
     splat_f32,
     splat_i32,
+    store_bf16x16,
     store_f32,
     store_f32x16,
-    store_tile,
+    store_grid,
     sum_lanes,
     zero_tile,
 )
@@ -53,144 +55,236 @@ def soft_cap(s, cap):
     return splat_f32(cap) * (splat_f32(1.0) - splat_f32(2.0) / (e + splat_f32(1.0)))
 
 
-def attention(*, head_dim: int, group: int) -> Any:
-    """``out = softmax(q . k) . v`` for each query row; q comes scaled. Units are (query tile, key/value head).
+@inline
+def merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim):
+    """Fold one chunk's result into the result so far."""
+    for row in range(rows):
+        old, new = load_f32(maxima + 4 * row), load_f32(chunk_maxima + 4 * row)
+        top = max(old, new)
+        keep, add = exp(splat_f32(old - top)), exp(splat_f32(new - top))
+        store_f32(maxima + 4 * row, top)
+        store_f32(sums + 4 * row, load_f32(sums + 4 * row) * first_lane(keep) + load_f32(chunk_sums + 4 * row) * first_lane(add))
+        for i in range(row * head_dim * 4, (row + 1) * head_dim * 4, 64):
+            store_f32x16(outputs + i, load_f32x16(outputs + i) * keep + load_f32x16(chunk_outputs + i) * add)
 
-    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size, 7 key/value heads, 8 positions (int32),
-    9 query tiles (int32 [first token, tokens, row of the block table]), 10 block tables (int32), 11 entries of a block table, 12 window or 0,
-    13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of scratch for a thread.
+
+@inline
+def clear(outputs, maxima, sums, rows, head_dim):
+    for row in range(rows):
+        store_f32(maxima + 4 * row, _LOWEST)
+        store_f32(sums + 4 * row, 0.0)
+        for i in range(row * head_dim * 4, (row + 1) * head_dim * 4, 64):
+            store_f32x16(outputs + i, splat_f32(0.0))
+
+
+@inline
+def write_out(out, out_row, outputs, sums, rows, group, head_dim):
+    for row in range(rows):
+        target = out + row // group * out_row + row % group * head_dim * 4
+        inverse = splat_f32(1.0) / splat_f32(load_f32(sums + 4 * row))
+        for i in range(0, head_dim * 4, 64):
+            store_f32x16(target + i, load_f32x16(outputs + row * head_dim * 4 + i) * inverse)
+
+
+def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
+    """One chunk for ``rows`` query rows, token by token: scores, softmax, weighted values.
+
+    ``queries`` are bfloat16 ``[head_dim / 2][rows][2]``, ``scores`` float32 ``[rows][CHUNK]``, outputs ``[rows][head_dim]``.
     """
-    tile_tokens = query_tile_tokens(group)
-    full = tile_tokens * group
-    one_token, all_tokens = _tile_attention(head_dim, group, group), _tile_attention(head_dim, group, full)
-    single = full == group
-
-    def kernel(slots, begin, end, thread):
-        q_row = load_i64(slots + 8)
-        out_row = load_i64(slots + 24)
-        kv_heads = load_i64(slots + 56)
-        positions = load_i64(slots + 64)
-        tiles = load_i64(slots + 72)
-        scratch = load_i64(slots + 112) + thread * load_i64(slots + 120)
-        for unit in range(begin, end):
-            tile = tiles + unit // kv_heads * 12
-            head = unit % kv_heads
-            first = load_i32(tile)
-            tokens = load_i32(tile + 4)
-            table = load_i64(slots + 80) + load_i32(tile + 8) * load_i64(slots + 88) * 4
-            position = load_i32(positions + 4 * first)
-            q = load_i64(slots) + first * q_row + head * group * head_dim * 4
-            rows = full if tokens > 1 else group
-            # queries, transposed to [dimension][row]; rows beyond the last token repeat it and are not written back
-            for row in range(rows):
-                source = q + min(row // group, tokens - 1) * q_row + row % group * head_dim * 4
-                for i in range(head_dim):
-                    store_f32(scratch + 4 * (i * rows + row), load_f32(source + 4 * i))
-            if single or tokens == 1:
-                one_token(slots, scratch, table, position, head, tokens)
-                result = scratch + group * (head_dim + CHUNK) * 4
-                sums = result + group * (head_dim + 1) * 4
-            else:
-                all_tokens(slots, scratch, table, position, head, tokens)
-                result = scratch + full * (head_dim + CHUNK) * 4
-                sums = result + full * (head_dim + 1) * 4
-            out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
-            for row in range(tokens * group):
-                target = out + row // group * out_row + row % group * head_dim * 4
-                inverse = splat_f32(1.0) / splat_f32(load_f32(sums + 4 * row))
-                for i in range(0, head_dim, 16):
-                    store_f32x16(target + 4 * i, load_f32x16(result + (row * head_dim + i) * 4) * inverse)
-
-    return kernel
-
-
-def _tile_attention(head_dim: int, group: int, rows: int) -> Any:
-    """All chunks of one unit; ``rows`` query rows, token by token. Scratch: queries [head_dim][rows], scores [rows][CHUNK], outputs [rows][head_dim], maxima, sums."""
-    group_stride = rows * 4
-    score_stride = CHUNK * 4
-    # value vectors taken together, so that rows * width accumulators fit the registers
-    vectors = head_dim // 16
-    budget = 2 * current_isa().tokens
-    pairs = vectors % 2 == 0 and 2 * rows <= budget
+    line_bytes, output_bytes = CHUNK * 4, head_dim * 4
+    twice, fourfold = 2 * rows, 4 * rows
+    few = 4 * rows <= 24  # few rows: more vectors at a time keep the multipliers busy
 
     @inline
-    def attend(slots, scratch, table, position, head, tokens):
+    def score(queries, keys, stride):
+        """Scores of 32 positions; vectors of keys ``stride`` apart."""
+        grid = zero_tile(twice)
+        for i in range(head_dim // 2):
+            k = (load_i32x16(keys + 64 * i), load_i32x16(keys + stride + 64 * i))
+            grid = dot_pairs_grid(grid, rows, k, queries + i * rows * 4, 4)
+        return grid
+
+    @inline
+    def score_more(queries, keys, more, stride):
+        """Scores of 64 positions, 32 at each address."""
+        grid = zero_tile(fourfold)
+        for i in range(head_dim // 2):
+            at = 64 * i
+            k = (load_i32x16(keys + at), load_i32x16(keys + stride + at), load_i32x16(more + at), load_i32x16(more + stride + at))
+            grid = dot_pairs_grid(grid, rows, k, queries + i * rows * 4, 4)
+        return grid
+
+    @inline
+    def attend(slots, queries, table, head, position, tokens, start, stop, scores, outputs, maxima, sums):
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window = load_i64(slots + 96)
         cap = bits_to_f32(load_i64(slots + 104))
         head_bytes = block_size * head_dim * 2
-        scores = scratch + head_dim * rows * 4
-        result = scores + rows * CHUNK * 4
-        maxima = result + rows * head_dim * 4
-        sums = maxima + rows * 4
+        vector_bytes = head_dim * 32
+        if few:
+            for at in range(start, stop, 64):
+                first = keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
+                at2 = at + 32
+                second = keys + (load_i32(table + at2 // block_size * 4) * kv_heads + head) * head_bytes
+                second += at2 % block_size // 16 * vector_bytes
+                store_grid(score_more(queries, first, second, vector_bytes), rows, scores + (at - start) * 4, line_bytes)
+        else:
+            for at in range(start, stop, 32):
+                k = keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
+                store_grid(score(queries, k, vector_bytes), rows, scores + (at - start) * 4, line_bytes)
+        width = (stop - start + 31) // 32 * 32
         for row in range(rows):
-            store_f32(maxima + 4 * row, _LOWEST)
-            store_f32(sums + 4 * row, 0.0)
-            for i in range(0, head_dim, 16):
-                store_f32x16(result + (row * head_dim + i) * 4, splat_f32(0.0))
-        end = position + tokens
-        start = 0
-        if window:
-            start = max(0, position - window + 1) // CHUNK * CHUNK
-        while start < end:
-            stop = min(end, start + CHUNK)
-            # scores of 16 positions at a time
-            for at in range(start, stop, 16):
-                block = load_i32(table + at // block_size * 4)
-                k = keys + (block * kv_heads + head) * head_bytes + at % block_size * head_dim * 2
-                even = zero_tile(rows)
-                odd = zero_tile(rows)
-                for i in range(0, head_dim, 2):
-                    even = fma_tile(even, load_f16x16(k + 32 * i), scratch + i * group_stride, 4)
-                    odd = fma_tile(odd, load_f16x16(k + 32 * i + 32), scratch + (i + 1) * group_stride, 4)
-                store_tile(add_tiles(even, odd), scores + (at - start) * 4, score_stride)
-            # softmax so far
-            for row in range(rows):
-                visible = position + min(row // group, tokens - 1)
-                line = scores + row * score_stride
-                newest = splat_i32(visible - start + 1)
-                oldest = splat_i32(visible - window - start if window else -1)
-                peak = splat_f32(_LOWEST)
-                for at in range(0, stop - start, 16):
-                    lanes = lane_numbers() + splat_i32(at)
-                    s = load_f32x16(line + 4 * at)
-                    if cap > 0.0:
-                        s = soft_cap(s, cap)
-                    s = select(both(less_i32(lanes, newest), less_i32(oldest, lanes)), s, splat_f32(_LOWEST))
-                    store_f32x16(line + 4 * at, s)
-                    peak = maximum(peak, s)
-                old = load_f32(maxima + 4 * row)
-                new = max(old, max_lanes(peak))
-                factor = exp(splat_f32(old - new))
-                total = splat_f32(0.0)
-                for at in range(0, stop - start, 16):
-                    s = load_f32x16(line + 4 * at)
-                    p = select(greater(s, splat_f32(_VISIBLE)), exp(s - splat_f32(new)), splat_f32(0.0))
-                    store_f32x16(line + 4 * at, p)
-                    total = total + p
-                store_f32(maxima + 4 * row, new)
-                store_f32(sums + 4 * row, load_f32(sums + 4 * row) * first_lane(factor) + sum_lanes(total))
-                for i in range(0, head_dim, 16):
-                    o = result + (row * head_dim + i) * 4
-                    store_f32x16(o, load_f32x16(o) * factor)
-            # weighted values
-            for i in range(0, head_dim, 32 if pairs else 16):
-                left = load_tile(rows, result + 4 * i, head_dim * 4)
-                right = load_tile(rows, result + 4 * i + 64, head_dim * 4) if pairs else left
-                for at in range(start, stop, 16):
-                    block = load_i32(table + at // block_size * 4)
-                    v = values + (block * kv_heads + head) * head_bytes + (at % block_size * head_dim + i) * 2
-                    p = scores + (at - start) * 4
-                    for _ in range(min(16, stop - at)):
-                        left = fma_tile(left, load_f16x16(v), p, score_stride)
-                        if pairs:
-                            right = fma_tile(right, load_f16x16(v + 32), p, score_stride)
-                        v += head_dim * 2
+            visible = position + min(row // group, tokens - 1)
+            line = scores + row * line_bytes
+            newest = splat_i32(visible - start + 1)
+            oldest = splat_i32(visible - window - start if window else -1)
+            peak = splat_f32(_LOWEST)
+            for at in range(0, width, 16):
+                lanes = lane_numbers() + splat_i32(at)
+                s = load_f32x16(line + 4 * at)
+                if cap > 0.0:
+                    s = soft_cap(s, cap)
+                s = select(both(less_i32(lanes, newest), less_i32(oldest, lanes)), s, splat_f32(_LOWEST))
+                store_f32x16(line + 4 * at, s)
+                peak = maximum(peak, s)
+            top = max_lanes(peak)
+            total = splat_f32(0.0)
+            for at in range(0, width, 16):
+                s = load_f32x16(line + 4 * at)
+                p = round_bf16(select(greater(s, splat_f32(_VISIBLE)), exp(s - splat_f32(top)), splat_f32(0.0)))
+                store_bf16x16(line + 2 * at, p)  # behind what is still to be read
+                total = total + p
+            store_f32(maxima + 4 * row, top)
+            store_f32(sums + 4 * row, sum_lanes(total))
+        for i in range(0, head_dim, 64 if few and head_dim % 64 == 0 else 32 if head_dim % 32 == 0 else 16):
+            if few and head_dim % 64 == 0:
+                four = zero_tile(fourfold)
+                for at in range(start, stop, 32):
+                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    p = scores + (at - start) * 2
+                    for _ in range(16):
+                        v4 = (load_i32x16(v), load_i32x16(v + 64), load_i32x16(v + 128), load_i32x16(v + 192))
+                        four = dot_pairs_grid(four, rows, v4, p, line_bytes)
+                        v += head_dim * 4
                         p += 4
-                store_tile(left, result + 4 * i, head_dim * 4)
-                if pairs:
-                    store_tile(right, result + 4 * i + 64, head_dim * 4)
-            start += CHUNK
+                store_grid(four, rows, outputs + 4 * i, output_bytes)
+            elif head_dim % 32 == 0:
+                two = zero_tile(twice)
+                for at in range(start, stop, 32):
+                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    p = scores + (at - start) * 2
+                    for _ in range(16):
+                        two = dot_pairs_grid(two, rows, (load_i32x16(v), load_i32x16(v + 64)), p, line_bytes)
+                        v += head_dim * 4
+                        p += 4
+                store_grid(two, rows, outputs + 4 * i, output_bytes)
+            else:
+                one = zero_tile(rows)
+                for at in range(start, stop, 32):
+                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    p = scores + (at - start) * 2
+                    for _ in range(16):
+                        one = dot_pairs_grid(one, rows, (load_i32x16(v),), p, line_bytes)
+                        v += head_dim * 4
+                        p += 4
+                store_grid(one, rows, outputs + 4 * i, output_bytes)
 
     return attend
+
+
+def attention(*, head_dim: int, group: int) -> Any:
+    """``out = softmax(q . k) . v`` for each query row; q comes scaled. Units are (item, key/value head).
+
+    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7 key/value heads,
+    8 positions (int32), 9 items (int32 [first token, tokens, row of the block table, chunk or -1 for all, index of the partial result]),
+    10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of scratch for a thread,
+    16 partial results (`geometry.partial_floats` for each index and key/value head).
+    """
+    full = query_tile_tokens(group) * group
+    one_token, all_tokens = _chunk_attention(head_dim, group, group), _chunk_attention(head_dim, group, full)
+    only_one = full == group
+    partial_bytes = partial_floats(group, head_dim) * 4
+
+    def kernel(slots, begin, end, thread):
+        q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
+        kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
+        window = load_i64(slots + 96)
+        queries = load_i64(slots + 112) + thread * load_i64(slots + 120)
+        for unit in range(begin, end):
+            item = items + unit // kv_heads * 20
+            head = unit % kv_heads
+            first, tokens, only = load_i32(item), load_i32(item + 4), load_i32(item + 12)
+            table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
+            position = load_i32(positions + 4 * first)
+            single = only_one or tokens == 1
+            rows = group if single else full
+            # rows beyond the last token repeat it, and are not written back
+            q = load_i64(slots) + first * q_row + head * group * head_dim * 4
+            for row in range(rows):
+                source = q + min(row // group, tokens - 1) * q_row + row % group * head_dim * 4
+                for i in range(0, head_dim, 16):
+                    scatter_bf16_pairs(queries + (i // 2 * rows + row) * 4, load_f32x16(source + 4 * i), rows * 4)
+            scores = queries + rows * head_dim * 2
+            chunk_outputs = scores + rows * CHUNK * 4
+            chunk_maxima = chunk_outputs + rows * head_dim * 4
+            chunk_sums = chunk_maxima + rows * 4
+            outputs = chunk_sums + rows * 4
+            maxima = outputs + rows * head_dim * 4
+            sums = maxima + rows * 4
+            last = position + tokens
+            oldest = max(0, position - window + 1) if window else 0
+            if only >= 0:
+                outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
+                maxima = outputs + rows * head_dim * 4
+                sums = maxima + rows * 4
+                start = only * CHUNK
+                if start + CHUNK <= oldest:
+                    clear(outputs, maxima, sums, rows, head_dim)
+                else:
+                    stop = min(last, start + CHUNK)
+                    one_token(slots, queries, table, head, position, tokens, start, stop, scores, outputs, maxima, sums)
+                continue
+            clear(outputs, maxima, sums, rows, head_dim)
+            for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
+                stop = min(last, start + CHUNK)
+                if single:
+                    one_token(
+                        slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums
+                    )
+                else:
+                    all_tokens(
+                        slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums
+                    )
+                merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
+            out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
+            write_out(out, out_row, outputs, sums, tokens * group, group, head_dim)
+
+    return kernel
+
+
+def merge(*, head_dim: int, group: int) -> Any:
+    """The results of items that took one chunk each, merged in order. Units are (token, key/value head).
+
+    Slots: 0 merges (int32 [token, index of the first partial result, how many]), 1 partial results, 2 key/value heads, 3 out, 4 bytes of an out row,
+    5 scratch, 6 bytes of scratch for a thread.
+    """
+    partial_bytes = partial_floats(group, head_dim) * 4
+
+    def kernel(slots, begin, end, thread):
+        partials, kv_heads, out_row = load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 32)
+        outputs = load_i64(slots + 40) + thread * load_i64(slots + 48)
+        maxima = outputs + group * head_dim * 4
+        sums = maxima + group * 4
+        for unit in range(begin, end):
+            entry = load_i64(slots) + unit // kv_heads * 12
+            head = unit % kv_heads
+            clear(outputs, maxima, sums, group, head_dim)
+            for index in range(load_i32(entry + 4), load_i32(entry + 4) + load_i32(entry + 8)):
+                partial = partials + (index * kv_heads + head) * partial_bytes
+                partial_maxima = partial + group * head_dim * 4
+                merge_chunk(outputs, maxima, sums, partial, partial_maxima, partial_maxima + group * 4, group, head_dim)
+            out = load_i64(slots + 24) + load_i32(entry) * out_row + head * group * head_dim * 4
+            write_out(out, out_row, outputs, sums, group, group, head_dim)
+
+    return kernel

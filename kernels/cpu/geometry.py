@@ -31,6 +31,11 @@ def query_tile_tokens(group: int) -> int:
 
 
 def attention_scratch_bytes(group: int, head_dim: int) -> int:
-    """Scratch of one thread in `attention`: queries, scores, outputs, and two numbers for each row."""
+    """Scratch of one thread in `attention`: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
     rows = query_tile_tokens(group) * group
-    return rows * (2 * head_dim + ATTENTION_CHUNK + 2) * 4 + 64
+    return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
+
+
+def partial_floats(group: int, head_dim: int) -> int:
+    """Of one chunk's result for one key/value head, kept for `attention.merge`: outputs, maxima and sums of ``group`` rows."""
+    return group * (head_dim + 2)

@@ -23,6 +23,8 @@ class Isa:
         uint8 by int8 dot products in one instruction, without saturation.
     has_f16
         Conversion between half and single floats in hardware.
+    has_bf16
+        Dot products of bfloat16 pairs in hardware.
     tokens
         Tokens that a matrix kernel keeps in registers.
     """
@@ -32,6 +34,7 @@ class Isa:
     features: str
     has_vnni: bool
     has_f16: bool
+    has_bf16: bool
     tokens: int
 
 
@@ -53,15 +56,15 @@ def current_isa() -> Isa:
     if triple.startswith(("aarch64", "arm64")):
         if forced not in ("", "neon", "generic"):
             raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers neon and generic")
-        return Isa(forced or "neon", llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), False, True, 4)
+        return Isa(forced or "neon", llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), False, True, False, 4)
     available = [name for name, needs in _NEEDS.items() if host.issuperset(needs) and (needs == () or "64" in triple)]
     if forced and forced not in available:
         raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers {', '.join(available)}")
     name = forced or available[0]
     if name == "avx512vnni":
-        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, 12)
+        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, "avx512bf16" in host, 12)
     if name == "avxvnni":
-        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, 4)
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, 4)
     if name == "avx2":
-        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, 4)
-    return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, 4)
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, False, 4)
+    return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, False, 4)

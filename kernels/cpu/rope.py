@@ -13,9 +13,9 @@ from .simd import (
     load_f32x16,
     load_i32,
     load_i64,
+    scatter_bf16_pairs,
+    scatter_bf16x16,
     splat_f32,
-    store_f16,
-    store_f16x16,
     store_f32,
     store_f32x16,
 )
@@ -43,8 +43,8 @@ def rotate(x, cosines, sines, pairs):
 def rope_and_cache(*, head_dim: int) -> Any:
     """Norm and rotate the heads of q and k; scale q; write k and v to the cache. Units are tokens.
 
-    The cache of a layer is, for each block of ``B`` positions and each key/value head: keys ``f16[B / 16][head_dim][16]`` (16 positions in a
-    vector, so that scores need no horizontal sum), values ``f16[B][head_dim]``.
+    The cache of a layer is bfloat16, in pairs as the dot product of pairs wants them. For each block of ``B`` positions and each key/value head:
+    keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]``, values ``[B / 2][head_dim][2 positions]``.
 
     Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9 k norm weight or 0,
     10 epsilon (f32 bits), 11 rotation table (f32 [position][cosines, sines]) or 0, 12 pairs to rotate, 13 q scale (f32 bits),
@@ -83,11 +83,10 @@ def rope_and_cache(*, head_dim: int) -> Any:
                 if table:
                     rotate(k, cosines, sines, pairs)
                 start = (block * kv_heads + head) * block_size * head_dim * 2
-                key = keys + start + offset // 16 * head_dim * 32 + offset % 16 * 2
-                for i in range(head_dim):
-                    store_f16(key + 32 * i, load_f32(k + 4 * i))
-                value = values + start + offset * head_dim * 2
+                key = keys + start + offset // 16 * head_dim * 32 + offset % 16 * 4
+                value = values + start + offset // 2 * head_dim * 4 + offset % 2 * 2
                 for i in range(0, head_dim, 16):
-                    store_f16x16(value + 2 * i, load_f32x16(v + 4 * i))
+                    scatter_bf16_pairs(key + 32 * i, load_f32x16(k + 4 * i), 64)
+                    scatter_bf16x16(value + 4 * i, load_f32x16(v + 4 * i), 4)
 
     return kernel

@@ -106,6 +106,24 @@ def _splat(b: Any, scalar: Any, lanes: int = LANES) -> Any:
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
 
+class _BFloatType(ir.Type):  # type: ignore[misc]
+    """LLVM's ``bfloat``, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
+
+
+_BFLOAT = _BFloatType()
+
+
 def _constant(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 
@@ -757,6 +775,97 @@ def add_to_tile(typing_context, tile, address, stride):
         return _each(b, tile_value, add)
 
     return tile(tile, types.intp, types.intp), codegen
+
+
+# ---- bfloat16 pairs ------------------------------------------------------------------------------------------------
+
+
+def _round_to_bf16(b, value):
+    """The upper 16 bits of each float, rounded to nearest even, in the upper half of an int32."""
+    integers = i32x16.llvm
+    bits = b.bitcast(value, integers)
+    odd = b.and_(b.lshr(bits, _constant(integers, 16)), _constant(integers, 1))
+    return b.add(bits, b.add(odd, _constant(integers, 0x7FFF)))
+
+
+@_operation(f32x16, f32x16)
+def round_bf16(b, x):
+    """To the nearest bfloat16, as float32."""
+    integers = i32x16.llvm
+    return b.bitcast(b.and_(_round_to_bf16(b, x), _constant(integers, -65536)), f32x16.llvm)
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_bf16x16(b, address, x):
+    """Rounded to bfloat16, to nearest even."""
+    high = b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16))
+    _store(b, address, b.trunc(high, ir.VectorType(_I16, 16)))
+
+
+@_operation(types.void, types.intp, f32x16, types.int64)
+def scatter_bf16x16(b, address, x, stride):
+    """Lane ``i``, rounded to bfloat16, goes to ``address + i * stride``."""
+    high = b.trunc(b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16)), ir.VectorType(_I16, 16))
+    for lane in range(LANES):
+        _store(b, b.add(address, b.mul(stride, ir.Constant(_I64, lane))), b.extract_element(high, ir.Constant(_I32, lane)))
+
+
+@_operation(types.void, types.intp, f32x16, types.int64)
+def scatter_bf16_pairs(b, address, x, stride):
+    """Lanes ``2 i`` and ``2 i + 1``, rounded to bfloat16, go to ``address + i * stride``."""
+    high = b.trunc(b.lshr(_round_to_bf16(b, x), _constant(i32x16.llvm, 16)), ir.VectorType(_I16, 16))
+    pairs = b.bitcast(high, ir.VectorType(_I32, 8))
+    for pair in range(LANES // 2):
+        _store(b, b.add(address, b.mul(stride, ir.Constant(_I64, pair))), b.extract_element(pairs, ir.Constant(_I32, pair)))
+
+
+def _dot_pairs(b, total, x, y):
+    """Each lane plus the two products of its bfloat16 pairs."""
+    floats, integers = f32x16.llvm, i32x16.llvm
+    if current_isa().has_bf16:
+        pairs = ir.VectorType(_BFLOAT, 32)
+        return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", floats, total, b.bitcast(x, pairs), b.bitcast(y, pairs))
+
+    def halves(value):
+        low = b.bitcast(b.shl(value, _constant(integers, 16)), floats)
+        return low, b.bitcast(b.and_(value, _constant(integers, -65536)), floats)
+
+    (x_low, x_high), (y_low, y_high) = halves(x), halves(y)
+    total = _call(b, "llvm.fmuladd.v16f32", floats, x_high, y_high, total)
+    return _call(b, "llvm.fmuladd.v16f32", floats, x_low, y_low, total)
+
+
+@intrinsic(prefer_literal=True)
+def dot_pairs_grid(typing_context, grid, rows, vectors, address, stride):
+    """A grid is a tile of ``len(vectors) * rows`` vectors; add to vector ``[v][row]`` the pair products of ``vectors[v]`` with the pair of
+    bfloat16 at ``address + row * stride``, which all lanes share. ``rows`` and ``stride`` are literals."""
+
+    def codegen(context, b, sig, values):
+        total, _, columns, base, _ = values
+        count, step = sig.args[1].literal_value, sig.args[4].literal_value
+        for row in range(count):
+            shared = _scalar_row(b, base, step, row, _I32)
+            for v in range(sig.args[2].count):
+                index = v * count + row
+                product = _dot_pairs(b, b.extract_value(total, index), b.extract_value(columns, v), shared)
+                total = b.insert_value(total, product, index)
+        return total
+
+    return grid(grid, rows, vectors, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_grid(typing_context, grid, rows, address, stride):
+    """Vector ``[v][row]`` goes to ``address + row * stride + 64 * v``."""
+
+    def codegen(context, b, sig, values):
+        count, step = sig.args[1].literal_value, sig.args[3].literal_value
+        for index in range(sig.args[0].count):
+            offset = index % count * step + index // count * 64
+            _store(b, _row(b, values[2], offset, 1), b.extract_value(values[0], index))
+        return context.get_dummy_value()
+
+    return types.void(grid, rows, types.intp, stride), codegen
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..errors import ModelLoadError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_BLOCK_SIZES = (16, 32, 64, 128)
+_BLOCK_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PagedAttentionMetaBuilder:
     Parameters
     ----------
     block_size
-        Tokens in a block: 16, 32, 64 or 128. None: what suits the device.
+        Tokens in a block: 32, 64 or 128. None: what suits the device.
     gpu_memory
         The size of the cache.
 

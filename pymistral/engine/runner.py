@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
+from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from ..nn.cpu import compile_graph
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
-from ..nn.state import Limits
+from ..nn.state import SPLIT_SEQUENCES, Limits
 from .types import Segment
 
 logger = logging.getLogger("pymistral")
@@ -40,7 +41,7 @@ class CpuRunner:
     max_num_seqs
         Sequences in one step.
     block_size
-        Positions in a block of the KV cache: a multiple of 16.
+        Positions in a block of the KV cache: a multiple of 32.
     cache_tokens
         Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
     progress
@@ -92,7 +93,8 @@ class CpuRunner:
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
         state = self.program.state
-        tokens = outputs = tiles = 0
+        tokens = outputs = items = merges = partials = 0
+        split = len(segments) <= SPLIT_SEQUENCES  # few sequences: their chunks are dealt out to the threads
         longest = 0
         for row, segment in enumerate(segments):
             count, start = len(segment.tokens), segment.start
@@ -103,9 +105,18 @@ class CpuRunner:
                 raise ValueError(f"segment of {count} tokens from position {start} with {segment.outputs} outputs does not fit")
             longest = max(longest, end)
             self._place(state, segment, row, tokens, count, start, end)
-            for first in range(0, count, state.query_tile):
-                state.query_tiles[tiles] = (tokens + first, min(state.query_tile, count - first), row)
-                tiles += 1
+            chunks = -(-end // ATTENTION_CHUNK)
+            if split and count == 1 and chunks > 1:
+                state.merges[merges] = (tokens, partials, chunks)
+                for chunk in range(chunks):
+                    state.items[items] = (tokens, 1, row, chunk, partials + chunk)
+                    items += 1
+                merges += 1
+                partials += chunks
+            else:
+                for first in range(0, count, state.query_tile):
+                    state.items[items] = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
+                    items += 1
             tokens += count
             if outputs + segment.outputs > self.max_output_rows:
                 raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
@@ -114,7 +125,7 @@ class CpuRunner:
                 outputs += segment.outputs
         for rope in state.ropes:
             rope.prepare(longest)
-        state.counts[:3] = (tokens, outputs, tiles)
+        state.counts[:4] = (tokens, outputs, items, merges)
         self.program.run()
         return self.program.logits[:outputs]
 
@@ -146,7 +157,7 @@ class CpuRunner:
 
 
 def cache_token_bytes(graph: Graph) -> int:
-    """Bytes of KV cache (keys and values, half floats) for one token."""
+    """Bytes of KV cache (keys and values, bfloat16) for one token."""
     return sum(2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
 
 

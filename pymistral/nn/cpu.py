@@ -523,7 +523,7 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.float16)), _Buffer(zeros(shape, np.float16))
+        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -562,6 +562,7 @@ class _Lowering:
             writes=(q_rows, k_rows, keys, values),
         )
         out = self._rows(node.output)
+        partials = self._new((self.state.max_partials * kv_heads * geometry.partial_floats(group, head_dim),), np.float32)
         slots = (
             q_rows.address,
             self._row_bytes(q),
@@ -572,23 +573,35 @@ class _Lowering:
             limits.block_size,
             kv_heads,
             address(self.state.positions),
-            address(self.state.query_tiles),
+            address(self.state.items),
             address(self.state.block_tables),
-            limits.max_blocks,
+            self.state.table_width,
             options["window"] or 0,
             _float_bits(options["soft_cap"] or 0.0),
             0,
             0,
+            partials.address,
         )
         self._launch(
             spec("attention.attention", head_dim=head_dim, group=group),
             slots,
-            "tiles",
+            "items",
             units=kv_heads,
             reads=(q_rows, keys, values),
-            writes=(out,),
+            writes=(out, partials),
             scratch=(14, geometry.attention_scratch_bytes(group, head_dim)),
         )
+        slots = (address(self.state.merges), partials.address, kv_heads, out.address, self._row_bytes(node.output), 0, 0)
+        self._launch(
+            spec("attention.merge", head_dim=head_dim, group=group),
+            slots,
+            "merges",
+            units=kv_heads,
+            reads=(partials,),
+            writes=(out,),
+            scratch=(5, 4 * geometry.partial_floats(group, head_dim)),
+        )
+        self._give_back(partials)
 
     # ---- the program ------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from .memory import address, zeros
 from .rope import Rope
+
+SPLIT_SEQUENCES = 8  # with more sequences than this in a step, none is split over threads
+
+_COUNTS = ("tokens", "outputs", "items", "merges", "one")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Limits:
     max_sequences
         Sequences in one step.
     block_size
-        Positions in a block of the KV cache; a multiple of 16.
+        Positions in a block of the KV cache; a multiple of 32.
     num_blocks
         Blocks in the cache of each layer.
     max_blocks
@@ -40,25 +45,29 @@ class Limits:
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.max_outputs, self.max_sequences, self.block_size, self.num_blocks, self.max_blocks) < 1:
             raise ValueError(f"all limits must be positive: {self}")
-        if self.block_size % 16:
-            raise ValueError(f"block_size={self.block_size}: must be a multiple of 16")
+        if self.block_size % 32:
+            raise ValueError(f"block_size={self.block_size}: must be a multiple of 32")
 
 
 class State:
     """The arrays, and the tables that grow with the longest sequence."""
 
     def __init__(self, limits: Limits) -> None:
-        self.counts: NDArray[Any] = zeros(4, np.int64)  # tokens, outputs, query tiles, one
-        self.counts[3] = 1
+        self.counts: NDArray[Any] = zeros(5, np.int64)  # in the order of _COUNTS
+        self.counts[_COUNTS.index("one")] = 1
         self.tokens: NDArray[Any] = zeros(limits.max_tokens, np.int32)
         self.positions: NDArray[Any] = zeros(limits.max_tokens, np.int32)
         self.cache_slots: NDArray[Any] = zeros(limits.max_tokens, np.int32)
-        self.query_tiles: NDArray[Any] = zeros((limits.max_tokens, 3), np.int32)
+        # attention: [first token, tokens, row of the block table, chunk or -1, partial result]; [token, first partial result, how many]
+        self.max_partials = SPLIT_SEQUENCES * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
+        self.items: NDArray[Any] = zeros((limits.max_tokens + self.max_partials, 5), np.int32)
+        self.merges: NDArray[Any] = zeros((SPLIT_SEQUENCES, 3), np.int32)
         self.output_rows: NDArray[Any] = zeros(limits.max_outputs, np.int32)
-        self.block_tables: NDArray[Any] = zeros((limits.max_sequences, limits.max_blocks), np.int32)
+        self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
+        self.block_tables: NDArray[Any] = zeros((limits.max_sequences, self.table_width), np.int32)
         self.ropes: list[Rope] = []
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most
 
     def count_address(self, name: str) -> int:
-        return address(self.counts) + 8 * ("tokens", "outputs", "tiles", "one").index(name)
+        return address(self.counts) + 8 * _COUNTS.index(name)

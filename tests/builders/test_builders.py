@@ -166,25 +166,28 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def load_gguf(path: Path) -> Any:
         seen["load_gguf"] = path
         return types.SimpleNamespace(
-            config={"model_type": "fake"},
+            config={"model_type": "fake", "max_position_embeddings": 64},
+            weights={},
             tokenizer=ByteTokenizer(),
             chat_template=TEMPLATE,
             generation_config={"temperature": 0.5},
             eos_token_ids=(EOS,),
         )
 
-    def load_runner(checkpoint: Any, **more: Any) -> AlphabetRunner:
-        seen["load_runner"] = more
+    def runner(graph: Any, *, progress: Any, **more: Any) -> AlphabetRunner:
+        seen["runner"] = more
         return AlphabetRunner()
 
     for name, functions in (
         ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),
         ("loading.checkpoint", {"load_gguf": load_gguf}),
-        ("models", {"load_runner": load_runner}),
     ):
         module = types.ModuleType(f"pymistral.{name}")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"pymistral.{name}", module)
+    monkeypatch.setattr("pymistral.models.registry.build_model", lambda config, weights: None)
+    monkeypatch.setattr("pymistral.nn.record", lambda model: None)
+    monkeypatch.setattr("pymistral.engine.runner.CpuRunner", runner)
     return seen
 
 
@@ -196,7 +199,7 @@ async def test_build(chain: dict[str, Any], tmp_path: Path) -> None:
         assert (await model.send_chat_request("Hi")).model == "owner/repo"
     assert chain["resolve"] == {"model_id": "owner/repo", "files": ["f.gguf"], "revision": "v1", "token": "none", "cache_dir": None}
     assert chain["load_gguf"] == tmp_path / "model.gguf"
-    assert chain["load_runner"] == {"device": None, "threads": 2, "max_num_seqs": 4, "paged_attn": None}
+    assert chain["runner"] == {"max_position_embeddings": 64, "threads": 2, "max_num_seqs": 4, "block_size": None, "cache_tokens": None}
 
 
 async def test_a_path_is_a_model_id(chain: dict[str, Any], tmp_path: Path) -> None:
