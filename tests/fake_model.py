@@ -26,6 +26,10 @@ TEMPLATE = (
 
 class ByteTokenizer:
     vocab_size, bos_token_id, eos_token_id = VOCAB_SIZE, BOS, EOS
+    special_token_ids = frozenset({EOS, BOS})
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         parts = text.split("<bos>")

@@ -270,10 +270,14 @@ class TriggeredState:
             if trigger.at_start and not self._from_start:
                 continue
             match = trigger.pattern.match(self._text) if trigger.at_start else trigger.pattern.search(self._text)
-            # What the token says beyond the trigger belongs to the grammar. If it is not allowed there, the text stays free.
-            if match and (state := trigger.grammar.after(self._text[match.end() :])) is not None:
-                self._grammar = state
+            if not match:
+                continue
+            # What the token says beyond the trigger belongs to the grammar. If it is not allowed there, this was no trigger.
+            self._grammar = trigger.grammar.after(self._text[match.end() :])
+            if self._grammar is not None:
                 return
+            if not trigger.at_start:
+                self._text, self._from_start = self._text[match.end() :], False
 
     def _enter(self) -> Sequence[int]:
         """The tokens that a grammar demands at its beginning."""
@@ -298,4 +302,3 @@ def bitmask(allowed: Iterable[int], vocab_size: int) -> I32:
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     bits[list(allowed)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
-

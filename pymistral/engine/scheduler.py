@@ -181,7 +181,7 @@ class Scheduler:
             self.add(child)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence blocks for its new tokens, at the cost of the youngest ones if need be; ``False`` if it was the youngest itself."""
+        """Give a sequence blocks for its new tokens, at the cost of the youngest ones; ``False`` if it was the youngest itself."""
         while len(sequence.block_table) * self.block_size < len(sequence.tokens):
             while self.pool.num_free == 0:
                 victim = self.running[-1]

@@ -14,14 +14,17 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 
 # Enforcing these would need to look back at what has been generated, or to negate.
 UNSUPPORTED = frozenset(
-    "uniqueItems not if then else contains minContains maxContains propertyNames dependentRequired dependentSchemas dependencies "
-    "unevaluatedItems unevaluatedProperties $dynamicRef $recursiveRef".split()
+    {"uniqueItems", "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependentRequired"}
+    | {"dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"}
 )
 KNOWN = UNSUPPORTED | frozenset(
-    "anyOf oneOf allOf $ref const enum type items additionalItems prefixItems minItems maxItems properties additionalProperties "
-    "patternProperties required minProperties maxProperties minLength maxLength pattern format minimum maximum exclusiveMinimum "
-    "exclusiveMaximum multipleOf $anchor $defs definitions $schema $id x-guidance".split()
+    {"anyOf", "oneOf", "allOf", "$ref", "const", "enum", "type", "items", "additionalItems", "prefixItems", "minItems", "maxItems"}
+    | {"properties", "additionalProperties", "patternProperties", "required", "minProperties", "maxProperties", "minLength", "maxLength"}
+    | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+    | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
+SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -84,7 +87,11 @@ class _Schema:
     def _check_min_properties(self, schema: dict[str, Any], place: str) -> None:
         """Keys that are not named in ``properties`` may come twice: their number is not the number of properties."""
         least = schema.get("minProperties", 0)
-        if isinstance(least, int) and least > max(1, len(set(schema.get("required", ())))) and schema.get("additionalProperties") is not False:
+        if (
+            isinstance(least, int)
+            and least > max(1, len(set(schema.get("required", ()))))
+            and schema.get("additionalProperties") is not False
+        ):
             raise refusal(place, f"'minProperties' {least} cannot be enforced for keys that the schema does not name")
 
     def target(self, reference: object) -> Any:
@@ -160,6 +167,16 @@ class _Schema:
         shared = set(a.get("required", ())) | set(b.get("required", ()))
         both = (name for name in shared if name in ours and name in theirs)
         return any(self._disjoint(self._resolve(ours[name]), self._resolve(theirs[name]), depth + 1) for name in both)
+
+
+def closed_schema(schema: Any, place: str = "#") -> Any:
+    """The schema with no room for properties that it does not name, where it does not speak of them."""
+    if not isinstance(schema, dict):
+        return schema
+    open_ended = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+    if "properties" in schema and not open_ended & schema.keys():
+        schema = {**schema, "additionalProperties": False}
+    return map_subschemas(schema, place, closed_schema)
 
 
 def refusal(place: str, what: str) -> RequestValidationError:
