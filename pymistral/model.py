@@ -19,7 +19,6 @@ from .engine.types import EngineRequest, Event
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
-from .requests.json_schema import closed_schema
 from .requests.messages import checked_text
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
@@ -297,7 +296,7 @@ class Model:
             return ANY_OBJECT
         parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
         try:
-            constraint = Constraint.json_schema(closed_schema(parameters))
+            constraint = Constraint.json_schema(parameters)
             self._engine.grammars.compile(constraint)
         except RequestValidationError as error:
             if function.strict:

@@ -28,6 +28,11 @@ GEMMA3_WHEELS = {
 GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests, and the processes that they start, share one cache of compiled kernels; it is not the user's."""
+    os.environ["PYMISTRAL_CACHE"] = str(config.cache.mkdir("pymistral"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, Q4_1."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pymistral.engine import Engine, Segment
 from pymistral.errors import RequestValidationError
 from pymistral.model import Model
+from pymistral.nn.sampling import SamplingProgram
 
 EOS, BOS = 256, 257
 VOCAB_SIZE = 258
@@ -74,6 +75,7 @@ class AlphabetRunner:
     def __init__(self, *, endless: bool = False, delay: float = 0.0) -> None:
         self.endless, self.delay = endless, delay
         self.steps = 0
+        self.sample = SamplingProgram(VOCAB_SIZE, threads=1).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         self.steps += 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .matmul import activation_function
-from .simd import bits_to_f32, exp, load_f32x16, load_i32, load_i64, splat_f32, store_f32x16
+from .simd import bits_to_f32, exp, load_f32, load_f32x16, load_i32, load_i64, splat_f32, store_f32x16
 
 
 def add() -> Any:
-    """``out = x + y``. Units are rows. Slots of all in this file: 0 x, 1 y, 2 out, 3 columns (a multiple of 16), 4 bytes of a row, 5 a parameter."""
+    """``out = x + y``. Units are rows. Slots of all in this file: 0 x, 1 y, 2 out, 3 columns (a multiple of 16), 4 bytes of a row,
+    5 a parameter.
+    """
 
     def kernel(slots, begin, end, thread):
         x, y, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)
@@ -44,6 +46,34 @@ def activate(*, activation: str) -> Any:
         for row in range(begin, end):
             for at in range(row * row_bytes, row * row_bytes + 4 * columns, 64):
                 store_f32x16(out + at, function(load_f32x16(x + at)))
+
+    return kernel
+
+
+def add_vector() -> Any:
+    """``out = x + y``, where y is one row for all."""
+
+    def kernel(slots, begin, end, thread):
+        x, y, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)
+        columns, row_bytes = load_i64(slots + 24), load_i64(slots + 32)
+        for row in range(begin, end):
+            for at in range(0, 4 * columns, 64):
+                store_f32x16(out + row * row_bytes + at, load_f32x16(x + row * row_bytes + at) + load_f32x16(y + at))
+
+    return kernel
+
+
+def sigmoid_gate() -> Any:
+    """``out = x * sigmoid(y)``, where y has one column; the parameter is the bytes of its rows."""
+
+    def kernel(slots, begin, end, thread):
+        x, y, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)
+        columns, row_bytes = load_i64(slots + 24), load_i64(slots + 32)
+        for row in range(begin, end):
+            gate = splat_f32(load_f32(y + row * load_i64(slots + 40)))
+            factor = splat_f32(1.0) / (splat_f32(1.0) + exp(splat_f32(0.0) - gate))
+            for at in range(row * row_bytes, row * row_bytes + 4 * columns, 64):
+                store_f32x16(out + at, load_f32x16(x + at) * factor)
 
     return kernel
 

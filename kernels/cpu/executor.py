@@ -1,9 +1,15 @@
-"""Running a program: every thread walks the same list of launches, claims work in chunks, and meets the others where a launch depends on them.
+"""Running a program: every thread walks the same list of launches and claims work in chunks; a launch waits for those that it depends on.
 
-Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps the others
-with theirs: a thread that lost its core does not hold up the rest. Shares are claimed from one counter for each thread and launch, each in its own
-cache line. There are two sets of counters, used in turn: in each run a thread clears its own lines of the other set.
-`executor_layout` states how launches and the synchronisation block lie in memory.
+Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps
+the others
+with theirs. What a launch waits for is work that is done, not threads that have arrived: a thread that lost its core while it held no work
+holds up nobody. It may wake up when the step, or even the next, is over. So every counter carries the number of its step, is claimed by
+compare and
+exchange, and a thread that finds a newer number leaves. A counter with an older number stands for zero, so nothing has to be cleared.
+
+While a thread waits, it fetches its share of the weights that come next into its cache.
+
+`executor_layout` states how launches, counters and the synchronisation block lie in memory.
 """
 
 from __future__ import annotations
@@ -15,18 +21,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .executor_layout import ARRIVALS, ARRIVALS_BEFORE, COUNT, COUNTERS, FIRST_SLEEPER, LAUNCH_BYTES, LAUNCHES, LINE, PARITY, STEP, STOP, TO_WAKE
+from .executor_layout import COUNT, COUNTERS, FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCHES, LINE, STEP, STOP, TO_WAKE, UNIT_BITS
 from .helpers import inline
-from .simd import _operation, _pointer, load_i64, store_i64
+from .simd import _operation, _pointer, load_i64, prefetch, store_i64
 
 _I64 = ir.IntType(64)
 _SPINS_BEFORE_YIELD = 2000
+_FETCH_AHEAD = 256 << 10  # bytes of weights that a waiting thread fetches at most: a part of its second-level cache
+_SHIFT = UNIT_BITS
+_LOW = (1 << UNIT_BITS) - 1
 
 
-@_operation(types.int64, types.intp, types.int64)
-def atomic_add(b, address, value):
-    """Returns what was there before."""
-    return b.atomic_rmw("add", _pointer(b, address, _I64), value, "acq_rel")
+@_operation(types.boolean, types.intp, types.int64, types.int64)
+def compare_exchange(b, address, expected, value):
+    """Store ``value`` if ``expected`` is there; returns whether it was."""
+    result = b.cmpxchg(_pointer(b, address, _I64), expected, value, "seq_cst", "seq_cst")
+    return b.extract_value(result, 1)
 
 
 @_operation(types.int64, types.intp, types.int64)
@@ -42,6 +52,12 @@ def atomic_load(b, address):
 @_operation(types.void, types.intp, types.int64)
 def atomic_store(b, address, value):
     b.store_atomic(value, _pointer(b, address, _I64), "seq_cst", 8)
+
+
+@_operation(types.void, types.intp, types.int64)
+def atomic_store_relaxed(b, address, value):
+    """A store that is whole, in no particular order with others."""
+    b.store_atomic(value, _pointer(b, address, _I64), "monotonic", 8)
 
 
 @_operation(types.void)
@@ -61,7 +77,9 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 @intrinsic
 def call_kernel(typing_context, kernel, slots, begin, end, thread):
-    """Call a compiled kernel by address. Numba's calling convention puts two pointers first: for the result (None is stored) and for an exception."""
+    """Call a compiled kernel by address. Numba's calling convention puts two pointers first: for the result (None is stored) and
+    for an exception.
+    """
 
     def codegen(context, b, sig, values):
         address, *arguments = values
@@ -76,69 +94,135 @@ def call_kernel(typing_context, kernel, slots, begin, end, thread):
 
 
 @inline
-def meet(sync, target):
-    """Wait until ``target`` arrivals have been counted."""
+def wait_for(done, wanted, step, upcoming, upcoming_end):
+    """Wait until a done counter holds ``wanted``. Returns how far the weights have been fetched, or -1 if the step is over."""
     spins = 0
-    while atomic_load(sync + ARRIVALS) < target:
-        pause()
+    while True:
+        value = atomic_load(done)
+        if value == wanted:
+            return upcoming
+        if value >> _SHIFT > step:
+            return -1
+        if upcoming < upcoming_end:
+            for line in range(4):
+                prefetch(upcoming + line * LINE)
+            upcoming += 4 * LINE
+        else:
+            pause()
         spins += 1
         if spins >= _SPINS_BEFORE_YIELD:
             _yield()
 
 
 @inline
-def run_program(sync, thread, threads):
-    """Walk the launches."""
-    arrivals = load_i64(sync + ARRIVALS_BEFORE)
-    launches = load_i64(sync + LAUNCHES)
-    count = load_i64(sync + COUNT)
-    set_bytes = count * threads * LINE
-    parity = load_i64(sync + PARITY)
-    counters = load_i64(sync + COUNTERS) + parity * set_bytes
-    other = load_i64(sync + COUNTERS) + (1 - parity) * set_bytes + thread * LINE
-    for index in range(count):
+def claim(counter, step, size, chunk):
+    """Claim up to ``chunk`` units. Returns the first, ``size`` or more if none is left, or -1 if the step is over."""
+    while True:
+        value = atomic_load(counter)
+        number = value >> _SHIFT
+        if number > step:
+            return -1
+        at = value & _LOW if number == step else 0
+        if at >= size or compare_exchange(counter, value, step << _SHIFT | (at + chunk)):
+            return at
+
+
+@inline
+def add_done(counter, step, units):
+    while True:
+        value = atomic_load(counter)
+        new = value + units if value >> _SHIFT == step else step << _SHIFT | units
+        if compare_exchange(counter, value, new):
+            return
+
+
+@inline
+def run_program(launches, count, counters, step, thread, threads):
+    """Walk the launches. The leader, thread 0, returns when all work is done, the others when they find no more."""
+    stride = (threads + 1) * LINE
+    unit_counts = counters + count * stride
+    first_open = 0  # launches before this one are done
+    fetched = 0
+    fetched_of = 0
+    for index in range(count + 1):
         launch = launches + index * LAUNCH_BYTES
-        if load_i64(launch + 40) and index > 0:
-            atomic_add(sync + ARRIVALS, 1)
-            arrivals += threads
-            meet(sync, arrivals)
-        units = load_i64(load_i64(launch + 16)) * load_i64(launch + 24)
+        if index == count or load_i64(launch + 40):
+            if index == count and thread > 0:
+                return
+            upcoming = 0
+            upcoming_end = 0
+            if index < count:
+                weights = load_i64(launch + 48)
+                nbytes = load_i64(launch + 56)
+                if weights != fetched_of:
+                    fetched_of = weights
+                    fetched = weights + nbytes * thread // threads
+                upcoming = fetched
+                upcoming_end = min(weights + nbytes * (thread + 1) // threads, weights + nbytes * thread // threads + _FETCH_AHEAD)
+            for before in range(first_open, index):
+                wanted = atomic_load(unit_counts + 8 * before)
+                if wanted >> _SHIFT != step:
+                    return
+                if wanted & _LOW:
+                    upcoming = wait_for(counters + before * stride, wanted, step, upcoming, upcoming_end)
+                    if upcoming < 0:
+                        return
+            if upcoming > 0:
+                fetched = upcoming
+            first_open = index
+        if index == count:
+            return
+        tagged = atomic_load(unit_counts + 8 * index)
+        if tagged >> _SHIFT != step:
+            return
+        units = tagged & _LOW
+        done = counters + index * stride
         chunk = load_i64(launch + 32)
-        kernel = load_i64(launch)
-        slots = load_i64(launch + 8)
-        line = counters + index * threads * LINE
-        store_i64(other + index * threads * LINE, 0)
+        finished = 0
         for turn in range(threads):
             owner = (thread + turn) % threads
-            counter = line + owner * LINE
             share = units * owner // threads
-            share_end = units * (owner + 1) // threads
-            while share + atomic_load(counter) < share_end:
-                begin = share + atomic_add(counter, chunk)
-                if begin >= share_end:
+            size = units * (owner + 1) // threads - share
+            while size > 0:
+                at = claim(done + (owner + 1) * LINE, step, size, chunk)
+                if at < 0:
+                    return
+                if at >= size:
                     break
-                call_kernel(kernel, slots, begin, min(begin + chunk, share_end), thread)
-    atomic_add(sync + ARRIVALS, 1)
-    meet(sync, arrivals + threads)
+                end = min(at + chunk, size)
+                call_kernel(load_i64(launch), load_i64(launch + 8), share + at, share + end, thread)
+                finished += end - at
+        if finished:
+            add_done(done, step, finished)
 
 
 def lead() -> Any:
-    """Begin a step and, unless a thread sleeps, work through it as thread 0 until all are done.
+    """Begin a step and, unless a thread sleeps, work through it as thread 0 until all is done.
 
-    If threads sleep, their number is left in the synchronisation block and nothing is run: wake those whose line now holds 2, then call `work`.
+    If threads sleep, their number is left in the synchronisation block and nothing is run: wake those whose line now holds 2, then call
+    `work`.
     """
 
-    def lead_program(sync, threads):
-        store_i64(sync + ARRIVALS_BEFORE, atomic_load(sync + ARRIVALS))
-        atomic_add(sync + STEP, 1)
+    def lead_program(sync, threads, launches, count, counters):
+        step = (atomic_load(sync + STEP) | 1) + 1  # even, also after a step that was interrupted
+        unit_counts = counters + count * (threads + 1) * LINE
+        for index in range(count):
+            launch = launches + index * LAUNCH_BYTES
+            units = load_i64(load_i64(launch + 16)) * load_i64(launch + 24)
+            atomic_store_relaxed(unit_counts + 8 * index, step << _SHIFT | units)
+        store_i64(sync + LAUNCHES, launches)
+        store_i64(sync + COUNT, count)
+        store_i64(sync + COUNTERS, counters)
+        atomic_store(sync + STEP, step)
         asleep = 0
         for thread in range(1, threads):
-            sleeping = sync + FIRST_SLEEPER + thread * LINE
+            sleeping = sync + FIRST_THREAD + thread * LINE
             if atomic_load(sleeping) == 1 and atomic_exchange(sleeping, 2) == 1:
                 asleep += 1
         store_i64(sync + TO_WAKE, asleep)
         if asleep == 0:
-            run_program(sync, 0, threads)
+            run_program(launches, count, counters, step, 0, threads)
+            atomic_store(sync + STEP, step + 1)
 
     return lead_program
 
@@ -147,7 +231,9 @@ def work() -> Any:
     """The rest of a step that `lead` began."""
 
     def work_program(sync, threads):
-        run_program(sync, 0, threads)
+        step = atomic_load(sync + STEP)
+        run_program(load_i64(sync + LAUNCHES), load_i64(sync + COUNT), load_i64(sync + COUNTERS), step, 0, threads)
+        atomic_store(sync + STEP, step + 1)
 
     return work_program
 
@@ -159,22 +245,31 @@ def follow() -> Any:
     """
 
     def follow_programs(sync, thread, threads, last, patience):
-        sleeping = sync + FIRST_SLEEPER + thread * LINE
-        step = load_i64(last)
+        sleeping = sync + FIRST_THREAD + thread * LINE
+        inside = sleeping + INSIDE
+        done = load_i64(last)
         spins = 0
         while atomic_load(sync + STOP) == 0:
-            if atomic_load(sync + STEP) != step:
-                step += 1
-                store_i64(last, step)
-                run_program(sync, thread, threads)
-                spins = 0
+            step = atomic_load(sync + STEP)
+            if step & 1 == 0 and step != done:
+                # Whoever frees a program's memory looks at `inside` after the step is over: one of the two sees the other.
+                atomic_store(inside, 1)
+                launches, count, counters = load_i64(sync + LAUNCHES), load_i64(sync + COUNT), load_i64(sync + COUNTERS)
+                if atomic_load(sync + STEP) == step:
+                    run_program(launches, count, counters, step, thread, threads)
+                    done = step
+                    store_i64(last, done)
+                    spins = 0
+                atomic_store(inside, 0)
                 continue
             pause()
             spins += 1
             if spins >= patience:
-                # The leader raises the step before it looks for sleepers, so one of the two sees the other.
+                # The leader raises the step before it looks for sleepers: one of the two sees the other.
                 atomic_store(sleeping, 1)
-                if atomic_load(sync + STEP) == step or atomic_exchange(sleeping, 0) == 2:
+                now = atomic_load(sync + STEP)
+                # If it is too late to stay awake, the leader has to find the 2 that it left.
+                if now & 1 or now == done or not compare_exchange(sleeping, 1, 0):
                     break
                 spins = 0
 

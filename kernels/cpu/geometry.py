@@ -39,3 +39,21 @@ def attention_scratch_bytes(group: int, head_dim: int) -> int:
 def partial_floats(group: int, head_dim: int) -> int:
     """Of one chunk's result for one key/value head, kept for `attention.merge`: outputs, maxima and sums of ``group`` rows."""
     return group * (head_dim + 2)
+
+
+def panel_tokens() -> int:
+    """Tokens in a panel."""
+    return current_isa().tokens
+
+
+def panel_row_bytes(columns: int) -> int:
+    """Bytes of int8 panels for each of their rows."""
+    return panel_bytes(1, columns)
+
+
+def gathered_rows(choices: int, experts: int) -> int:
+    """Rows that ``choices`` may take when each of the experts' rows start at a whole panel (see `moe`)."""
+    return choices + min(choices, experts) * (panel_tokens() - 1)
+
+
+EXPERTS_SCRATCH_BYTES = 128  # of one thread in `moe.experts`: the slots of a matrix kernel

@@ -27,6 +27,8 @@ class Isa:
         Dot products of bfloat16 pairs in hardware.
     tokens
         Tokens that a matrix kernel keeps in registers.
+    has_sdot, has_usdot
+        AArch64: dot products of int8 by int8 (``dotprod``), and of uint8 by int8 (``i8mm``).
     """
 
     name: str
@@ -36,6 +38,8 @@ class Isa:
     has_f16: bool
     has_bf16: bool
     tokens: int
+    has_sdot: bool = False
+    has_usdot: bool = False
 
 
 _NEEDS = {
@@ -56,7 +60,19 @@ def current_isa() -> Isa:
     if triple.startswith(("aarch64", "arm64")):
         if forced not in ("", "neon", "generic"):
             raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers neon and generic")
-        return Isa(forced or "neon", llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), False, True, False, 4)
+        features = llvm.get_host_cpu_features().flatten()
+        fast = forced != "generic"
+        return Isa(
+            forced or "neon",
+            llvm.get_host_cpu_name(),
+            features,
+            has_vnni=False,
+            has_f16=True,
+            has_bf16=False,
+            tokens=4,
+            has_sdot=fast and "dotprod" in host,
+            has_usdot=fast and "i8mm" in host,
+        )
     available = [name for name, needs in _NEEDS.items() if host.issuperset(needs) and (needs == () or "64" in triple)]
     if forced and forced not in available:
         raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers {', '.join(available)}")

@@ -1,7 +1,9 @@
 """Matrix products: tiles of quantised weights by panels of int8 activations, and float tiles by float activations.
 
-`tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens through each.
-All token counts of a panel share one order of floating-point operations, so that a token's result does not depend on what else is in the batch.
+`tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens
+through each.
+All token counts of a panel share one order of floating-point operations, so that a token's result does not depend on what else is in the
+batch.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .helpers import inline
 from .isa import current_isa
 from .quantize import quantize_block
 from .simd import (
+    add_tiles,
     add_to_tile,
     exp,
     fma_tile,
@@ -189,7 +192,7 @@ def matmul(*, layout: str) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
     Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row, 6 address of the number of
-    tokens, 7 add to what ``out`` holds.
+    tokens, 7 add to what ``out`` holds, 8 panels of what the rounding of 1 lost (the product is then exact to 15 bits of activation), or 0.
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
@@ -204,6 +207,8 @@ def matmul(*, layout: str) -> Any:
         row_bytes = load_i64(slots + 40)
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
+        residuals = load_i64(slots + 64)
+        lost = residuals - panels
         for start in range(0, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
@@ -212,16 +217,22 @@ def matmul(*, layout: str) -> Any:
                 target = out + start * row_bytes + unit * 64
                 if left == 1:
                     result = one(w, x, blocks)
+                    if residuals:
+                        result = add_tiles(result, one(w, x + lost, blocks))
                     if accumulate:
                         result = add_to_tile(result, target, row_bytes)
                     store_tile(result, target, row_bytes)
                 elif left <= 4:
                     few = four(w, x, blocks)
+                    if residuals:
+                        few = add_tiles(few, four(w, x + lost, blocks))
                     if accumulate:
                         few = add_to_tile(few, target, row_bytes)
                     store_tile(few, target, row_bytes)
                 else:
                     many = full(w, x, blocks)
+                    if residuals:
+                        many = add_tiles(many, full(w, x + lost, blocks))
                     if accumulate:
                         many = add_to_tile(many, target, row_bytes)
                     store_tile(many, target, row_bytes)
@@ -244,7 +255,7 @@ def activation_function(name: str) -> Any:
 
     @inline
     def relu(x):
-        return maximum(x, splat_f32(0.0))
+        return maximum(splat_f32(0.0), x)  # in this order NaN stays NaN
 
     return {"silu": silu, "gelu": gelu, "relu": relu}[name]
 
@@ -252,7 +263,8 @@ def activation_function(name: str) -> Any:
 def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
 
-    Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out panels,
+    Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
+    panels,
     7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
     """
     panel = current_isa().tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .helpers import inline
-from .quantize import quantize_row
+from .quantize import quantize_row, quantize_row_twice
 from .simd import (
     bits_to_f32,
     fma,
@@ -44,7 +44,8 @@ def norm() -> Any:
     ``x += branch``, or ``x += rms_norm(branch, branch_weight)``; then ``rms_norm(x, weight)`` goes to float rows or int8 panels.
 
     Slots: 0 x, 1 bytes of a row, 2 branch, 3 branch weight, 4 weight, 5 out (float rows as x's), 6 panels, 7 columns, 8 epsilon (f32 bits),
-    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread.
+    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread,
+    12 panels for what the rounding of 6 lost.
     """
 
     def kernel(slots, begin, end, thread):
@@ -58,6 +59,7 @@ def norm() -> Any:
         epsilon = bits_to_f32(load_i64(slots + 64))
         rows = load_i64(slots + 72)
         scratch = load_i64(slots + 80) + thread * load_i64(slots + 88)
+        residuals = load_i64(slots + 96)
         for unit in range(begin, end):
             row = load_i32(rows + 4 * unit) if rows else unit
             x = load_i64(slots) + row * row_bytes
@@ -71,6 +73,9 @@ def norm() -> Any:
                 normalize(x, weight, out + unit * row_bytes, columns, epsilon)
             if panels:
                 normalize(x, weight, scratch, columns, epsilon)
-                quantize_row(scratch, panels, unit, columns)
+                if residuals:
+                    quantize_row_twice(scratch, panels, residuals, unit, columns)
+                else:
+                    quantize_row(scratch, panels, unit, columns)
 
     return kernel

@@ -57,7 +57,7 @@ i8x64 = Vector("i8", 64)
 b1x16 = Vector("i1", 16)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F16, _F32 = ir.HalfType(), ir.FloatType()
+_F16, _F32, _F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _Emit = Callable[..., Any]
 
 
@@ -166,6 +166,11 @@ def load_f32(b, address):
     return _load(b, address, _F32)
 
 
+@_operation(types.float64, types.intp)
+def load_f64(b, address):
+    return _load(b, address, _F64)
+
+
 @_operation(types.void, types.intp, types.int64)
 def store_i64(b, address, value):
     _store(b, address, value)
@@ -188,6 +193,11 @@ def store_u8(b, address, value):
 
 @_operation(types.void, types.intp, types.float32)
 def store_f32(b, address, value):
+    _store(b, address, value)
+
+
+@_operation(types.void, types.intp, types.float64)
+def store_f64(b, address, value):
     _store(b, address, value)
 
 
@@ -431,6 +441,20 @@ def first_lane(b, x):
 
 
 @_operation(types.float32, f32x16)
+def peak_lanes(b, x):
+    """The largest magnitude; NaN if there is one. As integers, the bits of magnitudes are in their order, and NaN comes last."""
+    bits = b.and_(b.bitcast(x, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF))
+    return b.bitcast(_reduce(b, bits, lambda low, high: b.select(b.icmp_signed(">", low, high), low, high)), _F32)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def larger_magnitudes(b, x, y):
+    """Of each lane the value of larger magnitude, without its sign; NaN if either is."""
+    magnitudes = [b.and_(b.bitcast(value, i32x16.llvm), _constant(i32x16.llvm, 0x7FFFFFFF)) for value in (x, y)]
+    return b.bitcast(b.select(b.icmp_signed(">", *magnitudes), *magnitudes), f32x16.llvm)
+
+
+@_operation(types.float32, f32x16)
 def sum_lanes(b, x):
     return _reduce(b, x, b.fadd)
 
@@ -460,9 +484,25 @@ def greater(b, x, y):
     return b.fcmp_ordered(">", x, y)
 
 
+@_operation(b1x16, f32x16, f32x16)
+def at_least(b, x, y):
+    return b.fcmp_ordered(">=", x, y)
+
+
+@_operation(b1x16, f32x16, f32x16)
+def unordered(b, x, y):
+    """Whether one of the two is NaN."""
+    return b.fcmp_unordered("uno", x, y)
+
+
 @_operation(b1x16, b1x16, b1x16)
 def both(b, x, y):
     return b.and_(x, y)
+
+
+@_operation(b1x16, b1x16, b1x16)
+def either(b, x, y):
+    return b.or_(x, y)
 
 
 @_operation(types.int64, b1x16)
@@ -471,9 +511,32 @@ def mask_bits(b, mask):
     return b.zext(b.bitcast(mask, _I16), _I64)
 
 
+@_operation(b1x16, types.int64)
+def bits_mask(b, bits):
+    """Lane ``i`` is bit ``i``."""
+    return b.bitcast(b.trunc(bits, _I16), b1x16.llvm)
+
+
 @_operation(types.int64, types.int64)
 def count_trailing_zeros(b, x):
     return b.cttz(x, ir.Constant(ir.IntType(1), 0))
+
+
+@_operation(types.int64, types.int64)
+def count_ones(b, x):
+    return b.ctpop(x)
+
+
+@_operation(types.void, types.intp, b1x16, f32x16)
+def store_selected(b, address, mask, value):
+    """The lanes that the mask names, one after another. All 16 floats at ``address`` may be written."""
+    if current_isa().name.startswith("avx512"):
+        _store(b, address, _call(b, "llvm.x86.avx512.mask.compress.v16f32", f32x16.llvm, value, value, mask))
+        return
+    for lane in range(LANES):
+        index = ir.Constant(_I32, lane)
+        _store(b, address, b.extract_element(value, index))
+        address = b.add(address, b.shl(b.zext(b.extract_element(mask, index), _I64), ir.Constant(_I64, 2)))
 
 
 @_operation(f32x16, f32x16)
@@ -543,7 +606,9 @@ def look_up(b, indices, table):
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
-        return _join(b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)])
+        return _join(
+            b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)]
+        )
     result = _constant(i8x64.llvm, 0)
     for entry in range(16):
         byte = b.extract_element(table, ir.Constant(_I32, entry))
@@ -580,7 +645,11 @@ def _dot_unsigned(b, total, weights, activations):
     if isa.name == "avx2":
         parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
         return _join(b, [b.add(t, _pair_sums(b, w, a)) for t, w, a in parts])
-    return b.add(total, _dot_portable(b, b.zext(weights, ir.VectorType(_I16, 64)), activations))
+    if isa.has_usdot:
+        return _dot_neon(b, "usdot", total, weights, activations)
+    if isa.has_sdot:
+        return _dot_neon(b, "sdot", total, weights, activations)  # weights of eight bits come signed: see `_is_signed`
+    return b.add(total, _dot_portable(b, weights, activations, signed=False))
 
 
 def _dot_signed(b, total, weights, activations):
@@ -594,7 +663,9 @@ def _dot_signed(b, total, weights, activations):
             signed = _call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
             results.append(b.add(t, _pair_sums(b, size, signed)))
         return _join(b, results)
-    return b.add(total, _dot_portable(b, b.sext(weights, ir.VectorType(_I16, 64)), activations))
+    if isa.has_sdot:
+        return _dot_neon(b, "sdot", total, weights, activations)
+    return b.add(total, _dot_portable(b, weights, activations, signed=True))
 
 
 def _pair_sums(b, weights, activations):
@@ -604,16 +675,42 @@ def _pair_sums(b, weights, activations):
     return _call(b, "llvm.x86.avx2.pmadd.wd", doubles, pairs, _constant(words, 1))
 
 
-def _dot_portable(b, weights, activations):
-    """Products of 16-bit values, summed by fours; LLVM finds ``pmaddwd`` or ``smlal`` in it."""
-    wide = ir.VectorType(_I32, 64)
-    products = b.mul(b.sext(weights, wide), b.sext(activations, wide))
-    total = None
-    for offset in range(4):
-        indices = ir.Constant(i32x16.llvm, list(range(offset, 64, 4)))
-        part = b.shuffle_vector(products, products, indices)
-        total = part if total is None else b.add(total, part)
-    return total
+def _quarters(b, value):
+    return [quarter for half in _halves(b, value) for quarter in _halves(b, half)]
+
+
+def _join_quarters(b, parts):
+    return _join(b, [_join(b, parts[:2]), _join(b, parts[2:])])
+
+
+def _dot_neon(b, instruction, total, weights, activations):
+    """AArch64: sixteen products at a time."""
+    name = f"llvm.aarch64.neon.{instruction}.v4i32.v16i8"
+    parts = zip(_quarters(b, total), _quarters(b, weights), _quarters(b, activations), strict=True)
+    return _join_quarters(b, [_call(b, name, t.type, t, w, a) for t, w, a in parts])
+
+
+def _dot_portable(b, weights, activations, signed):
+    """Products of 16-bit values, even and odd bytes apart, so that nothing is shuffled: no product leaves the 16 bits."""
+    words, doubles = ir.VectorType(_I16, 32), i32x16.llvm
+    weights, activations = b.bitcast(weights, words), b.bitcast(activations, words)
+
+    def even(value, signed):
+        return b.ashr(b.shl(value, _constant(words, 8)), _constant(words, 8)) if signed else b.and_(value, _constant(words, 255))
+
+    def odd(value, signed):
+        return b.ashr(value, _constant(words, 8)) if signed else b.lshr(value, _constant(words, 8))
+
+    def pair_sums(x, y):
+        if "x86_64" in b.module.triple:  # every one has SSE2
+            narrow = ir.VectorType(_I32, 4)
+            parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
+            return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
+        products = b.bitcast(b.mul(x, y), doubles)
+        low = b.ashr(b.shl(products, _constant(doubles, 16)), _constant(doubles, 16))
+        return b.add(low, b.ashr(products, _constant(doubles, 16)))
+
+    return b.add(pair_sums(even(weights, signed), even(activations, True)), pair_sums(odd(weights, signed), odd(activations, True)))
 
 
 # ---- register tiles: one vector for each of T tokens, as a tuple ----------------------------------------------------
@@ -883,7 +980,13 @@ def _operator(function: Any, vector: Vector, method: str) -> None:
 
 for _function, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _operator(_function, f32x16, _method)
-for _function, _method in ((operator.add, "add"), (operator.sub, "sub"), (operator.mul, "mul"), (operator.and_, "and_"), (operator.or_, "or_")):
+for _function, _method in (
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+    (operator.mul, "mul"),
+    (operator.and_, "and_"),
+    (operator.or_, "or_"),
+):
     _operator(_function, i32x16, _method)
 for _function, _method in ((operator.and_, "and_"), (operator.or_, "or_")):
     _operator(_function, i8x64, _method)

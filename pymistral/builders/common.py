@@ -171,15 +171,21 @@ def load_model(builder: Builder) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
     from ..engine import Engine
     from ..engine.runner import CpuRunner, cache_token_bytes
-    from ..loading.checkpoint import load_gguf
+    from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
     from ..model import Model
     from ..models.registry import build_model
     from ..nn import record
+    from ..nn.pool import available_threads
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
+    try:
+        current_isa()
+        threads = builder.threads or available_threads()
+    except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
+        raise ModelLoadError(str(error)) from error
     model_id, files = builder._source()
     path = resolve(
         model_id,
@@ -188,8 +194,7 @@ def load_model(builder: Builder) -> Model:
         token=builder.token_source,
         cache_dir=builder.hf_cache_path,
     )
-    path = _gguf_file(path, files)
-    checkpoint = load_gguf(path)
+    checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
     chat_template = chat_template_source(builder, checkpoint)
     graph = record(build_model(checkpoint.config, checkpoint.weights))
@@ -197,7 +202,7 @@ def load_model(builder: Builder) -> Model:
         runner = CpuRunner(
             graph,
             max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
-            threads=builder.threads,
+            threads=threads,
             max_num_seqs=builder.max_num_seqs,
             block_size=builder.paged_attn.block_size if builder.paged_attn else None,
             cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
@@ -242,16 +247,18 @@ def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str |
     return source
 
 
-def _gguf_file(path: Path, files: list[str] | None) -> Path:
-    """The file to load, given a file, or a folder and the files wanted of it."""
+def load_checkpoint(path: Path, files: list[str] | None) -> Checkpoint:
+    """What a file holds; or a folder, of which ``files`` may name the GGUF files wanted."""
+    from ..loading.checkpoint import load_gguf
     from ..loading.hub import choose_gguf
 
     if not path.is_dir():
-        return path
-    names = files or choose_gguf(str(path), sorted(file.name for file in path.iterdir()))
-    if not names:
-        raise ModelLoadError(f"{path} holds safetensors, which cannot be loaded yet; give a model in GGUF form")
-    return path / names[0]
+        return load_gguf(path)
+    if names := files or choose_gguf(str(path), sorted(file.name for file in path.iterdir())):
+        return load_gguf(path / names[0])
+    from ..loading.huggingface import load_folder
+
+    return load_folder(path)
 
 
 def _read(path: Path, option: str) -> str:

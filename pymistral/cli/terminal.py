@@ -40,6 +40,8 @@ class _StatusLine(logging.Handler):
         elif sys.stderr.isatty():
             room = shutil.get_terminal_size().columns - 1
             print(_CLEAR + dim(message[:room], sys.stderr), end="", file=sys.stderr, flush=True)
+        elif record.name == "pymistral.progress":  # what takes long is said wherever it is read
+            print(message, file=sys.stderr, flush=True)
 
 
 _CLEAR = "\r\x1b[K"

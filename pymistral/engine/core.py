@@ -204,7 +204,7 @@ class EngineCore:
         self.scheduler.advance(batch)
         self.stats.steps += 1
         rows = [sequence for sequence in batch if sequence.segment.outputs]
-        for row, (sequence, sampled) in enumerate(zip(rows, sample_rows(logits, [s.sampler for s in rows]), strict=True)):
+        for row, (sequence, sampled) in enumerate(zip(rows, sample_rows(self.runner, logits, [s.sampler for s in rows]), strict=True)):
             job = sequence.job
             if job.done:
                 continue
@@ -227,7 +227,8 @@ class EngineCore:
         children = parent.job.sequences[1:]
         for child in children:
             self.scheduler.fork(parent, child)
-        for child, sampled in zip(children, sample_rows([logits] * len(children), [s.sampler for s in children]), strict=True):
+        same = np.broadcast_to(logits, (len(children), logits.size))
+        for child, sampled in zip(children, sample_rows(self.runner, same, [s.sampler for s in children]), strict=True):
             if not parent.job.done:
                 self._accept(child, sampled)
 

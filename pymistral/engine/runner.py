@@ -16,6 +16,7 @@ from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from ..nn.cpu import compile_graph
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
+from ..nn.sampling import SamplingProgram
 from ..nn.state import SPLIT_SEQUENCES, Limits
 from .types import Segment
 
@@ -83,6 +84,7 @@ class CpuRunner:
         self.threads = threads or available_threads()
         self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
         self.vocab_size = self.program.logits.shape[1]
+        self.sample = SamplingProgram(self.vocab_size, self.threads).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
@@ -157,8 +159,9 @@ class CpuRunner:
 
 
 def cache_token_bytes(graph: Graph) -> int:
-    """Bytes of KV cache (keys and values, bfloat16) for one token."""
-    return sum(2 * 2 * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
+    """Bytes of KV cache for one token: keys and values, in bfloat16, or float32 for a model in float32."""
+    item = 4 if graph.exact else 2
+    return sum(2 * item * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
 
 
 def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:
@@ -167,5 +170,7 @@ def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:
     affordable = memory // 4 // max(1, token_bytes)
     tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), affordable)
     if tokens < 256:
-        raise ModelLoadError(f"a KV cache of {tokens} tokens is all that a quarter of this machine's memory holds; set its size with with_paged_attn")
+        raise ModelLoadError(
+            f"a KV cache of {tokens} tokens is all that a quarter of this machine's memory holds; set its size with with_paged_attn"
+        )
     return tokens

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PymistralError
+from ..nn.sampling import SamplingRow
 
 FinishReason = Literal["stop", "length", "canceled"]
 LogitsProcessor = Callable[[NDArray[np.float32], Sequence[int]], "NDArray[np.float32] | None"]
@@ -51,6 +52,10 @@ class Runner(Protocol):
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; return logits ``[rows, vocab_size]`` in segment order, valid until the next call."""
+        ...
+
+    def sample(self, rows: Sequence[SamplingRow]) -> None:
+        """Choose a token for each row, from the logits that it names."""
         ...
 
 

@@ -41,7 +41,8 @@ class Checkpoint:
         Keys and meanings of Hugging Face's ``config.json``.
     weights
         Canonical name (Hugging Face's, without the leading ``model.``) to tensor. ``lm_head.weight`` is absent when it is tied to
-        the embedding; the experts of a layer are one tensor ``(experts, out, in)``.
+        the embedding; the experts of a layer are one tensor
+        ``mlp.experts.up_proj.weight`` ``(experts, out, in)`` from GGUF, and one each, ``mlp.experts.0.up_proj.weight``, from Hugging Face.
     tokenizer
         Text to tokens and back.
     chat_template
@@ -173,6 +174,8 @@ class GgufLoader:
         self._experts(config)
         self._attention(config)
         self._rope(config)
+        if "no_rope_layer_interval" in config:
+            config["no_rope_layers"] = names.no_rope_layers(config)
         for key, name in names.SPECIAL_TOKENS.items():
             config[name] = self.token_id(key, config["vocab_size"])
         return config
@@ -305,7 +308,7 @@ class GgufLoader:
     # tensors
 
     def weights(self, config: dict[str, Any]) -> dict[str, Tensor]:
-        sizes = self._sizes(config)
+        sizes = names.sizes(config)
         layers = config["num_hidden_layers"]
         weights: dict[str, Tensor] = {}
         missing, known = [], set()
@@ -321,34 +324,14 @@ class GgufLoader:
                 elif pattern in self.architecture.tensors:
                     missing.append(name)
         if missing:
-            self.fail(f"it lacks the tensors {_some(missing)} of a {self.prefix!r} model")
+            self.fail(f"it lacks the tensors {some(missing)} of a {self.prefix!r} model")
         if unexpected := [name for name in self.tensors if name not in known]:
-            logger.warning("%s: ignored the tensors %s, which are not part of a %r model", self.path, _some(unexpected), self.prefix)
+            logger.warning("%s: ignored the tensors %s, which are not part of a %r model", self.path, some(unexpected), self.prefix)
         if "rope_freqs.weight" in weights:
             self._rope_factors(weights["rope_freqs.weight"])
         if self.architecture.permuted:
             _unpermute_all(weights, config)
         return weights
-
-    def _sizes(self, config: dict[str, Any]) -> dict[str, int]:
-        """What the words for dimensions in `names.TENSORS` mean for this model."""
-        head = config["head_dim"]
-        q, kv, ffn = config["num_attention_heads"] * head, config["num_key_value_heads"] * head, config["intermediate_size"]
-        return {
-            "one": 1,
-            "vocab": config["vocab_size"],
-            "hidden": config["hidden_size"],
-            "head": head,
-            "q": q,
-            "kv": kv,
-            "qkv": q + 2 * kv,
-            "rope": round(head * config.get("partial_rotary_factor", 1)) // 2,
-            "ffn": ffn,
-            "ffn2": 2 * ffn,
-            "experts": config.get("num_experts", 0),
-            "expert_ffn": config.get("moe_intermediate_size", 0),
-            "shared_ffn": config.get("shared_expert_intermediate_size", 0),
-        }
 
     def _checked(self, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
         stored = expected[1:] if expected[0] == 1 and len(tensor.shape) < len(expected) else expected
@@ -412,7 +395,7 @@ def open_shards(path: Path) -> list[GgufFile]:
         if _shard_number(shard, "split.no", index) != index or _shard_number(shard, "split.count", count) != count:
             raise ModelLoadError(f"{shard.path}: its split.no or split.count contradicts its name. Fetch the files again.")
         if twice := seen & shard.tensors.keys():
-            raise ModelLoadError(f"{shard.path}: the tensors {_some(twice)} are in an earlier file too. Fetch the files again.")
+            raise ModelLoadError(f"{shard.path}: the tensors {some(twice)} are in an earlier file too. Fetch the files again.")
         seen |= shard.tensors.keys()
     total = _shard_number(shards[0], "split.tensors.count", len(seen))
     if total != len(seen):
@@ -442,7 +425,7 @@ def _unpermute(tensor: Tensor, heads: int) -> Tensor:
     return Tensor(tensor.name, tensor.type, tensor.shape, np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1))
 
 
-def _some(tensor_names: Iterable[str]) -> str:
+def some(tensor_names: Iterable[str]) -> str:
     """A list short enough for a message."""
     listed = [repr(name[:80]) for name in tensor_names]
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -118,7 +118,7 @@ class GgufFile:
             The file cannot be read, is no GGUF file, or says something impossible.
         """
         path = Path(path)
-        reader = _Reader(path, _map(path))
+        reader = _Reader(path, map_file(path))
         version = reader.magic_and_version()
         tensor_count = reader.u64("tensor_count")
         key_count = reader.u64("kv_count")
@@ -139,12 +139,13 @@ class _TensorInfo(NamedTuple):
     nbytes: int
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file for reading. Raises ModelLoadError if it is missing, empty, or no file."""
     try:
         if not path.exists():
             raise ModelLoadError(f"{path}: no such file. Check the path.")
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise ModelLoadError(f"{path}: not a regular file. Give the path of a .gguf file.")
+            raise ModelLoadError(f"{path}: not a regular file. Give the path of a model file.")
         with path.open("rb") as file:
             if path.stat().st_size == 0:
                 raise ModelLoadError(f"{path}: the file is empty. {REMEDY}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelLoadError
+from .pickles import is_pickle, refuse_pickle
 
 logger = logging.getLogger("pymistral")
 
@@ -100,8 +101,11 @@ def _local(path: Path, files: list[str]) -> Path | None:
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from error
     if path.is_file():
+        refuse_pickle(path)
+        if path.suffix.lower() == ".safetensors" or path.name == "config.json":
+            return path.absolute().parent
         if path.suffix.lower() != ".gguf":
-            raise ModelLoadError(f"{path} is not a model: expected a .gguf file or a folder")
+            raise ModelLoadError(f"{path} is not a model: expected a .gguf file, or a folder with safetensors")
         return path.absolute()
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
@@ -145,6 +149,8 @@ def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -
             if where["local_files_only"]:
                 return _snapshot(repo, where)
             wanted = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in REPO_FILES)]
+            if "model.safetensors" in names or "model.safetensors.index.json" in names:
+                wanted = [name for name in wanted if not name.startswith("consolidated")]  # the same weights once more
             return Path(snapshot_download(repo, allow_patterns=[_escape(name) for name in wanted], **where))
     for name in files:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
@@ -214,7 +220,8 @@ def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:
     if len(models) == 1:
         return found
     if not ggufs and not part:
-        raise ModelLoadError(f"{repo} holds neither safetensors nor GGUF files: it is not a model that pymistral can load")
+        pickles = " (pickled weights are refused, because loading a pickle runs whatever code it holds)" * any(map(is_pickle, names))
+        raise ModelLoadError(f"{repo} holds neither safetensors nor GGUF files: it is not a model that pymistral can load{pickles}")
     problem = f"{len(models) or 'no'} GGUF models{f' with {part!r} in the name' if part else ''}"
     listed = ", ".join((found or ggufs)[:12]) or "none"
     raise ModelLoadError(f"{repo} holds {problem}; choose one with {repo}:PART, such as {repo}:Q4_K_M (files: {listed})")

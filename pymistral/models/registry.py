@@ -14,7 +14,20 @@ Model = Callable[[Batch], Array]
 Factory = Callable[[Mapping[str, Any], Weights], Model]
 F = TypeVar("F", bound=Factory)
 
-_FILES = ("gemma3", "llama")
+_FILES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
 _factories: dict[str, Factory] = {}
 
 
@@ -35,7 +48,13 @@ def supported_model_types() -> list[str]:
 
 
 def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
-    """The model that a checkpoint describes. Raises ModelLoadError for an architecture that is not there, or a tensor or key that is missing."""
+    """The model that a checkpoint describes.
+
+    Raises
+    ------
+    ModelLoadError
+        The architecture is not there, or a tensor or a key of the configuration is missing.
+    """
     model_type = config.get("model_type")
     if model_type not in supported_model_types():
         raise ModelLoadError(f"architecture {model_type!r} is not supported; these are: {', '.join(supported_model_types())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,15 +14,19 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
+from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
-from .memory import address, zeros
+from .memory import address, forget, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, thread_pool
 from .rope import Rope
+from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
+_PACK_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
 _CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
+_PIECES_PER_THREAD = 16  # that the products of experts are cut into
 
 
 @dataclass(eq=False)
@@ -44,6 +49,18 @@ class _Launch:
     chunk: int
     reads: tuple[_Buffer, ...]
     writes: tuple[_Buffer, ...]
+    weights: tuple[int, int]  # address and bytes of what it streams through
+    label: str
+    results: list[_Result]
+
+
+@dataclass
+class _Result:
+    """What a launch computes as floats."""
+
+    array: NDArray[Any]
+    rows: str
+    columns: int
 
 
 @dataclass
@@ -101,13 +118,20 @@ class CpuProgram:
     state: State
     logits: NDArray[np.float32]
     names: list[str]
+    labels: list[str]
     weight_bytes: int
     _launches: Launches
     _pool: ThreadPool
+    _results: list[list[_Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
+    _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
     def run(self) -> None:
-        self._pool.run(self._launches)
+        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        if self._eager:
+            self.run_checked()
+        else:
+            self._pool.run(self._launches)
 
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
@@ -115,11 +139,29 @@ class CpuProgram:
 
         seconds = []
         for row in self._launches.table:
-            single = Launches([tuple(int(word) for word in row[:6])], self._pool.threads)  # type: ignore[list-item]
+            single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)
             seconds.append(perf_counter() - start)
         return seconds
+
+    def run_checked(self) -> None:
+        """Run each launch as a program of its own, and look at what it wrote.
+
+        Raises
+        ------
+        FloatingPointError
+            A launch computed what is no finite number; the message names it.
+        """
+        for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
+            self._pool.run(Launches([[int(word) for word in row]], self._pool.threads))
+            for result in results:
+                values = result.array[: self.state.count(result.rows), : result.columns]
+                wrong = np.argwhere(~np.isfinite(values))
+                if len(wrong):
+                    at = tuple(int(i) for i in wrong[0])
+                    where = f"launch {number} of {len(self.labels)}, {self.labels[number]}"
+                    raise FloatingPointError(f"{where}: {values[at]} in row {at[0]}, column {at[1]}")
 
 
 def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> CpuProgram:
@@ -136,6 +178,7 @@ class _Lowering:
         self.limits = limits
         self.threads = threads
         self.state = State(limits)
+        self.exact = graph.exact
         self.launches: list[_Launch] = []
         self.matrices: dict[int, _Matrix] = {}
         self.arena: NDArray[Any] = zeros(self._weight_bytes(), np.uint8, huge_pages=True)
@@ -153,12 +196,15 @@ class _Lowering:
         self.done: set[int] = set()  # nodes that are part of another's launch
         self.rows_of: dict[Array, _Buffer] = {}
         self.panels_of: dict[Array, _Buffer] = {}
+        self.residuals_of: dict[Array, _Buffer] = {}
         self.free: dict[tuple[int, ...], list[_Buffer]] = {}
         self.pending_add: dict[Array, tuple[_Buffer, NDArray[Any] | None]] = {}  # x -> branch to add when it is next normed
+        self.routings: dict[tuple[int, int], tuple[_Buffer, ...]] = {}
         self.state_buffer = _Buffer(np.zeros(0, np.uint8))
 
         for index, node in enumerate(graph.nodes):
             if index not in self.done:
+                self.node = node
                 getattr(self, f"_{node.op}")(node)
             self._release(index)
 
@@ -185,11 +231,17 @@ class _Lowering:
     def _new_panels(self, array: Array) -> _Buffer:
         buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = buffer
+        if array.rows == OUTPUTS:
+            # Logits come straight from these activations: they are few, and worth 15 bits instead of 8.
+            self.residuals_of[array] = self._new(buffer.array.shape, np.uint8)
         return buffer
+
+    def _residual_panels(self, array: Array) -> int:
+        return self.residuals_of[array].address if array in self.residuals_of else 0
 
     def _release(self, index: int) -> None:
         """Give back the buffers of arrays whose last user is behind us."""
-        for table in (self.rows_of, self.panels_of):
+        for table in (self.rows_of, self.panels_of, self.residuals_of):
             for array in [a for a in table if all(self.order[id(user)] <= index for user in self.users.get(a, []))]:
                 if array is self.graph.nodes[-1].output or array in self.pending_add:
                     continue
@@ -210,9 +262,7 @@ class _Lowering:
 
     def _weight_bytes(self) -> int:
         """Of all matrices in tiles, each rounded up to cache lines."""
-        tensors = [value for node in self.graph.nodes for value in node.attributes.values() if isinstance(value, Tensor)]
-        matrices = {id(tensor): tensor for tensor in tensors if len(tensor.shape) == 2}
-        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices.values())
+        return sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in self.graph.matrices())
 
     def _matrix(self, tensor: Tensor) -> _Matrix:
         known = self.matrices.get(id(tensor))
@@ -251,6 +301,7 @@ class _Lowering:
         reads: Iterable[_Buffer] = (),
         writes: Iterable[_Buffer] = (),
         scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
     ) -> None:
         """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
         values = list(slots)
@@ -258,7 +309,11 @@ class _Lowering:
             slot, nbytes = scratch
             self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
             self.scratch_slots.append((values, slot))
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), tuple(writes)))
+        tensors = [value.name for value in self.node.attributes.values() if isinstance(value, Tensor)]
+        written = tuple(writes)
+        results = [_Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
+        label = " ".join([kernel.factory, *tensors])
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> _Buffer:
         """x as int8 panels, quantised now if it is not yet."""
@@ -267,7 +322,7 @@ class _Lowering:
             panels = self._new_panels(x)
             self._launch(
                 spec("quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),
@@ -290,13 +345,27 @@ class _Lowering:
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common]
+            slots = [address(matrix.tiles), source.address, *common, self._residual_panels(x)]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name)
         reads = (source, out) if accumulate else (source,)
-        self._launch(kernel, slots, "one", units=matrix.tile_count, chunk=self._chunk(matrix), reads=reads, writes=(out,))
+        self._launch(
+            kernel,
+            slots,
+            "one",
+            units=matrix.tile_count,
+            chunk=self._chunk(matrix),
+            reads=reads,
+            writes=(out,),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
 
     # ---- operations -------------------------------------------------------------------------------------------------
+
+    def _input(self, node: Node) -> None:
+        """An array of eager mode: no launch, its values are here."""
+        values = node.attributes["values"]
+        self._rows(node.output).array[: len(values), : node.output.columns] = values
 
     def _embedding(self, node: Node) -> None:
         matrix = self._matrix(node.attributes["weight"])
@@ -370,25 +439,30 @@ class _Lowering:
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.gated_scratch_bytes()),
+                weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), _padded(columns)), np.float32)
         self._product(x, node.attributes["gate"], gated, self._row_bytes(node.output), accumulate=False)
         self._product(x, node.attributes["up"], raised, self._row_bytes(node.output), accumulate=False)
         row_bytes = self._row_bytes(node.output)
-        slots = (gated.address, 0, gated.address, _padded(columns), row_bytes)
-        self._launch(spec("elementwise.activate", activation=activation), slots, x.rows, reads=(gated,), writes=(gated,))
-        slots = (gated.address, raised.address, gated.address, _padded(columns), row_bytes)
-        self._launch(spec("elementwise.multiply"), slots, x.rows, reads=(gated, raised), writes=(gated,))
+        one = (gated.address, 0, gated.address, _padded(columns), row_bytes)
+        self._launch(spec("elementwise.activate", activation=activation), one, x.rows, reads=(gated,), writes=(gated,))
+        two = (gated.address, raised.address, gated.address, _padded(columns), row_bytes)
+        self._launch(spec("elementwise.multiply"), two, x.rows, reads=(gated, raised), writes=(gated,))
         self.free.setdefault((*raised.array.shape, 4), []).append(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as int8 panels."""
-        return all(
-            all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
-            for user in self.users.get(array, [])
-            if user.op in ("linear", "gated_linear")
-        ) and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        """All users take the array as int8 panels, and nobody reads its floats."""
+        return (
+            array is not self.graph.nodes[-1].output
+            and all(
+                all(not self._matrix(user.attributes[name]).is_float for name in ("weight", "gate", "up") if name in user.attributes)
+                for user in self.users.get(array, [])
+                if user.op in ("linear", "gated_linear")
+            )
+            and all(user.op in ("linear", "gated_linear") for user in self.users.get(array, []))
+        )
 
     def _rms_norm(self, node: Node) -> None:
         (x,) = node.inputs
@@ -438,6 +512,7 @@ class _Lowering:
             target.address if wants_panels else 0,
             epsilon,
             rows,
+            self._residual_panels(out),
         )
         touched = (buffer, branch) if branch is not None else ()
         self._launch(
@@ -466,6 +541,7 @@ class _Lowering:
         panels: int,
         epsilon: float,
         rows: int,
+        residuals: int = 0,
     ) -> tuple[int, ...]:
         return (
             x.address,
@@ -480,6 +556,7 @@ class _Lowering:
             rows,
             0,
             0,
+            residuals,
         )
 
     def _take_rows(self, node: Node) -> None:
@@ -501,6 +578,27 @@ class _Lowering:
         x, y = node.inputs
         self._elementwise(node, "multiply", self.rows_of[x], self.rows_of[y])
 
+    def _add_vector(self, node: Node) -> None:
+        (x,) = node.inputs
+        vector = self._vector(node.attributes["vector"])
+        source = self.rows_of[x]
+        if self.users[x] == [node]:
+            out = self.rows_of[node.output] = self.rows_of.pop(x)
+        else:
+            out = self._rows(node.output)
+        slots = (source.address, address(vector), out.address, _padded(x.columns), self._row_bytes(x))
+        self._launch(spec("elementwise.add_vector"), slots, x.rows, reads=(source,), writes=(out,))
+
+    def _activate(self, node: Node) -> None:
+        x, out = self.rows_of[node.inputs[0]], self._rows(node.output)
+        slots = (x.address, 0, out.address, _padded(node.output.columns), self._row_bytes(node.output))
+        kernel = spec("elementwise.activate", activation=node.attributes["activation"])
+        self._launch(kernel, slots, node.output.rows, reads=(x,), writes=(out,))
+
+    def _sigmoid_gate(self, node: Node) -> None:
+        x, gate = node.inputs
+        self._elementwise(node, "sigmoid_gate", self.rows_of[x], self.rows_of[gate], self._row_bytes(gate))
+
     def _scale(self, node: Node) -> None:
         self._elementwise(node, "scale", self.rows_of[node.inputs[0]], None, _float_bits(node.attributes["factor"]))
 
@@ -513,6 +611,96 @@ class _Lowering:
         reads = (x, y) if y else (x,)
         self._launch(spec(f"elementwise.{name}"), slots, node.output.rows, reads=reads, writes=(out,))
 
+    def _mixture_of_experts(self, node: Node) -> None:
+        x, router = node.inputs
+        options = node.attributes
+        top_k, experts = options["top_k"], router.columns
+        choices = self._max_rows(x) * top_k
+        rows = geometry.gathered_rows(choices, experts)
+        routing = self._routing(choices, experts)
+        chosen, weights, counts, firsts, active, used, row_of = routing
+        logits = self.rows_of[router]
+        slots: tuple[int, ...] = (
+            logits.address,
+            self._row_bytes(router),
+            experts,
+            top_k,
+            int(options["normalize"]),
+            chosen.address,
+            weights.address,
+        )
+        self._launch(spec("moe.route"), slots, x.rows, reads=(logits,), writes=(chosen, weights))
+        tokens = self.state.count_address(x.rows)
+        addresses = [buffer.address for buffer in (counts, firsts, active, used, row_of)]
+        slots = (chosen.address, tokens, top_k, experts, geometry.panel_tokens(), *addresses)
+        self._launch(spec("moe.group"), slots, "one", reads=(chosen,), writes=routing[2:])
+
+        def by_expert(tensors: tuple[Tensor, ...], source: _Buffer) -> _Buffer:
+            matrices = [self._matrix(tensor) for tensor in tensors]
+            first = matrices[0]
+            addresses = [address(matrix.tiles) for matrix in matrices]
+            stride = addresses[1] - addresses[0] if len(addresses) > 1 else 0
+            if any(place != addresses[0] + index * stride for index, place in enumerate(addresses)):
+                raise ValueError(f"{tensors[0].name}: experts are packed one after the other, once")
+            out_rows, columns = first.tensor.shape
+            out = self._new((rows, _padded(out_rows)), np.float32)
+            input_bytes = 4 * _padded(columns) if first.is_float else geometry.panel_row_bytes(columns)
+            width = columns if first.is_float else columns // 32
+            common = (first.tile_bytes, 4 * _padded(out_rows), 0, 0, input_bytes if first.is_float else 0)
+            slots = [addresses[0], source.address, out.address, width, *common, *(0,) * 7]
+            pieces = _PIECES_PER_THREAD * self.threads
+            slots += [active.address, counts.address, firsts.address, first.tile_count, stride, input_bytes, 0, 0, used.address, pieces]
+            self._launch(
+                spec("moe.experts", layout=first.format.name),
+                slots,
+                "one",
+                units=pieces,
+                reads=(source, *routing[2:]),
+                writes=(out,),
+                scratch=(22, geometry.EXPERTS_SCRATCH_BYTES),
+            )
+            return out
+
+        def panels_or_rows(columns: int, floats: bool) -> _Buffer:
+            if floats:
+                return self._new((rows, _padded(columns)), np.float32)
+            return self._new((geometry.panels_bytes(rows, columns),), np.uint8)
+
+        floats = [isinstance(tile_format(options[name][0]), FloatFormat) for name in ("gate", "up", "down")]
+        if floats[0] != floats[1]:
+            raise ModelLoadError(f"tensors {options['gate'][0].name!r} and {options['up'][0].name!r}: one is quantised, the other is not")
+        kind = {True: "no", False: "yes"}
+        source = self.rows_of[x]
+        gathered = panels_or_rows(x.columns, floats[0])
+        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, _padded(x.columns))
+        self._launch(spec("moe.gather", panels=kind[floats[0]]), slots, x.rows, units=top_k, reads=(source, row_of), writes=(gathered,))
+        gate, up = by_expert(options["gate"], gathered), by_expert(options["up"], gathered)
+        columns = options["gate"][0].shape[0]
+        panels = gate if floats[2] else panels_or_rows(columns, False)
+        slots = (gate.address, up.address, 4 * _padded(columns), row_of.address, panels.address, _padded(columns))
+        kernel = spec("moe.activate", activation=options["activation"], panels=kind[floats[2]])
+        self._launch(kernel, slots, x.rows, units=top_k, reads=(gate, up, row_of), writes=(gate, panels))
+        down = by_expert(options["down"], panels)
+        out = self._rows(node.output)
+        slots = (down.address, self._row_bytes(x), row_of.address, weights.address, top_k, out.address, _padded(x.columns))
+        self._launch(spec("moe.combine"), slots, x.rows, reads=(down, row_of, weights), writes=(out,))
+        for buffer in {id(buffer): buffer for buffer in (gathered, gate, up, panels, down)}.values():
+            self._give_back(buffer)
+
+    def _routing(self, choices: int, experts: int) -> tuple[_Buffer, ...]:
+        """Which token goes to which expert in `kernels.cpu.moe`; all layers share these.
+
+        From `moe.route`: chosen experts, their weights; from `moe.group`: rows and first row of each expert, experts with rows, their
+        number, row of each choice.
+        """
+        known = self.routings.get((choices, experts))
+        if known is None:
+            of_choices = [zeros(choices, dtype) for dtype in (np.int32, np.float32, np.int32)]
+            of_experts = [zeros(size, np.int64) for size in (experts, experts, experts, 1)]
+            known = self.routings[choices, experts] = tuple(_Buffer(array) for array in (*of_choices[:2], *of_experts, of_choices[2]))
+            self.alive += [buffer.array for buffer in known]
+        return known
+
     def _attention(self, node: Node) -> None:
         q, k, v = node.inputs
         options = node.attributes
@@ -523,7 +711,8 @@ class _Lowering:
         group = heads // kv_heads
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        keys, values = _Buffer(zeros(shape, np.uint16)), _Buffer(zeros(shape, np.uint16))  # bfloat16
+        dtype = np.float32 if self.exact else np.uint16  # bfloat16
+        keys, values = _Buffer(zeros(shape, dtype)), _Buffer(zeros(shape, dtype))
         self.alive += [keys.array, values.array]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
@@ -555,7 +744,7 @@ class _Lowering:
             limits.block_size,
         )
         self._launch(
-            spec("rope.rope_and_cache", head_dim=head_dim),
+            spec("rope.rope_and_cache", head_dim=head_dim, **({"cache": "f32"} if self.exact else {})),
             slots,
             TOKENS,
             reads=(q_rows, k_rows, v_rows),
@@ -583,7 +772,7 @@ class _Lowering:
             partials.address,
         )
         self._launch(
-            spec("attention.attention", head_dim=head_dim, group=group),
+            spec("exact_attention.attention" if self.exact else "attention.attention", head_dim=head_dim, group=group),
             slots,
             "items",
             units=kv_heads,
@@ -613,7 +802,7 @@ class _Lowering:
             key: spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
             for key, matrix in self.matrices.items()
         }
-        wanted = [*EXECUTOR_KERNELS, *(launch.kernel for launch in self.launches), *packers.values()]
+        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *packers.values()]
         addresses = load_kernels(wanted, progress)
         pool = thread_pool(self.threads)
         for key, matrix in self.matrices.items():
@@ -624,24 +813,43 @@ class _Lowering:
             reads, writes = {id(buffer) for buffer in launch.reads}, {id(buffer) for buffer in launch.writes}
             meet = bool(reads & touched[1] or writes & (touched[0] | touched[1]))
             touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
-            slots = np.array(launch.slots, np.int64)
-            self.alive.append(slots)
+            arguments = np.array(launch.slots, np.int64)
+            self.alive.append(arguments)
             count = self.state.count_address(launch.count)
-            records.append((addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet)))
+            most = 1 if launch.count == "one" else len(self.state.items)
+            if launch.units * most >> UNIT_BITS:
+                raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
+            records.append([addresses[launch.kernel], address(arguments), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
         self.alive += [scratch, self.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
             logits=self.rows_of[logits].array[:, : logits.columns],
             names=[launch.kernel.factory for launch in self.launches],
+            labels=[launch.label for launch in self.launches],
             weight_bytes=sum(matrix.tiles.nbytes for matrix in self.matrices.values()),
             _launches=Launches(records, self.threads),
             _pool=pool,
+            _results=[launch.results for launch in self.launches],
             _alive=self.alive,
         )
 
     def _pack(self, matrix: _Matrix, kernel: int, pool: ThreadPool) -> None:
+        """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
         rows, columns = matrix.tensor.shape
-        slots = np.array([address(matrix.tensor.data), address(matrix.tiles), rows, columns], np.int64)
+        row_bytes = matrix.tensor.data.size // rows
+        part = max(1, _PACK_BYTES // (row_bytes * ROWS)) * ROWS
         one = np.ones(1, np.int64)
-        pool.run(Launches([(kernel, address(slots), address(one), matrix.tile_count, max(1, matrix.tile_count // 64), 0)], pool.threads))
+        for first in range(0, rows, part):
+            count = min(part, rows - first)
+            source = matrix.tensor.data[first * row_bytes : (first + count) * row_bytes]
+            target = address(matrix.tiles) + first // ROWS * matrix.tile_bytes
+            slots = np.array([address(source), target, count, columns], np.int64)
+            tiles = -(-count // ROWS)
+            pool.run(Launches([(kernel, address(slots), address(one), tiles, max(1, tiles // 64), 0)], pool.threads))
+            forget(source)

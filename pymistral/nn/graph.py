@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantization.types import GgmlType, Tensor
 
 # What the rows of an array stand for: the tokens of a step, or those of them whose logits are wanted.
 TOKENS, OUTPUTS = "tokens", "outputs"
@@ -42,6 +47,18 @@ def _like(array: Array, other: Array) -> Array:
     return other
 
 
+# What operations work on: a symbol while a model is recorded, or else a NumPy array, which is computed at once.
+A = TypeVar("A", Array, NDArray[np.float32])
+
+
+def columns_of(x: Array | NDArray[np.float32]) -> int:
+    if isinstance(x, Array):
+        return x.columns
+    if x.ndim != 2:
+        raise ValueError(f"expected an array [rows, columns], got the shape {x.shape}")
+    return int(x.shape[1])
+
+
 @dataclass(eq=False)
 class Node:
     """One operation: its name, the arrays it reads, what else it needs, and the array it makes."""
@@ -55,6 +72,20 @@ class Node:
 @dataclass
 class Graph:
     nodes: list[Node] = field(default_factory=list)
+
+    def matrices(self) -> list[Tensor]:
+        """The weights with two dimensions, each once."""
+        found: dict[int, Tensor] = {}
+        for node in self.nodes:
+            for value in node.attributes.values():
+                tensors = value if isinstance(value, tuple) else (value,)
+                found |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor) and len(tensor.shape) == 2}
+        return list(found.values())
+
+    @property
+    def exact(self) -> bool:
+        """Whether all matrices are float32: then attention and its cache are, too."""
+        return {tensor.type for tensor in self.matrices()} == {GgmlType.F32}
 
 
 @dataclass(frozen=True)
@@ -89,14 +120,22 @@ def recording() -> Iterator[Graph]:
         _recording.reset(token)
 
 
-def emit(op: str, inputs: tuple[Array, ...], *, columns: int, rows: str | None = None, **attributes: Any) -> Array:
-    """Record an operation and return its result."""
+def emit(op: str, inputs: tuple[A, ...], *, columns: int, rows: str | None = None, **attributes: Any) -> A:
+    """Record an operation and return its result. On NumPy arrays, outside a recording: run it as a program of its own (see `eager`)."""
     graph = _recording.get()
-    if graph is None:
-        raise RuntimeError(f"{op} on arrays outside a recording: call the model through nn.record")
-    output = Array(rows or inputs[0].rows, columns)
-    graph.nodes.append(Node(op, inputs, attributes, output))
-    return output
+    arrays: tuple[Any, ...] = inputs
+    symbols: tuple[Array, ...] = tuple(x for x in arrays if isinstance(x, Array))
+    if graph is not None:
+        if len(symbols) != len(inputs):
+            raise TypeError(f"{op} of a NumPy array while a model is recorded: its values would be lost")
+        output = Array(rows or symbols[0].rows, columns)
+        graph.nodes.append(Node(op, symbols, attributes, output))
+        return output  # type: ignore[return-value]
+    if symbols or not inputs:
+        raise RuntimeError(f"{op} of symbols outside a recording: call the model through nn.record, or give it NumPy arrays")
+    from .eager import evaluate
+
+    return evaluate(lambda *symbols: emit(op, symbols, columns=columns, rows=rows, **attributes), *arrays)  # type: ignore[return-value]
 
 
 def record(model: Callable[[Batch], Array]) -> Graph:

@@ -22,11 +22,17 @@ class Embedding:
 
 
 class Linear:
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def of(cls, weights: Weights, name: str) -> Linear:
+        """The matrix of this name, with its bias if the checkpoint has one."""
+        return cls(weights.tensor(name), weights.bias(name))
 
     def __call__(self, x: Array) -> Array:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm:
@@ -43,12 +49,29 @@ class GatedMLP:
     """``down(activation(gate(x)) * up(x))`` (arXiv:2002.05202)."""
 
     def __init__(self, weights: Weights, activation: str) -> None:
-        self.gate, self.up = weights.tensor("gate_proj"), weights.tensor("up_proj")
-        self.down = Linear(weights.tensor("down_proj"))
+        self.gate, self.up, self.down = (Linear.of(weights, name) for name in ("gate_proj", "up_proj", "down_proj"))
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:
-        return self.down(F.gated_linear(x, self.gate, self.up, self.activation))
+        if self.gate.bias is None and self.up.bias is None:
+            return self.down(F.gated_linear(x, self.gate.weight, self.up.weight, self.activation))
+        return self.down(F.activate(self.gate(x), self.activation) * self.up(x))
+
+
+class MixtureOfExperts:
+    """A router and gated MLPs, of which each token uses a few (arXiv:1701.06538)."""
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any], activation: str) -> None:
+        self.router = Linear(weights.tensor("gate"))
+        self.gate, self.up, self.down = (weights.experts(name, config["num_experts"]) for name in ("gate_proj", "up_proj", "down_proj"))
+        self.activation = activation
+        self.top_k = int(config["num_experts_per_tok"])
+        self.normalize = bool(config["norm_topk_prob"])
+
+    def __call__(self, x: Array) -> Array:
+        return F.mixture_of_experts(
+            x, self.router(x), self.gate, self.up, self.down, activation=self.activation, top_k=self.top_k, normalize=self.normalize
+        )
 
 
 class Attention:
@@ -65,7 +88,7 @@ class Attention:
         soft_cap: float | None = None,
         norm_offset: float = 0.0,
     ) -> None:
-        self.q, self.k, self.v, self.o = (Linear(weights.tensor(name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        self.q, self.k, self.v, self.o = (Linear.of(weights, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
         self.head_dim = int(config["head_dim"])
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.rope = rope
@@ -90,3 +113,9 @@ class Attention:
             soft_cap=self.soft_cap,
         )
         return self.o(attended)
+
+
+def layer_window(config: Mapping[str, Any], layer: int) -> int | None:
+    """How many positions back a layer sees: ``sliding_window``, in all layers or in those that ``layer_types`` names; None: all."""
+    types = config.get("layer_types")
+    return config.get("sliding_window") if types is None or types[layer] == "sliding_attention" else None

@@ -16,8 +16,8 @@ def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32, *, huge_p
     shape = (shape,) if isinstance(shape, int) else shape
     nbytes = prod(shape) * np.dtype(dtype).itemsize
     if nbytes >= 1 << 20:
-        # straight from the system: page-aligned, given back to it at once when dropped
-        region = mmap.mmap(-1, nbytes)
+        # straight from the system: page-aligned, given back to it at once when dropped; private, or a forked child would write into it
+        region = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE) if hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, nbytes)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(region, np.uint8)[:nbytes].view(dtype).reshape(shape)
@@ -28,4 +28,22 @@ def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32, *, huge_p
 
 def address(array: NDArray[np.generic]) -> int:
     """Where the array's first byte is; the caller keeps the array alive."""
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    return array.ctypes.data  # half the time of __array_interface__
+
+
+def forget(array: NDArray[np.generic]) -> None:
+    """Let the system take back the memory of an array that is a view of a mapped file; it is read again if need be. Other arrays
+    stay as they are.
+    """
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = address(array) - address(np.frombuffer(base, np.uint8))
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: neighbours may still be wanted
+    length = start + array.nbytes - first
+    if length >= mmap.PAGESIZE:
+        base.madvise(mmap.MADV_DONTNEED, first, length)

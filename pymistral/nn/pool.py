@@ -5,30 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from functools import lru_cache
+import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
-from ..kernels.cpu.executor_layout import (
-    COUNT,
-    COUNTERS,
-    FIRST_SLEEPER,
-    LAUNCH_WORDS,
-    LAUNCHES,
-    LINE,
-    PARITY,
-    STOP,
-    TO_WAKE,
-)
+from ..kernels.cpu.executor_layout import FIRST_THREAD, INSIDE, LAUNCH_WORDS, LINE, STEP, STOP, TO_WAKE, counter_bytes
 from .memory import address, zeros
 
 EXECUTOR_KERNELS = (spec("executor.lead"), spec("executor.work"), spec("executor.follow"))
 
 # How long an idle thread looks for the next step before it sleeps: spins of the pause instruction, about 1 ms.
 _PATIENCE = 40_000
+
+_RECENT = 16  # programs
 
 
 def available_threads() -> int:
@@ -57,16 +51,15 @@ def _cgroup_cores() -> int:
 
 
 class Launches:
-    """A program's launches in the form that the executor reads, with its counters. See `kernels.cpu.executor`."""
+    """A program's launches in the form that the executor reads, with its counters. See `kernels.cpu.executor_layout`."""
 
-    def __init__(self, records: list[tuple[int, int, int, int, int, int]], threads: int) -> None:
+    def __init__(self, records: Sequence[Sequence[int]], threads: int) -> None:
         self.count = len(records)
         self.table = zeros((max(1, len(records)), LAUNCH_WORDS), np.int64)
         for row, record in zip(self.table, records, strict=False):
             row[: len(record)] = record
-        self.counters = zeros(2 * max(1, len(records)) * threads * LINE, np.uint8)
-        self.table_address, self.counters_address = address(self.table), address(self.counters)
-        self.parity = 0
+        self.counters = zeros(counter_bytes(max(1, len(records)), threads), np.uint8)
+        self.arguments = (address(self.table), self.count, address(self.counters))
 
 
 class ThreadPool:
@@ -74,66 +67,98 @@ class ThreadPool:
 
     def __init__(self, threads: int, progress: Progress | None = None) -> None:
         self.threads = threads
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._sync: NDArray[Any] = zeros(FIRST_SLEEPER + (threads + 1) * LINE, np.uint8)
+        self._sync: NDArray[Any] = zeros(FIRST_THREAD + (threads + 1) * LINE, np.uint8)
         self._sync_address = address(self._sync)
         words = self._sync.view(np.int64)
-        self._launches, self._count, self._counters, self._parity, self._stop, self._to_wake = (
-            words[at // 8 : at // 8 + 1] for at in (LAUNCHES, COUNT, COUNTERS, PARITY, STOP, TO_WAKE)
-        )
-        self._sleepers = [words[(FIRST_SLEEPER + thread * LINE) // 8 :][:1] for thread in range(threads)]
+        self._step, self._stop, self._to_wake = (words[at // 8 :][:1] for at in (STEP, STOP, TO_WAKE))
+        self._sleeping = [words[(FIRST_THREAD + thread * LINE) // 8 :][:1] for thread in range(threads)]
+        self._inside = [words[(FIRST_THREAD + thread * LINE + INSIDE) // 8 :][:1] for thread in range(1, threads)]
+        # Threads that come late may still look at the tables of programs that are over: these stay alive a while.
+        self._recent: deque[Launches] = deque()
         addresses = load_kernels(EXECUTOR_KERNELS, progress)
         lead, work, follow = (addresses[kernel] for kernel in EXECUTOR_KERNELS)
-        self._lead, self._work, self._follow = entry_point(lead, 2), entry_point(work, 2), entry_point(follow, 5)
-        self._wake = [threading.Semaphore(0) for _ in range(threads)]
+        self._lead, self._work, self._follow = entry_point(lead, 5), entry_point(work, 2), entry_point(follow, 5)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin anew: with no step running, and no thread but those that are started here."""
+        self._forked = False
+        self._lock = threading.Lock()
+        self._step[0] |= 1  # idle
+        for flags in (*self._sleeping, *self._inside):
+            flags[0] = 0
+        self._wake = [threading.Semaphore(0) for _ in range(self.threads)]
         self._workers = [
-            threading.Thread(target=self._serve, args=(thread,), name=f"pymistral-{thread}", daemon=True) for thread in range(1, threads)
+            threading.Thread(target=self._serve, args=(thread, self._wake[thread]), name=f"pymistral-{thread}", daemon=True)
+            for thread in range(1, self.threads)
         ]
         for worker in self._workers:
             worker.start()
 
     def run(self, launches: Launches) -> None:
         """Run a program to its end. One at a time; the caller's thread works too."""
+        if self._forked:
+            with _pools_lock:
+                if self._forked:
+                    self._start()
         with self._lock:
-            self._launches[0] = launches.table_address
-            self._count[0] = launches.count
-            self._counters[0] = launches.counters_address
-            self._parity[0] = launches.parity
-            launches.parity ^= 1
-            self._lead(self._sync_address, self.threads)
+            if launches not in self._recent:
+                self._recent.append(launches)
+                if len(self._recent) > _RECENT:
+                    self._settle()
+                    self._recent.popleft()
+            self._lead(self._sync_address, self.threads, *launches.arguments)
             if self._to_wake[0]:
-                for thread, state in enumerate(self._sleepers):
+                for thread, state in enumerate(self._sleeping):
                     if state[0] == 2:
                         state[0] = 0
                         self._wake[thread].release()
                 self._work(self._sync_address, self.threads)
 
-    def _serve(self, thread: int) -> None:
+    def _settle(self) -> None:
+        """Wait until no thread is inside a program: between steps, none enters one."""
+        while any(inside[0] for inside in self._inside):
+            time.sleep(0)
+
+    def _serve(self, thread: int, wake: threading.Semaphore) -> None:
         last = zeros(8, np.int64)
         while not self._stop[0]:
             self._follow(self._sync_address, thread, self.threads, address(last), _PATIENCE)
             if not self._stop[0]:
-                self._wake[thread].acquire()
+                wake.acquire()
 
     def close(self) -> None:
-        """End the threads; the pool cannot be used afterwards."""
+        """End the threads. Programs that still run afterwards have the caller's thread alone."""
+        if self._forked:
+            return
         with self._lock:
             self._stop[0] = 1
             for semaphore in self._wake:
                 semaphore.release()
-        if os.getpid() == self._pid:
-            for worker in self._workers:
-                worker.join()
+        for worker in self._workers:
+            worker.join()
 
 
-@lru_cache(maxsize=None)
-def _pool(threads: int, pid: int) -> ThreadPool:
-    pool = ThreadPool(threads)
-    atexit.register(pool.close)
-    return pool
+_pools: dict[int, ThreadPool] = {}
+_pools_lock = threading.Lock()
 
 
 def thread_pool(threads: int) -> ThreadPool:
-    """The process's pool of this size. A forked child gets pools of its own: threads do not survive a fork."""
-    return _pool(threads, os.getpid())
+    """The process's pool of this size."""
+    with _pools_lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPool(threads)
+            atexit.register(_pools[threads].close)
+        return _pools[threads]
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork, and locks stay as some of them left them."""
+    global _pools_lock
+    _pools_lock = threading.Lock()
+    for pool in _pools.values():
+        pool._forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -32,7 +32,9 @@ class Rope:
         self._ready = 0
 
     def prepare(self, positions: int) -> None:
-        """Make sure that positions ``0`` to ``positions - 1`` are in the table."""
+        """Make sure that positions ``0`` to ``positions - 1`` are in the table. Raises ValueError if it is too short."""
+        if positions > len(self.table):
+            raise ValueError(f"position {positions - 1} is beyond the {len(self.table)} that the rotations are made for")
         while self._ready < positions:
             stop = min(self._ready + _STEP, len(self.table))
             angles = np.arange(self._ready, stop, dtype=np.float64)[:, None] * self.inverse_frequencies
@@ -74,6 +76,8 @@ class Rope:
             inverse = inverse / factors
         elif scaling:
             inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
+            if not (np.isfinite(inverse).all() and math.isfinite(factor)):
+                raise ModelLoadError(f"rope_scaling gives frequencies that are not finite: {str(dict(scaling))[:200]}")
         return cls(inverse, max_positions, factor)
 
 
@@ -89,11 +93,46 @@ def _scale(
             return inverse / float(scaling["factor"]), 1.0
         if kind == "llama3":
             return _llama3(inverse, scaling), 1.0
+        if kind in ("longrope", "su") or "long_factor" in scaling:  # early Phi-3 files call it su or yarn
+            return _longrope(inverse, scaling, max_positions)
         if kind == "yarn":
             return _yarn(inverse, scaling, base, dims, max_positions)
+        if kind == "dynamic":
+            return _dynamic(scaling, base, dims, max_positions), 1.0
     except KeyError as error:
         raise ModelLoadError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}: {dict(scaling)}") from None
-    raise ModelLoadError(f"rope_scaling: type {kind!r} is not supported (default, linear, llama3, yarn are)")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelLoadError(f"rope_scaling of type {kind!r} has a value that cannot be ({error}): {str(dict(scaling))[:200]}") from None
+    raise ModelLoadError(f"rope_scaling: type {kind!r} is not supported (default, linear, dynamic, llama3, yarn, longrope are)")
+
+
+def _dynamic(scaling: Mapping[str, Any], base: float, dims: int, max_positions: int) -> NDArray[np.float64]:
+    """Dynamic NTK: the base grows with the length. One base serves all of a model's positions: that of the longest text.
+
+    Within the trained length, where a configuration does not stretch ``max_position_embeddings`` beyond it, nothing changes.
+    """
+    factor = float(scaling["factor"])
+    trained = float(scaling.get("original_max_position_embeddings") or max_positions)
+    stretch = factor * max(max_positions, trained) / trained - (factor - 1)
+    stretched: NDArray[np.float64] = (base * stretch ** (dims / (dims - 2))) ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+    return stretched
+
+
+def _longrope(inverse: NDArray[np.float64], scaling: Mapping[str, Any], max_positions: int) -> tuple[NDArray[np.float64], float]:
+    """LongRoPE (arXiv:2402.13753): a divisor for each frequency; there is a list for longer texts than the model was first trained on.
+
+    transformers chooses by the text at hand. Keys that are cached cannot be rotated again, so here the model's longest text decides.
+    """
+    trained = float(scaling.get("original_max_position_embeddings") or max_positions)
+    name = "long_factor" if max_positions > trained else "short_factor"
+    divisors = np.asarray(scaling[name], np.float64)
+    if divisors.shape != inverse.shape or not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ValueError(f"{name} must hold {len(inverse)} numbers above 0")
+    factor = scaling.get("attention_factor")
+    if factor is None:
+        stretch = float(scaling.get("factor") or max_positions / trained)
+        factor = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    return inverse / divisors, float(factor)
 
 
 def _llama3(inverse: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -115,8 +154,10 @@ def _yarn(
     def dimension(turns: float) -> float:
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(dimension(float(scaling.get("beta_fast") or 32))), 0)
-    high = min(math.ceil(dimension(float(scaling.get("beta_slow") or 1))), dims - 1)
+    first, last = dimension(float(scaling.get("beta_fast") or 32)), dimension(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dims - 1)
     stretched = np.clip((np.arange(dims // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     factor = scaling.get("attention_factor")
 

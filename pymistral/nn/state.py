@@ -69,5 +69,8 @@ class State:
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most
 
+    def count(self, name: str) -> int:
+        return int(self.counts[_COUNTS.index(name)])
+
     def count_address(self, name: str) -> int:
         return address(self.counts) + 8 * _COUNTS.index(name)

@@ -29,6 +29,31 @@ class Weights:
         except KeyError:
             raise ModelLoadError(f"the checkpoint lacks the tensor {full!r}, which this architecture needs") from None
 
+    def bias(self, name: str) -> Tensor | None:
+        """The bias that goes with a matrix, if the checkpoint has one."""
+        return self._tensors.get(f"{self._prefix}{name}.bias")
+
+    def experts(self, name: str, count: int) -> list[Tensor]:
+        """A matrix of each expert: ``experts.0.NAME``, ``experts.1.NAME`` ..., or slices of one tensor ``experts.NAME``."""
+        stacked = self._tensors.get(f"{self._prefix}experts.{name}.weight")
+        if stacked is not None:
+            return [stacked[index] for index in range(count)]
+        return [self.tensor(f"experts.{index}.{name}") for index in range(count)]
+
+    def split(self, name: str, parts: Mapping[str, int]) -> Weights:
+        """These weights, with the rows of one tensor (and its bias) dealt out to ``parts``: name to number of rows, in order."""
+        fused, bias = self.tensor(name), self.bias(name)
+        if fused.shape[0] != sum(parts.values()):
+            raise ModelLoadError(f"tensor {fused.name!r} has {fused.shape[0]} rows, not {sum(parts.values())} for {', '.join(parts)}")
+        tensors = dict(self._tensors)
+        start = 0
+        for part, rows in parts.items():
+            tensors[f"{self._prefix}{part}.weight"] = fused.rows(start, start + rows)
+            if bias is not None:
+                tensors[f"{self._prefix}{part}.bias"] = bias.rows(start, start + rows)
+            start += rows
+        return Weights(tensors, self._prefix)
+
     def __contains__(self, name: str) -> bool:
         return f"{self._prefix}{name}.weight" in self._tensors
 

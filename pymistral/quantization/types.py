@@ -110,6 +110,19 @@ class Tensor:
         if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != expected or not self.data.flags.c_contiguous:
             raise ValueError(f"tensor {self.name!r}: {self.type.name} {self.shape} needs {expected} contiguous bytes, got {self.data.size}")
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop - 1`` as a tensor of their own, on the same bytes."""
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(f"tensor {self.name!r}: rows {start} to {stop} of {self.shape[0]}")
+        row = self.data.size // self.shape[0]
+        name = f"{self.name}[{start}:{stop}]"
+        return Tensor(name, self.type, (stop - start, *self.shape[1:]), self.data[start * row : stop * row])
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Matrix ``index`` of a stack of them, on the same bytes."""
+        one = self.rows(index, index + 1)
+        return Tensor(f"{self.name}[{index}]", self.type, self.shape[1:], one.data)
+
 
 def tensor_nbytes(type: GgmlType, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes. Raises ValueError if a row is not a whole number of blocks."""

@@ -45,6 +45,8 @@ class Constraint:
     def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Constraint:
         """The answer is JSON that a schema allows, its object keys in the schema's order, with a space after each ``,`` and ``:``.
 
+        Objects get no properties but those that the schema names, unless it says otherwise with ``additionalProperties``.
+
         Parameters
         ----------
         schema

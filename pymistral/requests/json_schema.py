@@ -24,6 +24,7 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
 SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+MOST_EXACT = 2**53 - 1
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -40,7 +41,7 @@ FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{
 
 
 def prepared_schema(schema: Any) -> Any:
-    """The schema with our layout, ready for llguidance.
+    """The schema with our layout and closed objects, ready for llguidance.
 
     Raises
     ------
@@ -49,6 +50,7 @@ def prepared_schema(schema: Any) -> Any:
     """
     if isinstance(schema, bool):
         return schema
+    schema = closed_schema(schema)
     prepared = _Schema(schema).prepare(schema, "#")
     prepared.setdefault("x-guidance", LAYOUT)
     return prepared
@@ -74,6 +76,8 @@ class _Schema:
             schema = {("anyOf" if key == "oneOf" and "anyOf" not in schema else key): value for key, value in schema.items()}
         if schema.get("format") in FORMATS and "pattern" not in schema and _allows(schema, "string"):
             schema["pattern"] = FORMATS[schema.pop("format")]
+        if _unbounded_integer(schema):
+            schema = _bounded(schema)
         if isinstance(schema.get("pattern"), str):
             schema["pattern"] = common_pattern(schema["pattern"])
         return map_subschemas(schema, place, self.prepare)
@@ -169,14 +173,34 @@ class _Schema:
         return any(self._disjoint(self._resolve(ours[name]), self._resolve(theirs[name]), depth + 1) for name in both)
 
 
-def closed_schema(schema: Any, place: str = "#") -> Any:
-    """The schema with no room for properties that it does not name, where it does not speak of them."""
+def closed_schema(schema: Any) -> Any:
+    """The schema with no properties but those that it names, where it does not speak of others; a model asked for three would add thirty.
+
+    A schema that puts objects together from parts stays as it is, since each part leaves room for the others.
+    """
+    return schema if _composes(schema) else _closed(schema, "#")
+
+
+_PARTS = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
+
+
+def _composes(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_composes, schema))
+    if not isinstance(schema, dict):
+        return False
+    mixed = "properties" in schema and _PARTS & schema.keys()
+    return "allOf" in schema or bool(mixed) or any(map(_composes, schema.values()))
+
+
+def _closed(schema: Any, place: str) -> Any:
     if not isinstance(schema, dict):
         return schema
-    open_ended = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
-    if "properties" in schema and not open_ended & schema.keys():
+    named = schema.get("properties")
+    open_ended = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
+    if isinstance(named, dict) and not open_ended and set(schema.get("required", ())) <= named.keys():
         schema = {**schema, "additionalProperties": False}
-    return map_subschemas(schema, place, closed_schema)
+    return map_subschemas(schema, place, _closed)
 
 
 def refusal(place: str, what: str) -> RequestValidationError:
@@ -204,6 +228,27 @@ def _says_nothing(key: str, schema: dict[str, Any]) -> bool:
 
 def _allows(schema: dict[str, Any], kind: str) -> bool:
     return kind in _types(schema)
+
+
+def _unbounded_integer(schema: dict[str, Any]) -> bool:
+    kinds = schema.get("type")
+    integers = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
+    return integers and not {"const", "enum", "multipleOf"} & schema.keys()
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The integers that every reader of JSON reads exactly (RFC 7493): a weak model would write digits without end."""
+    low, high = (schema.get(f"exclusive{bound}", schema.get(bound.lower())) for bound in ("Minimum", "Maximum"))
+    bounds = {}
+    if low is None and not (_is_number(high) and high <= -MOST_EXACT):
+        bounds["minimum"] = -MOST_EXACT
+    if high is None and not (_is_number(low) and low >= MOST_EXACT):
+        bounds["maximum"] = MOST_EXACT
+    return {**schema, **bounds}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

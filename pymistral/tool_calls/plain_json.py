@@ -54,7 +54,8 @@ class PlainJson(Dialect):
         return [*triggers, *(CallTrigger(end + trigger.pattern, trigger.lark) for trigger in triggers)]
 
     def required(self, schemas: Schemas) -> str:
-        return f'start: call ("\\n" call)*\ncall: {alternatives(schemas, json_call())}'
+        # One only: a model that was not trained for calls would not know when to stop.
+        return f"start: {alternatives(schemas, json_call())}"
 
     def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
         if self.tells:

@@ -116,8 +116,8 @@ def test_a_token_is_not_shown() -> None:
 
 def test_paged_attention() -> None:
     assert PagedAttentionMetaBuilder().build().memory == ContextSize(4096)
-    built = PagedAttentionMetaBuilder(block_size=16, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
-    assert (built.block_size, built.memory) == (16, Utilization(0.5))
+    built = PagedAttentionMetaBuilder(block_size=64, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
+    assert (built.block_size, built.memory) == (64, Utilization(0.5))
     for bad in (0, 7, "32"):
         with pytest.raises(ModelLoadError, match="block_size"):
             PagedAttentionMetaBuilder().with_block_size(bad).build()  # type: ignore[arg-type]
@@ -174,6 +174,11 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             eos_token_ids=(EOS,),
         )
 
+    def load_folder(path: Path) -> Any:
+        checkpoint = load_gguf(path)
+        seen["load_folder"] = seen.pop("load_gguf")
+        return checkpoint
+
     def runner(graph: Any, *, progress: Any, **more: Any) -> AlphabetRunner:
         seen["runner"] = more
         return AlphabetRunner()
@@ -181,6 +186,7 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     for name, functions in (
         ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),
         ("loading.checkpoint", {"load_gguf": load_gguf}),
+        ("loading.huggingface", {"load_folder": load_folder}),
     ):
         module = types.ModuleType(f"pymistral.{name}")
         vars(module).update(functions)
@@ -213,8 +219,8 @@ async def test_folders(chain: dict[str, Any], tmp_path: Path) -> None:
     folder.mkdir()
     await (await GgufModelBuilder("m", ["b.gguf", "c.gguf"]).build()).close()
     assert chain["load_gguf"] == folder / "b.gguf"
-    with pytest.raises(ModelLoadError, match="safetensors"):
-        await ModelBuilder("m").build()
+    await (await ModelBuilder("m").build()).close()
+    assert chain["load_folder"] == folder
     (folder / "a.gguf").touch()
     await (await ModelBuilder("m").build()).close()
     assert chain["load_gguf"] == folder / "a.gguf"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pymistral.cli import main
+from pymistral.cli.run import DEFAULT_SYSTEM
 from pymistral.cli.terminal import harmless
 
 Cli = Callable[..., Any]
@@ -32,10 +33,11 @@ def test_the_default_model(cli: Cli, builders: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "piped", "prompt"),
     [
-        (["one"], b"", "one"),
-        ([], b"zwei\n", "zwei\n"),
-        (["one"], b"two\n", "one\n\ntwo\n"),
-        (["one"], b"  \n", "one"),
+        (["one"], b"", f"{DEFAULT_SYSTEM}|one"),
+        ([], b"zwei\n", f"{DEFAULT_SYSTEM}|zwei\n"),
+        (["one"], b"two\n", f"{DEFAULT_SYSTEM}|one\n\ntwo\n"),
+        (["one"], b"  \n", f"{DEFAULT_SYSTEM}|one"),
+        (["-s", "", "one"], b"", "one"),
         (["-s", "be brief", "one"], b"", "be brief|one"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pymistral.engine import ChoiceFinished, Delta, RequestFailed, RequestFinished, Segment
+from pymistral.nn.sampling import SamplingProgram
 
 EOS, BOS, STOP_TOKEN = 256, 257, 258
 VOCAB = 260
@@ -61,6 +62,7 @@ class FakeRunner:
         self.fail_on: int | None = None
         self.steps: list[list[tuple[int, int]]] = []
         self.computed = 0
+        self.sample = SamplingProgram(VOCAB, threads=1).run
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
         if self.delay:

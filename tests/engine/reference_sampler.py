@@ -7,6 +7,7 @@ result the log probabilities report); then top-k, top-p and min-p on the probabi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,36 @@ def cut(probs: np.ndarray, params: Any) -> np.ndarray:
     result = np.zeros_like(probs)
     result[order[keep]] = kept[keep]
     return result / result.sum()
+
+
+MASK64 = (1 << 64) - 1
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on its arguments alone: three rounds of SplitMix64 (doi:10.1145/2714064.2660195)."""
+    state = 0
+    for word in (seed, choice, position):
+        state = (state + word + 0x9E3779B97F4A7C15) & MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
+
+
+def is_drawn(token: int, probs: np.ndarray, params: Any, u: float, tolerance: float = 1e-6) -> bool:
+    """Whether a token is what ``u`` picks, in the vocabulary's order, from what the cuts leave.
+
+    On a hair's breadth around a border either answer is right.
+    """
+    for shift in (0.0, -tolerance, tolerance):
+        near = SimpleNamespace(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p and params.top_p + shift,
+            min_p=params.min_p and params.min_p * (1 + shift),
+        )
+        kept = cut(probs, near)
+        end = float(kept[: token + 1].sum())
+        if kept[token] > 0 and end - kept[token] - tolerance <= u <= end + tolerance:
+            return True
+    return False

@@ -51,10 +51,13 @@ def test_no_id_at_all(model_id: str) -> None:
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(b"")
-    with pytest.raises(ModelLoadError, match=r"is not a model: expected a \.gguf file"):
-        resolve(path)
+    for name, problem in (("weights.txt", r"is not a model: expected a \.gguf file"), ("weights.bin", "runs whatever code it holds")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ModelLoadError, match=problem):
+            resolve(tmp_path / name)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(b"")
+        assert resolve(tmp_path / name) == tmp_path
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,7 +94,8 @@ def test_choose_gguf(names: list[str], part: str, found: list[str]) -> None:
     [
         (["m-Q4_0.gguf", "m-Q8_0.gguf"], "", r"holds 2 GGUF models; choose one with owner/name:PART.*m-Q4_0\.gguf, m-Q8_0\.gguf"),
         (["m-Q4_0.gguf"], "q9", r"holds no GGUF models with 'q9' in the name.*m-Q4_0\.gguf"),
-        (["pytorch_model.bin"], "", "neither safetensors nor GGUF"),
+        (["pytorch_model.bin"], "", r"neither safetensors nor GGUF .*\(pickled weights are refused"),
+        (["README.md"], "", r"neither safetensors nor GGUF .* can load$"),
         (["model.safetensors"], "q4", "no GGUF models"),
     ],
 )

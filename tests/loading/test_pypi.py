@@ -321,6 +321,16 @@ def test_the_default_model_is_pinned() -> None:
         pypi.parse_wheel_id(DEFAULT_MODEL, ["other.gguf"])
 
 
+def test_watching_a_folder_that_vanishes(tmp_path: Path) -> None:
+    folder = str(tmp_path / "pip-unpack")
+    churn = subprocess.Popen([sys.executable, "-c", f"import os\nwhile True: os.mkdir({folder!r}); os.rmdir({folder!r})"])
+    try:
+        assert {pypi._size_of_wheels(tmp_path) for _ in range(20_000)} == {0}
+    finally:
+        churn.kill()
+        churn.wait()
+
+
 # ---- several processes ----------------------------------------------------------------------------
 
 

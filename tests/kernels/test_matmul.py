@@ -1,0 +1,192 @@
+"""Matrix products of every storage type, with their quantisation of activations, in eager mode against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_reference as ref
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pymistral.nn import functional as F
+from pymistral.nn.eager import evaluate
+from pymistral.nn.graph import Array, OutputRows
+from pymistral.quantization.types import Tensor
+
+KINDS = (*ref.QUANTIZED, *ref.FLOATS)
+ACTIVATIONS = {"silu": ref.silu, "gelu": ref.gelu, "relu": ref.relu}
+
+seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=6, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    """All at once, so that they are compiled side by side."""
+    rng = np.random.default_rng(0)
+    tensors = {kind: ref.random_tensor(kind, 256, 256, rng)[0] for kind in KINDS}
+
+    def everything(x: Array) -> Array:
+        for tensor in tensors.values():
+            x = F.linear(x, tensor)
+        for activation in ACTIVATIONS:
+            x = F.linear(F.gated_linear(x, tensors["Q4_1"], tensors["Q4_1"], activation), tensors["Q4_1"])
+            x = F.linear(F.gated_linear(x, tensors["F32"], tensors["F32"], activation), tensors["F32"])
+        return x
+
+    evaluate(everything, np.zeros((1, 256), np.float32))
+
+
+def columns_for(kind: str, blocks: int) -> int:
+    return blocks * 256 if kind.endswith("_K") else blocks * 32
+
+
+def activations(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[np.float32]:
+    """Every token of a size of its own, with a block of zeros and one of large values here and there."""
+    x = rng.standard_normal((tokens, columns)) * 10.0 ** rng.uniform(-4, 4, (tokens, 1))
+    blocks = x.reshape(tokens, -1, 32)
+    blocks[rng.random(blocks.shape[:2]) < 0.1] = 0
+    blocks[rng.random(blocks.shape[:2]) < 0.1] *= 100
+    return x.astype(np.float32)
+
+
+def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[ref.Floats, ref.Floats]:
+    if kind in ref.FLOATS:
+        # columns + 1 roundings, each at most EPSILON of the sum of the terms' sizes
+        bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
+        return x.astype(np.float64) @ weights.T, bound + 1e-30
+    used = ref.quantized(x).astype(np.float64)
+    return used @ weights.T, ref.product_bound(weights, used)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(seed=seeds, rows=st.integers(1, 70), blocks=st.integers(1, 5), tokens=st.integers(1, 30), edges=st.booleans())
+def test_linear(kind: str, seed: int, rows: int, blocks: int, tokens: int, edges: bool) -> None:
+    rng = np.random.default_rng(seed)
+    columns = columns_for(kind, blocks)
+    tensor, weights = ref.random_tensor(kind, rows, columns, rng, edges=edges)
+    x = activations(rng, tokens, columns)
+    wanted, bound = expected(kind, weights, x)
+    assert np.all(np.abs(F.linear(x, tensor) - wanted) <= bound)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_never_depends_on_its_batch(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    columns = columns_for(kind, 2)
+    tensor, _ = ref.random_tensor(kind, 50, columns, rng)
+    x = activations(rng, 30, columns)
+    together = F.linear(x, tensor)
+    for tokens in range(1, 30):
+        assert F.linear(x[:tokens], tensor).tobytes() == together[:tokens].tobytes(), tokens
+        assert F.linear(x[tokens : tokens + 1], tensor).tobytes() == together[tokens : tokens + 1].tobytes(), tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_sum_with_a_residual(kind: str, tokens: int) -> None:
+    """``residual + linear(x)`` is one kernel."""
+    rng = np.random.default_rng(2)
+    columns = columns_for(kind, 1)
+    tensor, weights = ref.random_tensor(kind, 40, columns, rng)
+    x = activations(rng, tokens, columns)
+    residual = rng.standard_normal((tokens, 40)).astype(np.float32)
+    wanted, bound = expected(kind, weights, x)
+    wanted = wanted + residual
+    found = evaluate(lambda r, x: r + F.linear(x, tensor), residual, x)
+    assert np.all(np.abs(found - wanted) <= bound + ref.EPSILON * np.abs(wanted))  # one more rounding
+
+
+@pytest.mark.parametrize("kind", ref.QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 4, 14])
+def test_logits_keep_fifteen_bits(kind: str, tokens: int) -> None:
+    """What is computed for output rows only comes from activations in two int8."""
+    rng = np.random.default_rng(3)
+    columns = columns_for(kind, 1)
+    tensor, weights = ref.random_tensor(kind, 33, columns, rng)
+    x = activations(rng, tokens, columns)
+    used = ref.quantized_twice(x)
+    found = evaluate(lambda x: F.linear(x[OutputRows()], tensor), x)
+    assert np.all(np.abs(found - used @ weights.T) <= 2 * ref.product_bound(weights, used))
+    # and that is within 1 / (2 * 127 * 2 * 127) of each block's peak of what was meant
+    peaks = np.abs(x).reshape(tokens, -1, 32).max(axis=2, keepdims=True)
+    assert np.all(np.abs(used - x).reshape(tokens, -1, 32) <= peaks / (254 * 254) * 1.001)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["Q4_1", "F32"])
+def test_gated_linear(kind: str, activation: str) -> None:
+    rng = np.random.default_rng(4)
+    gate, gate_weights = ref.random_tensor(kind, 48, 64, rng)
+    up, up_weights = ref.random_tensor(kind, 48, 64, rng)
+    x = rng.standard_normal((9, 64)).astype(np.float32) * np.float32(3)
+    (a, a_bound), (b, b_bound) = expected(kind, gate_weights, x), expected(kind, up_weights, x)
+    wanted = ACTIVATIONS[activation](a) * b
+    # none of the activations is steeper than 1.13; exp is good to 3e-7, and to 6 roundings of its argument (|u| of gelu's is below 90)
+    bound = (
+        1.13 * a_bound * np.abs(b) + (np.abs(ACTIVATIONS[activation](a)) + a_bound) * b_bound + np.abs(wanted) * (3e-7 + 100 * ref.EPSILON)
+    )
+    assert np.all(np.abs(F.gated_linear(x, gate, up, activation) - wanted) <= bound + 1e-30)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 3, 13, 30])
+def test_gated_linear_quantised_at_once(activation: str, tokens: int) -> None:
+    """Before another product it writes int8 panels; an identity matrix reads them back."""
+    rng = np.random.default_rng(5)
+    gate, gate_weights = ref.random_tensor("Q4_1", 96, 64, rng)
+    up, up_weights = ref.random_tensor("Q4_1", 96, 64, rng)
+    back = ref.identity(96)
+    x = rng.standard_normal((tokens, 64)).astype(np.float32) * np.float32(3)
+    used = ref.quantized(x).astype(np.float64)
+    wanted = ACTIVATIONS[activation](used @ gate_weights.T) * (used @ up_weights.T)
+    found = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, activation), back), x)
+    peaks = np.abs(wanted).reshape(tokens, -1, 32).max(axis=2, keepdims=True)
+    error = np.abs(found - wanted).reshape(tokens, -1, 32)
+    assert np.all(error <= peaks / 254 * 1.001)  # half a step of the quantisation, and what float32 did before it
+    alone = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, activation), back), x[-1:])
+    assert alone.tobytes() == found[-1:].tobytes()
+
+
+@pytest.mark.parametrize("columns", [16, 33, 100])
+def test_float_weights_take_any_columns(columns: int) -> None:
+    rng = np.random.default_rng(6)
+    weights = rng.standard_normal((10, columns)).astype(np.float32)
+    x = rng.standard_normal((5, columns)).astype(np.float32)
+    wanted, bound = expected("F32", weights.astype(np.float64), x)
+    assert np.all(np.abs(F.linear(x, ref.matrix(weights)) - wanted) <= bound)
+
+
+@pytest.mark.parametrize("peak", [1e-44, 1e-38, 1e-30, 1e30])
+def test_activations_of_any_size(peak: float) -> None:
+    tensor = ref.identity(32)
+    x = np.linspace(-peak, peak, 32, dtype=np.float32).reshape(1, 32)
+    found = F.linear(x, tensor)
+    # half a step of the quantisation; below 1e-36 values may be taken as zeros
+    assert np.all(np.abs(found.astype(np.float64) - x) <= max(peak / 254 * 1.001, 1e-36))
+
+
+def test_what_is_not_finite_stays_in_its_token() -> None:
+    rng = np.random.default_rng(7)
+    tensor, _ = ref.random_tensor("Q4_1", 32, 64, rng)
+    x = rng.standard_normal((6, 64)).astype(np.float32)
+    clean = F.linear(x, tensor)
+    x[2, 5], x[4, 40] = np.nan, np.inf
+    found = F.linear(x, tensor)
+    others = [0, 1, 3, 5]
+    assert found[others].tobytes() == clean[others].tobytes()
+    assert not np.isfinite(found[[2, 4]]).any()
+
+
+def same_bits(x: NDArray[np.float32], y: NDArray[np.float32]) -> bool:
+    return x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    rng = np.random.default_rng(8)
+    tensor: Tensor = ref.random_tensor("Q4_K", 500, 256, rng)[0]
+    x = activations(rng, 20, 256)
+    assert same_bits(evaluate(lambda x: F.linear(x, tensor), x, threads=threads), F.linear(x, tensor))

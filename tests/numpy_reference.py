@@ -1,0 +1,176 @@
+"""What the kernels compute, in float64 NumPy: the oracle of the tests in `kernels` and `nn`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
+
+Floats = NDArray[np.float64]
+
+EPSILON = 2.0**-24  # the relative error of one float32 operation
+
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+FLOATS = ("F32", "F16", "BF16")
+
+# Where a block keeps its half floats (ggml-common.h); all other bytes may be anything.
+_HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+# Zeros of both signs, the smallest subnormal, the smallest normal, the largest: every sixth scale or so is one of them.
+_EDGES = np.array([0.0, -0.0, 6e-8, 6.1e-5, 65504.0], np.float16)
+
+
+def random_tensor(kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False) -> tuple[Tensor, Floats]:
+    """A tensor of random bits, and its values. ``edges`` mixes in extreme scales."""
+    type = GgmlType[kind]
+    if kind in FLOATS:
+        values = rng.standard_normal((rows, columns)).astype(np.float32)
+        if edges:
+            values *= rng.choice([0.0, 1e-6, 1.0, 1e3], size=values.shape).astype(np.float32)
+        stored = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+        data = np.ascontiguousarray(stored).view(np.uint8).reshape(-1)
+    else:
+        size = BLOCK_SIZES[type][1]
+        data = rng.integers(0, 256, tensor_nbytes(type, (rows, columns)), dtype=np.uint8)
+        blocks = data.reshape(-1, size)
+        for at in _HALVES[kind]:
+            scales = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16)
+            if edges:
+                extreme = rng.random(len(blocks)) < 0.15
+                scales[extreme] = rng.choice(_EDGES, extreme.sum())
+            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return Tensor(f"{kind} {rows}x{columns}", type, (rows, columns), data), values_of(kind, data, rows, columns)
+
+
+def values_of(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> Floats:
+    if kind == "F32":
+        return data.view(np.float32).reshape(rows, columns).astype(np.float64)
+    if kind == "F16":
+        return data.view(np.float16).reshape(rows, columns).astype(np.float64)
+    values = gguf.quants.dequantize(data.reshape(rows, -1), gguf.GGMLQuantizationType[kind])
+    return values.reshape(rows, columns).astype(np.float64)
+
+
+def vector(values: Sequence[float] | Floats, name: str = "norm") -> Tensor:
+    """A norm's weight."""
+    stored = np.asarray(values, np.float32)
+    return Tensor(name, GgmlType.F32, stored.shape, stored.view(np.uint8).reshape(-1))
+
+
+def matrix(values: NDArray[np.float32], name: str = "matrix") -> Tensor:
+    """A float32 matrix as it is."""
+    stored = np.ascontiguousarray(values, np.float32)
+    return Tensor(name, GgmlType.F32, stored.shape, stored.view(np.uint8).reshape(-1))
+
+
+def identity(size: int) -> Tensor:
+    """Q8_0: its product is the activations as they were quantised."""
+    blocks = np.zeros((size, size // 32, 34), np.uint8)
+    blocks[:, :, :2] = np.array([1.0], np.float16).view(np.uint8)
+    for row in range(size):
+        blocks[row, row // 32, 2 + row % 32] = 1
+    return Tensor("identity", GgmlType.Q8_0, (size, size), blocks.reshape(-1))
+
+
+def quantized(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Activations after they went through int8: 32 at a time share the scale ``max|x| / 127``, in the kernels' own float32 operations."""
+    blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
+    peak = np.abs(blocks).max(axis=2, keepdims=True)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 1e-36)
+    return (np.rint(blocks * inverse) * (peak / np.float32(127))).astype(np.float32).reshape(x.shape)
+
+
+def quantized_twice(x: NDArray[np.float32]) -> Floats:
+    """Activations with what the rounding lost in a second int8."""
+    first = quantized(x)
+    return first.astype(np.float64) + quantized(x - first)
+
+
+def product_bound(weights: Floats, x: Floats) -> Floats:
+    """How far a quantised product may be from float64.
+
+    The integer dot products are exact. Each block of 32 adds one rounding of ``scale * scale``, one of the multiply-add, and with
+    minimums as much again;
+    the terms are at most three times the block's largest weight (a minimum may cancel what it is added to) times the activations.
+    """
+    rows, columns = weights.shape
+    size = 256 if columns % 256 == 0 else 32
+    peaks = np.abs(weights).reshape(rows, -1, size).max(axis=2)
+    sums = np.abs(x).reshape(len(x), -1, size).sum(axis=2)
+    return 3 * (columns // 32 + 4) * EPSILON * (sums @ peaks.T) + 1e-30
+
+
+def silu(x: Floats) -> Floats:
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x: Floats) -> Floats:
+    """The tanh form."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def relu(x: Floats) -> Floats:
+    return np.maximum(x, 0)
+
+
+def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weight
+
+
+def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats, factor: float = 1.0) -> Floats:
+    """Half-split RoPE of ``x`` ``[tokens, heads, head_dim]``; dimensions beyond the rotated pairs stay."""
+    pairs = len(inverse_frequencies)
+    angles = positions[:, None, None] * inverse_frequencies
+    cosines, sines = np.cos(angles) * factor, np.sin(angles) * factor
+    out = x.astype(np.float64).copy()
+    a, b = x[..., :pairs].astype(np.float64), x[..., pairs : 2 * pairs].astype(np.float64)
+    out[..., :pairs] = a * cosines - b * sines
+    out[..., pairs : 2 * pairs] = a * sines + b * cosines
+    return out
+
+
+def attention(
+    q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None
+) -> tuple[Floats, Floats]:
+    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far 8
+    significant bits
+    (bfloat16) of queries, keys, values and probabilities may move it.
+
+    Rounding to bfloat16 is a relative error of at most ``u = 2**-9``. A score moves by at most ``2.01 u`` times the sum of its terms'
+    sizes, so its
+    probability by a factor within ``exp(2 * that)`` (its own score and the normaliser's), and once more by ``2 u`` for its own rounding
+    and the value's.
+    """
+    u = 2.0**-9
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.einsum("thd,shd->hts", q, k) * scale
+    moved = np.einsum("thd,shd->hts", np.abs(q), np.abs(k)) * abs(scale) * 2.01 * u + 1e-6
+    if soft_cap:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    keys = np.arange(len(k))
+    visible = keys[None, :] <= positions[:, None]
+    if window:
+        visible &= keys[None, :] > positions[:, None] - window
+    scores = np.where(visible[None], scores, -np.inf)
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    p /= p.sum(axis=2, keepdims=True)
+    worst = np.where(visible[None], moved, 0).max(axis=2)
+    factor = np.expm1(2 * worst) + 2.01 * u
+    sizes = np.einsum("hts,shd->thd", p, np.abs(v))
+    return np.einsum("hts,shd->thd", p, v), sizes * factor.T[:, :, None] + 1e-6

@@ -1,0 +1,28 @@
+"""Every example runs as it stands, on the real SmolLM2."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SAYS = {
+    "getting_started/text_generation.py": "Paris",
+    "getting_started/streaming.py": "tok/s",
+    "advanced/error_handling.py": "EngineClosedError: ",
+    "advanced/paged_attn.py": "1024 tokens",
+    "cookbook/multiturn.py": "of them cached",
+}
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")))
+def test_example(name: str, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = [str(smollm2_path.parent), smollm2_path.name] if name == "getting_started/gguf.py" else [str(smollm2_path)]
+    monkeypatch.setattr(sys, "argv", [name, *model])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    out = capsys.readouterr().out
+    assert SAYS.get(name, "") in out
+    assert out.strip()
