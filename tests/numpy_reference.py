@@ -103,7 +103,8 @@ def quantized_twice(x: NDArray[np.float32]) -> Floats:
 def product_bound(weights: Floats, x: Floats) -> Floats:
     """How far a quantised product may be from float64.
 
-    The integer dot products are exact. Each block of 32 adds one rounding of ``scale * scale``, one of the multiply-add, and with minimums as much again;
+    The integer dot products are exact. Each block of 32 adds one rounding of ``scale * scale``, one of the multiply-add, and with
+    minimums as much again;
     the terms are at most three times the block's largest weight (a minimum may cancel what it is added to) times the activations.
     """
     rows, columns = weights.shape
@@ -146,11 +147,14 @@ def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats
 def attention(
     q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None
 ) -> tuple[Floats, Floats]:
-    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far 8 significant bits
+    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far 8
+    significant bits
     (bfloat16) of queries, keys, values and probabilities may move it.
 
-    Rounding to bfloat16 is a relative error of at most ``u = 2**-9``. A score moves by at most ``2.01 u`` times the sum of its terms' sizes, so its
-    probability by a factor within ``exp(2 * that)`` (its own score and the normaliser's), and once more by ``2 u`` for its own rounding and the value's.
+    Rounding to bfloat16 is a relative error of at most ``u = 2**-9``. A score moves by at most ``2.01 u`` times the sum of its terms'
+    sizes, so its
+    probability by a factor within ``exp(2 * that)`` (its own score and the normaliser's), and once more by ``2 u`` for its own rounding
+    and the value's.
     """
     u = 2.0**-9
     group = q.shape[1] // k.shape[1]

@@ -1,6 +1,7 @@
 """Real models against transformers in float32: at least as close as llama.cpp, on every instruction set.
 
-The goldens hold 512 tokens of an English text, the 128 most likely ids at each position with their log-probabilities, and llama.cpp's figures.
+The goldens hold 512 tokens of an English text, the 128 most likely ids at each position with their log-probabilities, and llama.cpp's
+figures.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.isa import _NEEDS, current_isa
 
 import pymistral
-from pymistral.kernels.cpu.isa import _NEEDS, current_isa
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = {"smollm2": "smollm2-135m-instruct-q4_1", "gemma3": "gemma3-270m-q4_k_m"}

@@ -1,9 +1,11 @@
 """Attention over a paged KV cache, flash style (arXiv:2205.14135): softmax on line, chunk by chunk, nothing of size context kept.
 
-An item is up to `query_tile_tokens` consecutive tokens of one sequence. With the ``group`` query heads that share a key/value head they make up to
+An item is up to `query_tile_tokens` consecutive tokens of one sequence. With the ``group`` query heads that share a key/value head they
+make up to
 ``tokens * group`` query rows, which share every load of a key and a value. `rope` states the layout of the cache.
 
-A chunk of `CHUNK` positions, at multiples of `CHUNK`, gives each row a maximum, a sum and outputs of its own, and chunks are merged from first to
+A chunk of `CHUNK` positions, at multiples of `CHUNK`, gives each row a maximum, a sum and outputs of its own, and chunks are merged from
+first to
 last. So a token's result depends neither on the item that it is in nor on whether one thread took all chunks or several took one each
 (flash decoding): items of one token may name a single chunk and leave its result for `merge`.
 """
@@ -124,7 +126,9 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         vector_bytes = head_dim * 32
         if few:
             for at in range(start, stop, 64):
-                first = keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
+                first = (
+                    keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
+                )
                 at2 = at + 32
                 second = keys + (load_i32(table + at2 // block_size * 4) * kv_heads + head) * head_bytes
                 second += at2 % block_size // 16 * vector_bytes
@@ -161,7 +165,11 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             if few and head_dim % 64 == 0:
                 four = zero_tile(fourfold)
                 for at in range(start, stop, 32):
-                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    v = (
+                        values
+                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
+                        + (at % block_size * head_dim + 2 * i) * 2
+                    )
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         v4 = (load_i32x16(v), load_i32x16(v + 64), load_i32x16(v + 128), load_i32x16(v + 192))
@@ -172,7 +180,11 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             elif head_dim % 32 == 0:
                 two = zero_tile(twice)
                 for at in range(start, stop, 32):
-                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    v = (
+                        values
+                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
+                        + (at % block_size * head_dim + 2 * i) * 2
+                    )
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         two = dot_pairs_grid(two, rows, (load_i32x16(v), load_i32x16(v + 64)), p, line_bytes)
@@ -182,7 +194,11 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             else:
                 one = zero_tile(rows)
                 for at in range(start, stop, 32):
-                    v = values + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + (at % block_size * head_dim + 2 * i) * 2
+                    v = (
+                        values
+                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
+                        + (at % block_size * head_dim + 2 * i) * 2
+                    )
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         one = dot_pairs_grid(one, rows, (load_i32x16(v),), p, line_bytes)
@@ -196,9 +212,11 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
 def attention(*, head_dim: int, group: int) -> Any:
     """``out = softmax(q . k) . v`` for each query row; q comes scaled. Units are (item, key/value head).
 
-    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7 key/value heads,
+    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7
+    key/value heads,
     8 positions (int32), 9 items (int32 [first token, tokens, row of the block table, chunk or -1 for all, index of the partial result]),
-    10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of scratch for a thread,
+    10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of scratch
+    for a thread,
     16 partial results (`geometry.partial_floats` for each index and key/value head).
     """
     full = query_tile_tokens(group) * group
@@ -249,13 +267,9 @@ def attention(*, head_dim: int, group: int) -> Any:
             for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
                 stop = min(last, start + CHUNK)
                 if single:
-                    one_token(
-                        slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums
-                    )
+                    one_token(slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
                 else:
-                    all_tokens(
-                        slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums
-                    )
+                    all_tokens(slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
                 merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
             out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
             write_out(out, out_row, outputs, sums, tokens * group, group, head_dim)
@@ -266,7 +280,8 @@ def attention(*, head_dim: int, group: int) -> Any:
 def merge(*, head_dim: int, group: int) -> Any:
     """The results of items that took one chunk each, merged in order. Units are (token, key/value head).
 
-    Slots: 0 merges (int32 [token, index of the first partial result, how many]), 1 partial results, 2 key/value heads, 3 out, 4 bytes of an out row,
+    Slots: 0 merges (int32 [token, index of the first partial result, how many]), 1 partial results, 2 key/value heads, 3 out, 4 bytes of
+    an out row,
     5 scratch, 6 bytes of scratch for a thread.
     """
     partial_bytes = partial_floats(group, head_dim) * 4

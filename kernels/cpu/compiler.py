@@ -6,7 +6,8 @@ key of everything they depend on (all kernel sources, the CPU, the versions of N
 start imports no Numba. What is missing is compiled in child processes, one per core, so that Numba's memory and its global lock stay out of
 this process.
 
-A cache file is checked by its own SHA-256 and written by rename: a truncated, foreign or half-written file is compiled again, and processes that
+A cache file is checked by its own SHA-256 and written by rename: a truncated, foreign or half-written file is compiled again, and
+processes that
 start at once at worst compile twice.
 """
 
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -101,7 +102,8 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
 
     module, _, name = kernel.factory.partition(".")
     function = getattr(importlib.import_module(f"{__package__}.{module}"), name)(**dict(kernel.constants))
-    # Symbols carry the qualified name and a counter of this process only: kernels of one factory from two child processes would share theirs.
+    # Symbols carry the qualified name and a counter of this process only: kernels of one factory from two child processes would share
+    # theirs.
     function.__qualname__ = f"{name}_{kernel.key[:16]}"
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
     compiled = njit(signature, **JIT_OPTIONS)(function)
@@ -144,7 +146,7 @@ def _compile_in_children(kernels: Sequence[Spec], done: Callable[[Spec, Compiled
 
     # Children find this package by the parent's path, whatever it was started with.
     start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _child; _child()"
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 (it outlives the children)
     children = []
     try:
         for index in range(count):
@@ -177,13 +179,13 @@ def _child() -> None:
         output.flush()
 
 
-def _write_frame(stream: BinaryIO, kernel: CompiledKernel) -> None:
+def _write_frame(stream: IO[bytes], kernel: CompiledKernel) -> None:
     digest = hashlib.sha256(kernel.code).hexdigest()
     header = json.dumps({"symbol": kernel.symbol, "size": len(kernel.code), "sha256": digest})
     stream.write(header.encode() + b"\n" + kernel.code)
 
 
-def _read_frame(stream: BinaryIO) -> CompiledKernel:
+def _read_frame(stream: IO[bytes]) -> CompiledKernel:
     """Raises ValueError, KeyError or TypeError if the frame is not whole."""
     header = json.loads(stream.readline(1 << 16))
     code = stream.read(int(header["size"]))
@@ -214,7 +216,7 @@ def _write_cached(kernel: Spec, compiled: CompiledKernel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
             try:
-                _write_frame(file, compiled)
+                _write_frame(file.file, compiled)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, folder / f"{kernel.key}.o")

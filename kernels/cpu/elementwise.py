@@ -9,7 +9,9 @@ from .simd import bits_to_f32, exp, load_f32, load_f32x16, load_i32, load_i64, s
 
 
 def add() -> Any:
-    """``out = x + y``. Units are rows. Slots of all in this file: 0 x, 1 y, 2 out, 3 columns (a multiple of 16), 4 bytes of a row, 5 a parameter."""
+    """``out = x + y``. Units are rows. Slots of all in this file: 0 x, 1 y, 2 out, 3 columns (a multiple of 16), 4 bytes of a row,
+    5 a parameter.
+    """
 
     def kernel(slots, begin, end, thread):
         x, y, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)

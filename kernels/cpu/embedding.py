@@ -94,7 +94,9 @@ def _read_float_row(layout: str) -> Any:
 
 
 def embedding(*, layout: str) -> Any:
-    """Units are tokens. Slots: 0 tokens (int32), 1 tiles, 2 out, 3 columns, 4 bytes of a tile, 5 bytes of an output row, 6 scale (f32 bits)."""
+    """Units are tokens. Slots: 0 tokens (int32), 1 tiles, 2 out, 3 columns, 4 bytes of a tile, 5 bytes of an output row, 6 scale
+    (f32 bits).
+    """
     read = read_row(layout)
 
     def kernel(slots, begin, end, thread):

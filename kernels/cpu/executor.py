@@ -1,8 +1,10 @@
 """Running a program: every thread walks the same list of launches and claims work in chunks; a launch waits for those that it depends on.
 
-Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps the others
+Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps
+the others
 with theirs. What a launch waits for is work that is done, not threads that have arrived: a thread that lost its core while it held no work
-holds up nobody. It may wake up when the step, or even the next, is over. So every counter carries the number of its step, is claimed by compare and
+holds up nobody. It may wake up when the step, or even the next, is over. So every counter carries the number of its step, is claimed by
+compare and
 exchange, and a thread that finds a newer number leaves. A counter with an older number stands for zero, so nothing has to be cleared.
 
 While a thread waits, it fetches its share of the weights that come next into its cache.
@@ -75,7 +77,9 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 @intrinsic
 def call_kernel(typing_context, kernel, slots, begin, end, thread):
-    """Call a compiled kernel by address. Numba's calling convention puts two pointers first: for the result (None is stored) and for an exception."""
+    """Call a compiled kernel by address. Numba's calling convention puts two pointers first: for the result (None is stored) and
+    for an exception.
+    """
 
     def codegen(context, b, sig, values):
         address, *arguments = values
@@ -195,7 +199,8 @@ def run_program(launches, count, counters, step, thread, threads):
 def lead() -> Any:
     """Begin a step and, unless a thread sleeps, work through it as thread 0 until all is done.
 
-    If threads sleep, their number is left in the synchronisation block and nothing is run: wake those whose line now holds 2, then call `work`.
+    If threads sleep, their number is left in the synchronisation block and nothing is run: wake those whose line now holds 2, then call
+    `work`.
     """
 
     def lead_program(sync, threads, launches, count, counters):

@@ -1,7 +1,9 @@
 """Matrix products: tiles of quantised weights by panels of int8 activations, and float tiles by float activations.
 
-`tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens through each.
-All token counts of a panel share one order of floating-point operations, so that a token's result does not depend on what else is in the batch.
+`tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens
+through each.
+All token counts of a panel share one order of floating-point operations, so that a token's result does not depend on what else is in the
+batch.
 """
 
 from __future__ import annotations
@@ -261,7 +263,8 @@ def activation_function(name: str) -> Any:
 def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
 
-    Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out panels,
+    Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
+    panels,
     7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
     """
     panel = current_isa().tokens

@@ -137,7 +137,9 @@ def _scales(layout: str) -> Any:
 
 
 def repack(*, layout: str, block_bytes: int) -> Any:
-    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns; ``block_bytes`` is the size of a GGUF block."""
+    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns; ``block_bytes`` is the size of a GGUF
+    block.
+    """
     if layout in FLOAT_FORMATS:
         return _repack_floats(layout)
     format = TILE_FORMATS[layout]

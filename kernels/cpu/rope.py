@@ -43,11 +43,14 @@ def rotate(x, cosines, sines, pairs):
 def rope_and_cache(*, head_dim: int, cache: str = "bf16") -> Any:
     """Norm and rotate the heads of q and k; scale q; write k and v to the cache. Units are tokens.
 
-    The cache of a layer is bfloat16, in pairs as the dot product of pairs wants them. For each block of ``B`` positions and each key/value head:
-    keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]``, values ``[B / 2][head_dim][2 positions]``. With ``cache="f32"`` it is float32, as
+    The cache of a layer is bfloat16, in pairs as the dot product of pairs wants them. For each block of ``B`` positions and each
+    key/value head:
+    keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]``, values ``[B / 2][head_dim][2 positions]``. With ``cache="f32"`` it is
+    float32, as
     `exact_attention` states.
 
-    Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9 k norm weight or 0,
+    Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9
+    k norm weight or 0,
     10 epsilon (f32 bits), 11 rotation table (f32 [position][cosines, sines]) or 0, 12 pairs to rotate, 13 q scale (f32 bits),
     14 positions (int32), 15 cache slots (int32: block * B + offset), 16 key cache, 17 value cache, 18 B.
     """

@@ -154,7 +154,7 @@ class CpuProgram:
             A launch computed what is no finite number; the message names it.
         """
         for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
-            self._pool.run(Launches([tuple(int(word) for word in row[:6])], self._pool.threads))  # type: ignore[list-item]
+            self._pool.run(Launches([[int(word) for word in row]], self._pool.threads))
             for result in results:
                 values = result.array[: self.state.count(result.rows), : result.columns]
                 wrong = np.argwhere(~np.isfinite(values))
@@ -446,10 +446,10 @@ class _Lowering:
         self._product(x, node.attributes["gate"], gated, self._row_bytes(node.output), accumulate=False)
         self._product(x, node.attributes["up"], raised, self._row_bytes(node.output), accumulate=False)
         row_bytes = self._row_bytes(node.output)
-        slots = (gated.address, 0, gated.address, _padded(columns), row_bytes)
-        self._launch(spec("elementwise.activate", activation=activation), slots, x.rows, reads=(gated,), writes=(gated,))
-        slots = (gated.address, raised.address, gated.address, _padded(columns), row_bytes)
-        self._launch(spec("elementwise.multiply"), slots, x.rows, reads=(gated, raised), writes=(gated,))
+        one = (gated.address, 0, gated.address, _padded(columns), row_bytes)
+        self._launch(spec("elementwise.activate", activation=activation), one, x.rows, reads=(gated,), writes=(gated,))
+        two = (gated.address, raised.address, gated.address, _padded(columns), row_bytes)
+        self._launch(spec("elementwise.multiply"), two, x.rows, reads=(gated, raised), writes=(gated,))
         self.free.setdefault((*raised.array.shape, 4), []).append(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
@@ -813,13 +813,13 @@ class _Lowering:
             reads, writes = {id(buffer) for buffer in launch.reads}, {id(buffer) for buffer in launch.writes}
             meet = bool(reads & touched[1] or writes & (touched[0] | touched[1]))
             touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
-            slots = np.array(launch.slots, np.int64)
-            self.alive.append(slots)
+            arguments = np.array(launch.slots, np.int64)
+            self.alive.append(arguments)
             count = self.state.count_address(launch.count)
             most = 1 if launch.count == "one" else len(self.state.items)
             if launch.units * most >> UNIT_BITS:
                 raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
-            records.append([addresses[launch.kernel], address(slots), count, launch.units, launch.chunk, int(meet), *launch.weights])
+            records.append([addresses[launch.kernel], address(arguments), count, launch.units, launch.chunk, int(meet), *launch.weights])
         weights = [0, 0]
         for record in reversed(records):
             # waiting threads fetch the weights of the next launch that has any

@@ -63,4 +63,5 @@ def evaluate(
     for rope in state.ropes:
         rope.prepare(count)
     program.run()
-    return program.logits[:count].copy()
+    result: NDArray[np.float32] = program.logits[:count].copy()
+    return result

@@ -66,7 +66,9 @@ def sigmoid_gate(x: A, gate: A) -> A:
 
 
 def gated_linear(x: A, gate: Tensor, up: Tensor, activation: str) -> A:
-    """``activation(x @ gate.T) * (x @ up.T)`` (arXiv:2002.05202); ``activation`` is ``"silu"``, ``"gelu"`` (its tanh form) or ``"relu"``."""
+    """``activation(x @ gate.T) * (x @ up.T)`` (arXiv:2002.05202); ``activation`` is ``"silu"``, ``"gelu"`` (its tanh form) or
+    ``"relu"``.
+    """
     _check_columns(x, gate)
     _check_columns(x, up)
     if gate.shape != up.shape:

@@ -123,7 +123,8 @@ def recording() -> Iterator[Graph]:
 def emit(op: str, inputs: tuple[A, ...], *, columns: int, rows: str | None = None, **attributes: Any) -> A:
     """Record an operation and return its result. On NumPy arrays, outside a recording: run it as a program of its own (see `eager`)."""
     graph = _recording.get()
-    symbols = tuple(x for x in inputs if isinstance(x, Array))
+    arrays: tuple[Any, ...] = inputs
+    symbols: tuple[Array, ...] = tuple(x for x in arrays if isinstance(x, Array))
     if graph is not None:
         if len(symbols) != len(inputs):
             raise TypeError(f"{op} of a NumPy array while a model is recorded: its values would be lost")
@@ -134,7 +135,7 @@ def emit(op: str, inputs: tuple[A, ...], *, columns: int, rows: str | None = Non
         raise RuntimeError(f"{op} of symbols outside a recording: call the model through nn.record, or give it NumPy arrays")
     from .eager import evaluate
 
-    return evaluate(lambda *arrays: emit(op, arrays, columns=columns, rows=rows, **attributes), *inputs)  # type: ignore[return-value]
+    return evaluate(lambda *symbols: emit(op, symbols, columns=columns, rows=rows, **attributes), *arrays)  # type: ignore[return-value]
 
 
 def record(model: Callable[[Batch], Array]) -> Graph:

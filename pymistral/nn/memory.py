@@ -32,7 +32,9 @@ def address(array: NDArray[np.generic]) -> int:
 
 
 def forget(array: NDArray[np.generic]) -> None:
-    """Let the system take back the memory of an array that is a view of a mapped file; it is read again if need be. Other arrays stay as they are."""
+    """Let the system take back the memory of an array that is a view of a mapped file; it is read again if need be. Other arrays
+    stay as they are.
+    """
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -8,14 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
-from ..kernels.cpu.executor_layout import FIRST_THREAD, INSIDE, LAUNCH_WORDS, LINE, STEP, STOP, TO_WAKE, UNIT_BITS, counter_bytes
+from ..kernels.cpu.executor_layout import FIRST_THREAD, INSIDE, LAUNCH_WORDS, LINE, STEP, STOP, TO_WAKE, counter_bytes
 from .memory import address, zeros
 
 EXECUTOR_KERNELS = (spec("executor.lead"), spec("executor.work"), spec("executor.follow"))

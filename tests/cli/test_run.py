@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pymistral.cli.run import DEFAULT_SYSTEM
 from pymistral.cli import main
+from pymistral.cli.run import DEFAULT_SYSTEM
 from pymistral.cli.terminal import harmless
 
 Cli = Callable[..., Any]
