@@ -32,6 +32,7 @@ from .simd import (
     splat_f32,
     start_dot_tile,
     store_tile,
+    sum_tile,
     zero_tile,
 )
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
@@ -165,9 +166,9 @@ def _tile_product(layout: str, tokens: int) -> Any:
                 dots = dot_groups(dots, layout, block, x, 32, 4, 8)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
                 if minimum:
-                    sums = start_dot_tile(tokens, -1, x + first_at, 4)
+                    sums = sum_tile(tokens, x + first_at, 4)
                     tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 0), x + scales_at, 4)
-                    sums = start_dot_tile(tokens, -1, x + last_at, 4)
+                    sums = sum_tile(tokens, x + last_at, 4)
                     tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
             else:
                 dots = start_dot_tile(tokens, zero, x + sums_at, 4)

@@ -25,7 +25,8 @@ Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' value
 Activations
 -----------
 A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``52 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
-``f32[P]`` scale times the sum of quants, ``i32[P]`` sum of quants, ``i32[P]`` sum of the first 16, ``i32[P]`` of the last 16.
+``f32[P]`` scale times the sum of quants, ``i32[P]`` minus the sum of quants, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the
+last 16.
 """
 
 from __future__ import annotations
