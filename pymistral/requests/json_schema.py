@@ -36,6 +36,20 @@ _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|
 _DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 _DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+MOST_EXACT = 2**53 - 1
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+ONE = ("additionalProperties", "items", "additionalItems")
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+MAPS = ("properties", "patternProperties", "$defs", "definitions")
+TYPES = ("null", "boolean", "number", "string", "array", "object")
+
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
+_ZONE = r"(?:Z|\+(?:[01][0-9]|2[0-3]):[0-5][0-9]|-(?:0[1-9]|1[0-9]|2[0-3]):[0-5][0-9])"
+_TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{{1,6}})?{_ZONE}"
 FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 """Only dates that exist, and no leap seconds, which Python's datetime does not know."""
 
@@ -76,6 +90,7 @@ class _Schema:
             schema = {("anyOf" if key == "oneOf" and "anyOf" not in schema else key): value for key, value in schema.items()}
         if schema.get("format") in FORMATS and "pattern" not in schema and _allows(schema, "string"):
             schema["pattern"] = FORMATS[schema.pop("format")]
+        schema = _without_touching_bounds(schema)
         if _unbounded_integer(schema):
             schema = _bounded(schema)
         if isinstance(schema.get("pattern"), str):
@@ -228,6 +243,19 @@ def _says_nothing(key: str, schema: dict[str, Any]) -> bool:
 
 def _allows(schema: dict[str, Any], kind: str) -> bool:
     return kind in _types(schema)
+
+
+def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    """llguidance 1.9 lets an excluded whole number through if the other bound is less than one away: go a little inside instead."""
+    low = schema.get("exclusiveMinimum", schema.get("minimum"))
+    high = schema.get("exclusiveMaximum", schema.get("maximum"))
+    if schema.get("type") == "integer" or not (_is_number(low) and _is_number(high) and 0 < high - low < 1):
+        return schema
+    step = (high - low) / 1024
+    for key, other, inside in (("exclusiveMinimum", "minimum", low + step), ("exclusiveMaximum", "maximum", high - step)):
+        if key in schema:
+            schema = {**{name: value for name, value in schema.items() if name != key}, other: inside}
+    return schema
 
 
 def _unbounded_integer(schema: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ PATTERNS = [
 ]
 FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
 NAMES = ["name", "age", "id", "is valid", "größe", 'quo"te', "a/b", "x-1", "naïve", "", "$type", "日本"]
-VALUES: list[Any] = ["red", "a \"b\" \\ c\n", "", "日本", 0, 1, -7, 2.5, 1e20, True, False, None, [], [1, "a"], {}, {"k": [None]}]
+VALUES: list[Any] = ["red", 'a "b" \\ c\n', "", "日本", 0, 1, -7, 2.5, 1e20, True, False, None, [], [1, "a"], {}, {"k": [None]}]
 
 
 def any_schema(rng: random.Random, depth: int) -> Any:
@@ -35,7 +35,13 @@ def string(rng: random.Random, depth: int) -> dict[str, Any]:
 def integer(rng: random.Random, depth: int) -> dict[str, Any]:
     low = rng.choice([-1000, -5, -1, 0, 1, 3, 99, 10**6])
     high = low + rng.choice([2, 10, 999])
-    bounds = [{}, {"minimum": low}, {"maximum": high}, {"minimum": low, "maximum": high}, {"exclusiveMinimum": low, "exclusiveMaximum": high}]
+    bounds = [
+        {},
+        {"minimum": low},
+        {"maximum": high},
+        {"minimum": low, "maximum": high},
+        {"exclusiveMinimum": low, "exclusiveMaximum": high},
+    ]
     schema = {"type": "integer", **rng.choice(bounds)}
     return schema | ({"multipleOf": rng.choice([2, 5, 10])} if len(schema) == 1 and rng.random() < 0.5 else {})
 
@@ -43,7 +49,13 @@ def integer(rng: random.Random, depth: int) -> dict[str, Any]:
 def number(rng: random.Random, depth: int) -> dict[str, Any]:
     low = rng.choice([-10.5, -1, 0, 0.25, 3, 1e3])
     high = low + rng.choice([0.5, 1, 100])
-    bounds = [{}, {"minimum": low}, {"exclusiveMaximum": high}, {"minimum": low, "maximum": high}, {"exclusiveMinimum": low, "maximum": high}]
+    bounds = [
+        {},
+        {"minimum": low},
+        {"exclusiveMaximum": high},
+        {"minimum": low, "maximum": high},
+        {"exclusiveMinimum": low, "maximum": high},
+    ]
     schema = {"type": "number", **rng.choice(bounds)}
     return schema | ({"multipleOf": rng.choice([0.5, 0.01, 3])} if len(schema) == 1 and rng.random() < 0.5 else {})
 
@@ -111,13 +123,16 @@ def exclusive(rng: random.Random, depth: int) -> dict[str, Any]:
         return {"oneOf": [string(rng, 0), integer(rng, 0), {"type": "null"}][: rng.randint(1, 3)]}
     kinds = rng.sample(["circle", "square", "line"], 2)
     shapes = [
-        {"type": "object", "properties": {"kind": {"const": kind}, "size": any_schema(rng, depth - 1)}, "required": ["kind"]} for kind in kinds
+        {"type": "object", "properties": {"kind": {"const": kind}, "size": any_schema(rng, depth - 1)}, "required": ["kind"]}
+        for kind in kinds
     ]
     return {"oneOf": shapes}
 
 
 def merged(rng: random.Random, depth: int) -> dict[str, Any]:
-    first, second = ({"type": "object", "properties": {name: any_schema(rng, depth - 1)}, "required": [name]} for name in rng.sample(NAMES, 2))
+    first, second = (
+        {"type": "object", "properties": {name: any_schema(rng, depth - 1)}, "required": [name]} for name in rng.sample(NAMES, 2)
+    )
     return rng.choice(
         [
             {"allOf": [first, second], "maxProperties": 2},
@@ -133,14 +148,28 @@ def recursive(rng: random.Random) -> dict[str, Any]:
     tree |= {"required": ["value"], "additionalProperties": False}
     if rng.random() < 0.5:
         tree["properties"]["children"] = {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 1}  # type: ignore[index]
-    return rng.choice([{"$ref": "#/$defs/node", "$defs": {"node": tree}}, {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2, "$defs": {"node": tree}}])
+    return rng.choice(
+        [
+            {"$ref": "#/$defs/node", "$defs": {"node": tree}},
+            {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2, "$defs": {"node": tree}},
+        ]
+    )
 
 
 def referring(rng: random.Random) -> dict[str, Any]:
-    kinds = {kind: {"type": "object", "properties": {"kind": {"const": kind}, "of": any_schema(rng, 1)}, "required": ["kind", "of"]} for kind in "abc"}
+    kinds = {
+        kind: {"type": "object", "properties": {"kind": {"const": kind}, "of": any_schema(rng, 1)}, "required": ["kind", "of"]}
+        for kind in "abc"
+    }
     options = [{"$ref": f"#/$defs/{kind}"} for kind in kinds]
     union = rng.choice([{"anyOf": options}, {"oneOf": options, "discriminator": {"propertyName": "kind"}}])
-    return {"type": "object", "properties": {"one": union, "two": {"$ref": "#/definitions/x~1y"}}, "required": ["one"], "$defs": kinds, "definitions": {"x/y": any_schema(rng, 1)}}
+    return {
+        "type": "object",
+        "properties": {"one": union, "two": {"$ref": "#/definitions/x~1y"}},
+        "required": ["one"],
+        "$defs": kinds,
+        "definitions": {"x/y": any_schema(rng, 1)},
+    }
 
 
 def schemas(count: int) -> list[Any]:
@@ -171,9 +200,12 @@ REFUSED: list[tuple[str, Any]] = [
     ("backreferences", {"type": "string", "pattern": r"(a)\1"}),
     ("format: binary", {"type": "string", "format": "binary"}),
     ("http://example.com/other", {"$ref": "http://example.com/other"}),
-    ("#/$defs/missing", {"$ref": "#/$defs/missing"}),
+    ("/$defs/missing", {"$ref": "#/$defs/missing"}),
     ("type: number-ish", {"type": "number-ish"}),
-    ("requires itself", {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"]}}}),
+    (
+        "requires itself",
+        {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"]}}},
+    ),
     ("requires itself", {"type": "array", "minItems": 1, "items": {"$ref": "#"}}),
     ("schema is false", False),
     ("minimum (5) is greater than maximum (1)", {"type": "integer", "minimum": 5, "maximum": 1}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation, getcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from pymistral.engine.core import EngineCore
 from pymistral.engine.types import EngineRequest, Segment
 from pymistral.errors import RequestValidationError
 from pymistral.loading.checkpoint import load_gguf
+from pymistral.nn.sampling import SamplingProgram
 from pymistral.requests import Constraint, SamplingParams
 from tests.engine.fakes import Collector
 
 from .schemas import REFUSED, schemas
 
-COUNT = 400
+COUNT = 500
 
 
 class NoiseRunner:
@@ -37,6 +38,7 @@ class NoiseRunner:
         self._rng = np.random.default_rng(0)
         self._rows = (1.5 * self._rng.standard_normal((64, vocab_size))).astype(np.float32)
         self._rows[:, list(closing)] += 1.5
+        self.sample = SamplingProgram(vocab_size, threads=1).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         return self._rows[self._rng.integers(0, len(self._rows), sum(segment.outputs for segment in segments))]
@@ -55,7 +57,7 @@ def test_every_finished_answer_satisfies_its_schema(engine: tuple[EngineCore, Gr
     core, compiler = engine
     answers: list[tuple[Any, Collector]] = []
     for seed, schema in enumerate(schemas(COUNT)):
-        sampling = SamplingParams(temperature=1.0, max_len=400, seed=seed)
+        sampling = SamplingParams(temperature=1.0, max_len=900, seed=seed)
         constraint = compiler.compile(Constraint.json_schema(schema))
         collector = Collector()
         core.add(core.prepare(EngineRequest([1, 2, 3], sampling, constraint=constraint), collector))
@@ -65,20 +67,28 @@ def test_every_finished_answer_satisfies_its_schema(engine: tuple[EngineCore, Gr
     finished = [(schema, collector.texts[0]) for schema, collector in answers if collector.finished]
     unfinished = [str(collector.end.error) for _, collector in answers if not collector.finished]  # type: ignore[union-attr]
     assert all("before its constraint was satisfied" in error for error in unfinished), unfinished
-    assert len(finished) >= 0.9 * COUNT
+    assert len(finished) >= 0.8 * COUNT
     invalid = [(schema, text, error) for schema, text in finished if (error := why_invalid(schema, text))]
     assert not invalid, f"{len(invalid)} of {len(finished)}: {invalid[:5]}"
 
 
 def why_invalid(schema: Any, text: str) -> str:
     """Decimals, since 0.07 is a multiple of 0.01, but not in binary."""
+    getcontext().prec = 5000  # a multiple of 0.01 may have a thousand digits
     try:
-        exact = json.loads(json.dumps(schema), parse_float=Decimal)
-        value = json.loads(text, parse_float=Decimal)
-        jsonschema.Draft202012Validator(exact, format_checker=jsonschema.FormatChecker()).validate(value)
+        exact = json.loads(json.dumps(schema), parse_float=decimal)
+        value = json.loads(text, parse_float=decimal)
+        jsonschema.Draft202012Validator(exact, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(value)
     except (ValueError, jsonschema.ValidationError) as error:
         return str(error)[:300]
     return ""
+
+
+def decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent of many digits
+        return Decimal("-Infinity" if text[0] == "-" else "Infinity")
 
 
 @pytest.mark.parametrize(("name", "schema"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
@@ -90,7 +100,11 @@ def test_what_cannot_be_enforced_is_refused_by_name(engine: tuple[EngineCore, Gr
 
 def test_the_schemas_are_varied() -> None:
     text = json.dumps(schemas(COUNT))
-    keywords = "type properties required items prefixItems anyOf oneOf allOf $ref enum const pattern format minLength maxLength minimum maximum "
-    keywords += "exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems additionalProperties patternProperties minProperties maxProperties"
+    keywords = (
+        "type properties required items prefixItems anyOf oneOf allOf $ref enum const pattern format minLength maxLength minimum maximum "
+    )
+    keywords += (
+        "exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems additionalProperties patternProperties minProperties maxProperties"
+    )
     assert all(text.count(f'"{keyword}":') >= 5 for keyword in keywords.split())
     assert len({json.dumps(schema) for schema in schemas(COUNT)}) >= 300
