@@ -18,7 +18,8 @@ A record is, in this order:
 - scales, one for 32 columns or one for each half: ``f16[16]``, or ``u8[16]`` / ``i8[16]`` that multiply the super-scale, or ``e8m0[16]``
 - minimums alike; `scale="nibbles"` keeps scale (low) and minimum (high) in one byte
 
-A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]`` (the super-scale times ``unit``). Nothing is rounded on the way from a GGUF block to a tile.
+A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``; super-scales count ``unit`` times. Nothing is rounded on
+the way from a GGUF block to a tile.
 
 Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values.
 
