@@ -118,7 +118,13 @@ def main() -> None:
     parser.add_argument("--far", type=float, default=150.0, metavar="NS", help="for a cache line between sockets (default: 150)")
     args = parser.parse_args()
     machine = Machine(args.cores_per_socket, args.core_bandwidth, args.socket_bandwidth, args.near, args.far)
-    columns = {"model": "model", "threads": "threads", "tokens_per_sec": "tok/s", "percent": "% of bandwidth bound", "sync": "% in counters"}
+    columns = {
+        "model": "model",
+        "threads": "threads",
+        "tokens_per_sec": "tok/s",
+        "percent": "% of bandwidth bound",
+        "sync": "% in counters",
+    }
     report = Report("scaling", {**columns, "one_node": "tok/s, memory of one socket"})
     report.notes.append(f"Computed, not measured: {machine}.")
     for shape in SHAPES:
