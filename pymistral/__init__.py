@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
         Choice,
         ChunkChoice,
         Delta,
+        FunctionDelta,
         Logprobs,
         ResponseLogprob,
         ResponseMessage,
+        ToolCallDelta,
         ToolCallResponse,
         TopLogprob,
         Usage,
@@ -40,10 +43,12 @@ __all__ = [
     "ChatStream",
     "Choice",
     "ChunkChoice",
+    "Constraint",
     "ContextSize",
     "Delta",
     "DrySamplingParams",
     "Function",
+    "FunctionDelta",
     "GgufModelBuilder",
     "Logprobs",
     "MbAmount",
@@ -62,6 +67,7 @@ __all__ = [
     "TextModelBuilder",
     "TokenSource",
     "Tool",
+    "ToolCallDelta",
     "ToolCallResponse",
     "ToolChoice",
     "ToolType",
@@ -87,6 +93,7 @@ _HOMES = {
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from . import responses
 from .engine.types import ChoiceFinished, Delta, Event, RequestFailed, RequestFinished, TokenLogprob, Usage
 from .errors import EngineClosedError, ModelError, PymistralError, RequestValidationError
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse, FinishReason
+from .tool_calls import CallArguments, CallStart, Content, MessageReader, Piece
 
 if TYPE_CHECKING:
     from .loading.tokenizer import Tokenizer
@@ -31,14 +32,79 @@ class Completion:
             self.done.set_result(None)
 
 
-class Answer:
-    """What is known of an answer, event by event."""
+class Message:
+    """One of the answers, piece by piece."""
 
-    def __init__(self, model_id: str, tokenizer: Tokenizer, n_choices: int) -> None:
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[responses.ToolCallResponse] = []
+        self._arguments: list[str] = []
+
+    def add(self, pieces: Iterable[Piece]) -> responses.Delta | None:
+        """Take pieces; return what they add to the message, if anything."""
+        content, reasoning, calls = "", "", []
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                self._close_call()
+                function = responses.CalledFunction(name=piece.name, arguments="")
+                self.calls.append(responses.ToolCallResponse(index=len(self.calls), id=piece.id, function=function))
+                start = responses.FunctionDelta(name=piece.name)
+                calls.append(responses.ToolCallDelta(index=len(self.calls) - 1, id=piece.id, type="function", function=start))
+            elif isinstance(piece, CallArguments):
+                self._arguments.append(piece.text)
+                if calls:
+                    calls[-1].function.arguments += piece.text
+                else:
+                    more = responses.FunctionDelta(arguments=piece.text)
+                    calls.append(responses.ToolCallDelta(index=len(self.calls) - 1, function=more))
+            elif isinstance(piece, Content):
+                content += piece.text
+            else:
+                reasoning += piece.text
+        self.content.append(content)
+        self.reasoning.append(reasoning)
+        if not (content or reasoning or calls):
+            return None
+        return responses.Delta(content=content or None, reasoning_content=reasoning or None, tool_calls=calls or None)
+
+    def whole(self) -> responses.ResponseMessage:
+        """The message so far."""
+        self._close_call()
+        content, reasoning = "".join(self.content), "".join(self.reasoning)
+        return responses.ResponseMessage(
+            content=content if content or not self.calls else None,
+            reasoning_content=reasoning or None,
+            tool_calls=self.calls or None,
+        )
+
+    def reason(self, reason: FinishReason) -> FinishReason:
+        """Why it ended, given why the engine ended it."""
+        return "tool_calls" if self.calls and reason == "stop" else reason
+
+    def _close_call(self) -> None:
+        if self._arguments:
+            self.calls[-1].function.arguments = "".join(self._arguments)
+            self._arguments = []
+
+
+class Answer:
+    """What is known of an answer, event by event.
+
+    Parameters
+    ----------
+    new_reader
+        Makes what reads the text of one choice.
+    """
+
+    def __init__(self, model_id: str, tokenizer: Tokenizer, n_choices: int, new_reader: Callable[[], MessageReader]) -> None:
         self.id = f"chatcmpl-{uuid.uuid4()}"
         self.created = int(time.time())
         self.model_id = model_id
         self.tokenizer = tokenizer
+        self.new_reader = new_reader
+        self.readers = [new_reader() for _ in range(n_choices)]
+        self.messages = [Message() for _ in range(n_choices)]
         self.logprobs: list[list[responses.ResponseLogprob]] = [[] for _ in range(n_choices)]
         self.finished: dict[int, ChoiceFinished] = {}
         self.complete = False
@@ -53,19 +119,21 @@ class Answer:
         """
         if isinstance(event, Delta):
             logprobs = self._add_logprobs(event)
-            if not event.text and logprobs is None:
-                return None
-            return self._chunk(event.choice, content=event.text, logprobs=logprobs)
+            delta = self.messages[event.choice].add(self.readers[event.choice].push(event.text))
+            return None if delta is None and logprobs is None else self._chunk(event.choice, delta, logprobs=logprobs)
         if isinstance(event, ChoiceFinished):
             self.finished[event.choice] = event
-            if len(self.finished) == len(self.logprobs):
-                return None
-            return self._chunk(event.choice, finish_reason=event.reason)
+            message = self.messages[event.choice]
+            rest = message.add(self.readers[event.choice].finish())
+            if len(self.finished) == len(self.messages):
+                return None if rest is None else self._chunk(event.choice, rest)
+            return self._chunk(event.choice, rest, finish_reason=message.reason(event.reason))
         if isinstance(event, RequestFailed):
             raise self._failure(event)
         self.complete = True
         *_, last = self.finished.values()
-        return self._chunk(last.choice, finish_reason=last.reason, usage=_usage(event.usage))
+        reason = self.messages[last.choice].reason(last.reason)
+        return self._chunk(last.choice, finish_reason=reason, usage=_usage(event.usage))
 
     def response(self, events: Iterable[Event]) -> ChatCompletionResponse:
         """The whole answer, from all events of a request."""
@@ -79,8 +147,7 @@ class Answer:
                 raise self._failure(event)
             else:
                 usage = event.usage
-        choices = [(choice.text, choice.reason) for _, choice in sorted(self.finished.items())]
-        return self._response(choices, usage)
+        return self._response([(choice.text, choice.reason) for _, choice in sorted(self.finished.items())], usage)
 
     def _failure(self, event: RequestFailed) -> PymistralError:
         """The exception to raise: what says all by itself goes on as it is, the rest gets what was generated so far."""
@@ -97,30 +164,33 @@ class Answer:
     def _response(self, choices: Sequence[tuple[str, FinishReason]], usage: Usage) -> ChatCompletionResponse:
         return ChatCompletionResponse(
             id=self.id,
-            choices=[
-                responses.Choice(
-                    index=index,
-                    finish_reason=reason,
-                    message=responses.ResponseMessage(content=text),
-                    logprobs=responses.Logprobs(content=self.logprobs[index]) if self.logprobs[index] else None,
-                )
-                for index, (text, reason) in enumerate(choices)
-            ],
+            choices=[self._choice(index, text, reason) for index, (text, reason) in enumerate(choices)],
             created=self.created,
             model=self.model_id,
             usage=_usage(usage),
         )
 
+    def _choice(self, index: int, text: str, reason: FinishReason) -> responses.Choice:
+        reader, message = self.new_reader(), Message()
+        message.add(reader.push(text))
+        message.add(reader.finish())
+        return responses.Choice(
+            index=index,
+            finish_reason=message.reason(reason),
+            message=message.whole(),
+            logprobs=responses.Logprobs(content=self.logprobs[index]) if self.logprobs[index] else None,
+        )
+
     def _chunk(
         self,
         choice: int,
+        delta: responses.Delta | None = None,
         *,
-        content: str | None = None,
         logprobs: responses.Logprobs | None = None,
         finish_reason: FinishReason | None = None,
         usage: responses.Usage | None = None,
     ) -> ChatCompletionChunkResponse:
-        delta = responses.Delta(content=content)
+        delta = delta or responses.Delta()
         return ChatCompletionChunkResponse(
             id=self.id,
             choices=[responses.ChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason)],

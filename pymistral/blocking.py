@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Completion
 from .builders.common import Builder, load_model
 from .engine.types import Event
-from .model import Model
+from .model import Model, constrained, structured
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
+from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import TypeAdapter
     from typing_extensions import Self
 
     from .engine import RequestHandle
+
+T = TypeVar("T")
 
 
 class BlockingModel:
@@ -62,13 +66,18 @@ class BlockingModel:
         """As `Model.send_chat_request`."""
         prepared = self._model._prepare(RequestBuilder.of(request))
         completion = Completion()
-        handle = self._model._engine.submit(prepared, completion.on_event)
+        handle = self._model._engine.submit(prepared.request, completion.on_event)
         try:
             completion.done.result()
         except BaseException:
             handle.cancel()
             raise
-        return self._model._answer(prepared).response(completion.events)
+        return prepared.answer.response(completion.events)
+
+    def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest) -> T:
+        """As `Model.generate_structured`."""
+        output = StructuredOutput[T](type)
+        return structured(output, self.send_chat_request(constrained(request, output)))
 
     def stream_chat_request(self, request: ChatRequest) -> BlockingChatStream:
         """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""
@@ -155,8 +164,8 @@ class BlockingChatStream:
 
     def _start(self) -> None:
         prepared = self._model._prepare(self._request)
-        self._answer = self._model._answer(prepared)
-        self._handle = self._model._engine.submit(prepared, self._inbox.put)
+        self._answer = prepared.answer
+        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
 
     def close(self) -> None:
         """Stop: cancel the request if it still runs."""

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Answer, Completion
+from .engine.constraint import Grammar, GrammarCompiler, Trigger, Triggered
+from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest, Event
-from .errors import ModelLoadError, RequestValidationError
+from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
-from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
+from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text
+from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
+from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import numpy as np
     from numpy.typing import NDArray
+    from pydantic import TypeAdapter
     from typing_extensions import Self
 
     from .engine import Engine, RequestHandle
     from .loading.tokenizer import Tokenizer
 
+T = TypeVar("T")
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _QUICK_CHARACTERS = 20_000  # tokenizing more than this would hold up an event loop noticeably
 
 
@@ -68,6 +76,7 @@ class Model:
         self._model_id = model_id
         self._config = dict(config)
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
+        self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
         self._close_engine = weakref.finalize(self, engine.close)
 
@@ -101,13 +110,33 @@ class Model:
         """
         prepared = await self._prepare_async(RequestBuilder.of(request))
         completion = Completion()
-        handle = self._engine.submit(prepared, completion.on_event)
+        handle = self._engine.submit(prepared.request, completion.on_event)
         try:
             await asyncio.wrap_future(completion.done)
         except asyncio.CancelledError:
             handle.cancel()
             raise
-        return self._answer(prepared).response(completion.events)
+        return prepared.answer.response(completion.events)
+
+    async def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest) -> T:
+        """Send a request whose answer is an object: the model is constrained to JSON that the type allows, which is then validated.
+
+        Parameters
+        ----------
+        type
+            A pydantic model, dataclass, TypedDict, or anything else that pydantic's `TypeAdapter` takes.
+        request
+            A string, `TextMessages`, a `RequestBuilder`, or a list of ``{"role": ..., "content": ...}`` dicts.
+
+        Raises
+        ------
+        RequestValidationError
+            The type's schema cannot be enforced while generating; the message names the feature.
+        ModelError
+            The answer was cut by `max_len`, or a validator of the type did not accept it; `partial_response` holds it.
+        """
+        output = StructuredOutput[T](type)
+        return structured(output, await self.send_chat_request(constrained(request, output)))
 
     def stream_chat_request(self, request: ChatRequest) -> ChatStream:
         """Send a request and get the answer in pieces, as they are generated.
@@ -216,19 +245,64 @@ class Model:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model_id!r})"
 
-    def _prepare(self, request: RequestBuilder) -> EngineRequest:
-        return EngineRequest(
-            prompt_tokens=self._prompt_tokens(request),
+    def _prepare(self, request: RequestBuilder) -> Prepared:
+        prompt = self._prompt(request)
+        dialect = self._dialect
+        tools = request.offered_tools()
+        reasons = dialect is not None and dialect.open_reasoning(prompt)
+        engine_request = EngineRequest(
+            prompt_tokens=self._tokenizer.encode(prompt, add_special_tokens=False),
             sampling=request.sampling,
             logits_processors=request.logits_processors,
             return_logprobs=request.logprobs,
             truncate=request.truncate_sequence,
+            constraint=self._constraint(request, tools, reasons),
+            keep=dialect.keep(bool(tools)) if dialect else (),
         )
+        names = [tool.function.name for tool in tools]
 
-    async def _prepare_async(self, request: RequestBuilder) -> EngineRequest:
-        if sum(len(message["content"]) for message in request.messages) <= _QUICK_CHARACTERS:
+        def new_reader() -> MessageReader:
+            return MessageReader(plain_reader) if dialect is None else dialect.reader(names, reasons=reasons)
+
+        return Prepared(engine_request, Answer(self._model_id, self._tokenizer, request.sampling.n_choices, new_reader))
+
+    async def _prepare_async(self, request: RequestBuilder) -> Prepared:
+        quick = not request.tools and request.constraint is None  # grammars take their time to compile
+        if quick and sum(len(message["content"]) for message in request.messages) <= _QUICK_CHARACTERS:
             return self._prepare(request)
         return await asyncio.to_thread(self._prepare, request)
+
+    def _constraint(self, request: RequestBuilder, tools: Sequence[Tool], reasons: bool) -> EngineConstraint | None:
+        """What the answer must follow: the request's constraint, a call that it demands, or the grammar of any call that begins."""
+        grammars, dialect = self._engine.grammars, self._dialect
+        if request.constraint is not None:
+            begins = dialect.content_begins(reasons) if dialect else None
+            return after(begins, grammars, grammars.compile(request.constraint))
+        if not tools or dialect is None:
+            return None
+        if demanded := request.demanded_tools():
+            required = Constraint.lark(dialect.required(self._argument_schemas(demanded)))
+            return after(dialect.calls_begin(reasons), grammars, grammars.compile(required))
+        triggers = dialect.triggers(self._argument_schemas(tools))
+        compiled = [Trigger(begin, grammars.compile(Constraint.lark(lark)), at_start=at_start) for begin, lark, at_start in triggers]
+        return Triggered(grammars, compiled)
+
+    def _argument_schemas(self, tools: Sequence[Tool]) -> dict[str, Any]:
+        return {tool.function.name: self._argument_schema(tool.function) for tool in tools}
+
+    def _argument_schema(self, function: Function) -> Any:
+        """The schema that a function's arguments are held to: its own, or that of any object if it cannot be enforced and need not be."""
+        if function.strict is False:
+            return ANY_OBJECT
+        parameters = {"type": "object", "properties": {}, **(function.parameters or {})}
+        try:
+            constraint = Constraint.json_schema(parameters)
+            self._engine.grammars.compile(constraint)
+        except RequestValidationError as error:
+            if function.strict:
+                raise RequestValidationError(f"the parameters of {function.name!r}, which is strict: {error}") from error
+            return ANY_OBJECT
+        return json.loads(constraint.grammar)
 
     def _tokens_of(
         self,
@@ -245,24 +319,27 @@ class Model:
             builder.set_tools(tools)
         if enable_thinking is not None:
             builder.enable_thinking(enable_thinking)
-        return self._prompt_tokens(builder, add_generation_prompt=add_generation_prompt)
+        prompt = self._prompt(builder, add_generation_prompt=add_generation_prompt)
+        return self._tokenizer.encode(prompt, add_special_tokens=False)
 
     def _text_of(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=skip_special_tokens)
 
-    def _prompt_tokens(self, request: RequestBuilder, *, add_generation_prompt: bool = True) -> list[int]:
-        if self._chat_template is None:
+    def _prompt(self, request: RequestBuilder, *, add_generation_prompt: bool = True) -> str:
+        if self._chat_template is None or self._dialect is None:
             raise RequestValidationError(f"{self._model_id} has no chat template; give its builder one with with_chat_template(...)")
-        prompt = self._chat_template.render(
-            request.template_messages(),
-            tools=request.template_tools(),
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=request.thinking,
+        messages, tools = self._dialect.adapt(request.template_messages(), request.template_tools())
+        return self._chat_template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, enable_thinking=request.thinking
         )
-        return self._tokenizer.encode(prompt, add_special_tokens=False)
 
-    def _answer(self, request: EngineRequest) -> Answer:
-        return Answer(self._model_id, self._tokenizer, request.sampling.n_choices)
+
+@dataclass
+class Prepared:
+    """A request ready for the engine, and what will make its answer."""
+
+    request: EngineRequest
+    answer: Answer
 
 
 class ChatStream:
@@ -300,9 +377,9 @@ class ChatStream:
 
     async def _start(self) -> None:
         prepared = await self._model._prepare_async(self._request)
-        self._answer = self._model._answer(prepared)
+        self._answer = prepared.answer
         self._inbox = _Inbox(asyncio.get_running_loop())
-        self._handle = self._model._engine.submit(prepared, self._inbox.put)
+        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
 
     async def aclose(self) -> None:
         """Stop: cancel the request if it still runs."""
@@ -358,6 +435,36 @@ class _Inbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:
+    """The request with the constraint of a type."""
+    builder = RequestBuilder.of(request)
+    if builder.constraint is not None:
+        raise RequestValidationError("the request has a constraint of its own, but generate_structured sets it from the type; leave it out")
+    return builder.set_constraint(output.constraint)
+
+
+def structured(output: StructuredOutput[T], response: ChatCompletionResponse) -> T:
+    """The object that an answer is."""
+    text = response.choices[0].message.content or ""
+    try:
+        return output.parse(text)
+    except ValueError as error:
+        raise ModelError(f"the answer is no valid {output.name}: {error}", response) from error
+
+
+def after(begins: str | None, grammars: GrammarCompiler, grammar: Grammar) -> EngineConstraint:
+    """A grammar that holds from the start, or from behind some text that the model says first."""
+    return grammar if begins is None else Triggered(grammars, [Trigger(begins, grammar)], required=True)
+
+
+def _dialect(source: str, tokenizer: Tokenizer) -> Dialect:
+    def special_token(name: str) -> int | None:
+        token = tokenizer.token_to_id(name)
+        return token if token in tokenizer.special_token_ids else None
+
+    return dialect_for(source, special_token)
 
 
 def _chat_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 SYSTEM_FINGERPRINT = "local"
 
-FinishReason = Literal["stop", "length", "canceled"]
+FinishReason = Literal["stop", "length", "canceled", "tool_calls"]
 
 
 class _Response(BaseModel):
@@ -30,6 +30,26 @@ class ToolCallResponse(_Response):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+
+
+class FunctionDelta(_Response):
+    """What a chunk adds to the function of a call."""
+
+    name: str | None = None
+    """Only in the first chunk of a call."""
+    arguments: str = ""
+    """More of the JSON text of the arguments."""
+
+
+class ToolCallDelta(_Response):
+    """What a chunk adds to a tool call."""
+
+    index: int
+    """Which of the calls in the message it is."""
+    id: str | None = None
+    """Only in the first chunk of a call."""
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class TopLogprob(_Response):
@@ -71,7 +91,7 @@ class Delta(_Response):
 
     content: str | None = None
     role: str = "assistant"
-    tool_calls: list[ToolCallResponse] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
     reasoning_content: str | None = None
 
 
@@ -79,7 +99,8 @@ class Choice(_Response):
     """One of the answers to a request."""
 
     finish_reason: FinishReason
-    """``"stop"``: the model ended or a stop string was met; ``"length"``: `max_len` or the context; ``"canceled"``."""
+    """``"stop"``: the model ended or a stop string was met; ``"length"``: `max_len` or the context; ``"tool_calls"``: the model waits for
+    the results of calls; ``"canceled"``."""
     index: int
     message: ResponseMessage
     logprobs: Logprobs | None = None

@@ -27,6 +27,10 @@ TEMPLATE = (
 
 class ByteTokenizer:
     vocab_size, bos_token_id, eos_token_id = VOCAB_SIZE, BOS, EOS
+    special_token_ids = frozenset({EOS, BOS})
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         parts = text.split("<bos>")
@@ -47,7 +51,7 @@ class ByteTokenizer:
     def id_to_bytes(self, token: int) -> bytes:
         return {EOS: b"<eos>", BOS: b"<bos>"}.get(token, bytes([token & 255]))
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> ByteDecodeStream:
+    def decode_stream(self, *, skip_special_tokens: bool = True, keep: Sequence[str] = ()) -> ByteDecodeStream:
         return ByteDecodeStream()
 
 

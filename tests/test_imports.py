@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels", "responses", "errors"},
     {"nn", "requests", "quantization"},
-    {"engine", "models", "loading"},
+    {"engine", "models", "loading", "tool_calls"},
     {"model", "answer"},
     {"builders", "agents", "blocking"},
     {"cli", "__main__"},

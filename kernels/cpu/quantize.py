@@ -54,9 +54,9 @@ def quantize_block(low, high, record, slot):
     last = sum_lanes_i32(high_quants)
     store_f32(record + _SCALES + 4 * slot, scale)
     store_f32(record + _SCALED_SUMS + 4 * slot, scale * (first + last))
-    store_i32(record + _SUMS + 4 * slot, first + last)
-    store_i32(record + _FIRST + 4 * slot, first)
-    store_i32(record + _LAST + 4 * slot, last)
+    store_i32(record + _SUMS + 4 * slot, -first - last)
+    store_i32(record + _FIRST + 4 * slot, -first)
+    store_i32(record + _LAST + 4 * slot, -last)
 
 
 @inline

@@ -599,10 +599,10 @@ def take_bits(typing_context, value, start, count, at):
     return i8x64(i8x64, start, count, at), codegen
 
 
-@_operation(i8x64, i8x64, i8x64)
-def look_up(b, indices, table):
-    """``table[index]`` within each group of 16 bytes (``table`` holds the same 16 bytes four times); indices are below 16."""
+def _look_up(b, indices, values):
+    """``values[index]`` for each of 64 bytes; the sixteen values are constants from 0 to 255, the indices below 16."""
     isa = current_isa()
+    table = ir.Constant(i8x64.llvm, list(values) * 4)
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
@@ -610,10 +610,9 @@ def look_up(b, indices, table):
             b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)]
         )
     result = _constant(i8x64.llvm, 0)
-    for entry in range(16):
-        byte = b.extract_element(table, ir.Constant(_I32, entry))
-        hit = b.icmp_unsigned("==", indices, _constant(i8x64.llvm, entry))
-        result = b.select(hit, _splat(b, byte, 64), result)
+    for index, value in enumerate(values):
+        hit = b.icmp_unsigned("==", indices, _constant(i8x64.llvm, index))
+        result = b.select(hit, _constant(i8x64.llvm, value), result)
     return result
 
 
@@ -748,11 +747,11 @@ def zero_tile(typing_context, tokens):
 
 
 @intrinsic(prefer_literal=True)
-def start_dot_tile(typing_context, tokens, zero, sums, stride):
-    """The int32 tile to accumulate on: minus ``zero`` times the activations' sum, one sum per token at ``sums``.
+def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
+    """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums`` for each token.
 
-    Starting there takes the weights' zero point off exactly, at no cost. ``tokens``, ``zero`` and ``stride`` are literals.
-    Where the dot product is a signed one (`matmul.dot_groups`), the start is 0.
+    Starting there takes the weights' zero point (0 or a power of two) off exactly, at the price of a shift. All but the address are
+    literals. Where the dot product is a signed one (`matmul.dot_groups`), the start is 0.
     """
     count = tokens.literal_value
 
@@ -763,12 +762,25 @@ def start_dot_tile(typing_context, tokens, zero, sums, stride):
         def start(t, _):
             if offset == 0 or _is_signed(offset):
                 return _constant(i32x16.llvm, 0)
-            total = _load(b, _row(b, values[2], step, t), _I32)
-            return _splat(b, b.mul(total, ir.Constant(_I32, -offset)))
+            total = _scalar_row(b, values[2], step, t, _I32)
+            return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
 
         return _each(b, tile, start)
 
     return _tile(i32x16, count)(tokens, zero, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def sum_tile(typing_context, tokens, minus_sums, stride):
+    """The activations' sums, in every lane: what minimums are multiplied with."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+        step = sig.args[2].literal_value
+        return _each(b, tile, lambda t, _: b.neg(_scalar_row(b, values[1], step, t, _I32)))
+
+    return _tile(i32x16, count)(tokens, types.intp, stride), codegen
 
 
 def _is_signed(zero: int) -> bool:

@@ -116,7 +116,8 @@ class EngineCore:
                 constraint=request.constraint.start() if request.constraint is not None else None,
                 return_logprobs=request.return_logprobs,
             )
-            text = TextStream(self.tokenizer.decode_stream(skip_special_tokens=request.skip_special_tokens), stops)
+            decoder = self.tokenizer.decode_stream(skip_special_tokens=request.skip_special_tokens, keep=request.keep)
+            text = TextStream(decoder, stops)
             job.sequences.append(Sequence(job, choice, tokens, max_tokens, stop_tokens, sampler, text))
         if self.scheduler.prefix_cache:
             job.sequences[0].extend_keys((len(prompt) - 1) // self.runner.block_size, self.runner.block_size)
@@ -232,33 +233,53 @@ class EngineCore:
                 self._accept(child, sampled)
 
     def _accept(self, sequence: Sequence, sampled: SampledToken | Exception) -> None:
-        """Append a token to its sequence; end the sequence if it must end; pass on new text."""
-        job = sequence.job
+        """Append a token to its sequence, and those that it forces; end the sequence if it must end; pass on new text."""
         try:
             if isinstance(sampled, Exception):
                 raise sampled
-            token = sampled.id
-            complete = sequence.sampler.accept(token)
-            sequence.tokens.append(token)
-            self.stats.completion_tokens += 1
-            if token in sequence.stops:
-                self._finish(sequence, "stop", sequence.stops[token])
-                return
-            sequence.unsent.append(token)
-            if sampled.logprob is not None:
-                sequence.logprobs.append(TokenLogprob(token, sampled.logprob, sampled.top))
-            text = sequence.text.push(token)
+            forced = sequence.sampler.accept(sampled.id)
+            sure = None if sampled.logprob is None else 0.0
+            text, last = "", len(forced)
+            for index, token in enumerate((sampled, *(SampledToken(token, sure) for token in forced))):
+                sequence.tokens.append(token.id)
+                self.stats.completion_tokens += 1
+                if token.id in sequence.stops:
+                    self._finish(sequence, "stop", sequence.stops[token.id], text)
+                    return
+                text += self._append(sequence, token)
+                if sequence.text.matched is not None:
+                    self._finish(sequence, "stop", sequence.text.matched, text)
+                    return
+                if index < last and len(sequence.tokens) >= sequence.max_tokens:
+                    break
         except Exception as error:
-            self.fail(job, as_inference_error(error))
+            self.fail(sequence.job, as_inference_error(error))
             return
-        if sequence.text.matched is not None:
-            self._finish(sequence, "stop", sequence.text.matched, text)
-        elif complete:
+        constraint = sequence.sampler.constraint
+        if constraint is not None and constraint.complete and index == last:
             self._finish(sequence, "stop", None, text)
         elif len(sequence.tokens) >= sequence.max_tokens:
-            self._finish(sequence, "length", None, text)
+            if constraint is not None and not (constraint.accepting and index == last):
+                self._fail_unfinished(sequence, text)
+            else:
+                self._finish(sequence, "length", None, text)
         elif text:
             self._send(sequence, text)
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> str:
+        """The text that a token makes certain."""
+        sequence.unsent.append(token.id)
+        if token.logprob is not None:
+            sequence.logprobs.append(TokenLogprob(token.id, token.logprob, token.top))
+        return sequence.text.push(token.id)
+
+    def _fail_unfinished(self, sequence: Sequence, text: str) -> None:
+        """A constraint promises a shape: a text that was cut short does not have it, and is no answer."""
+        if text:
+            self._send(sequence, text)
+        made = len(sequence.tokens) - sequence.prompt_length
+        error = InferenceError(f"the answer was cut after {made} tokens, before its constraint was satisfied; allow more with max_len")
+        self.fail(sequence.job, error)
 
     def _send(self, sequence: Sequence, text: str) -> None:
         delta = Delta(sequence.choice, text, sequence.unsent, sequence.logprobs)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from time import perf_counter
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineClosedError, PymistralError
+from .constraint import GrammarCompiler, GrammarTokenizer
 from .core import EngineCore
 from .sequence import Job
 from .types import EngineRequest, EngineStats, OnEvent, Runner, Tokenizer
@@ -81,6 +82,8 @@ class Engine:
             prefix_cache_n=prefix_cache_n,
             prefill_chunk=prefill_chunk,
         )
+        self.grammars = GrammarCompiler(cast("GrammarTokenizer", tokenizer), runner.vocab_size, eos_token_ids)
+        """Compiles what `EngineRequest.constraint` takes."""
         self._posted: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._closing = False

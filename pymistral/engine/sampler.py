@@ -121,6 +121,7 @@ class Sampler:
     """
 
     __slots__ = (
+        "_allowed",
         "_bias",
         "_dry",
         "_logits",
@@ -150,7 +151,7 @@ class Sampler:
     ) -> None:
         self.tokens, self.vocab_size = tokens, vocab_size
         self.processors, self.constraint = tuple(processors), constraint
-        self.in_python = bool(processors) or constraint is not None
+        self.in_python = bool(processors)
         """Python has work to do between the adjustments and the draw."""
         self.row = SamplingRow()
         self._set_parameters(sampling, seed, choice)
@@ -191,17 +192,26 @@ class Sampler:
         words = self.row.words
         words[at.TOP_N], words[at.TOP_IDS], words[at.TOP_VALUES] = top_n, address(ids), address(values)
 
+    def _set_mask(self, allowed: I32 | None) -> None:
+        """The bits of the tokens that a grammar allows; the kernel applies them first of all, and again after the request's functions."""
+        if allowed is not None and (allowed.dtype != np.int32 or 32 * allowed.size < self.vocab_size):
+            raise ValueError(f"a mask of {allowed.size} words of {allowed.dtype} for a vocabulary of {self.vocab_size}")  # the kernel trusts it
+        self._allowed = allowed
+        self.row.words[at.MASK] = 0 if allowed is None else address(allowed)
+
     def _observe(self, token: int, generated: bool) -> None:
         if self.counts is not None:
             self.counts.add(token, generated)
         if self.dry is not None:
             self.dry.add(token)
 
-    def accept(self, token: int) -> bool:
-        """Take note of the token that was sampled; ``True`` when the grammar allows nothing after it."""
+    def accept(self, token: int) -> Sequence[int]:
+        """Take note of the token that was sampled; return those that the grammar forces to follow, of which note is taken too."""
+        forced = self.constraint.accept(token) if self.constraint is not None else ()
         if self.counts is not None or self.dry is not None:
-            self._observe(token, generated=True)
-        return self.constraint is not None and self.constraint.accept(token)
+            for observed in (token, *forced):
+                self._observe(observed, generated=True)
+        return forced
 
     def prepare(self, logits: int) -> None:
         """Point the row to the logits at an address, and to what has changed since the last token."""
@@ -213,6 +223,8 @@ class Sampler:
         if self.dry is not None:
             self._dry = ids, values = self.dry.penalties()
             words[at.DRY_IDS], words[at.DRY_VALUES], words[at.DRY_SIZE] = address(ids), address(values), ids.size
+        if self.constraint is not None:
+            self._set_mask(self.constraint.allowed())
         if self.in_python:
             self._logits = np.empty(at.whole_blocks(self.vocab_size), np.float32)
             words[at.MODE], words[at.OUT] = at.ADJUST, address(self._logits)
@@ -223,8 +235,6 @@ class Sampler:
         try:
             for processor in self.processors:
                 logits = run_processor(processor, logits, self.tokens)
-            if self.constraint is not None:
-                self.constraint.mask(logits)
         except Exception as error:
             return error
         self._logits = np.ascontiguousarray(logits)
@@ -271,13 +281,16 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
         # the kernel trusts them
         raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")
     row, stride = address(logits), logits.strides[0]
-    for sampler in samplers:
-        sampler.prepare(row)
-        row += stride
     errors: dict[Sampler, Exception] = {}
-    if stopovers := [sampler for sampler in samplers if sampler.in_python]:
+    for sampler in samplers:
+        try:
+            sampler.prepare(row)
+        except Exception as error:  # a grammar's
+            errors[sampler] = error
+        row += stride
+    if stopovers := [sampler for sampler in samplers if sampler.in_python and sampler not in errors]:
         runner.sample([sampler.row for sampler in stopovers])
-        errors = {sampler: error for sampler in stopovers if (error := sampler.process()) is not None}
+        errors |= {sampler: error for sampler in stopovers if (error := sampler.process()) is not None}
     runner.sample([sampler.row for sampler in samplers if sampler not in errors])
     return [errors.get(sampler) or sampler.result() for sampler in samplers]
 

@@ -11,6 +11,9 @@ from .sequence import Sequence
 
 by_order = attrgetter("order")
 
+MOST_FORCED = 32
+"""More tokens than that after the prompt are no text that a grammar forced upon a stream, but a sequence that was preempted."""
+
 
 class PrefillPacer:
     """How many tokens of prompts may join a step that running streams wait for.
@@ -102,24 +105,29 @@ class Scheduler:
         batch: list[Sequence] = []
         prefilling: list[Sequence] = []
         block_size, running = self.block_size, self.running
-        index = 0
+        index = tokens = 0
         while index < len(running):
             sequence = running[index]
             index += 1
-            if len(sequence.tokens) - sequence.computed > 1:
+            pending = len(sequence.tokens) - sequence.computed
+            if len(sequence.block_table) * block_size < len(sequence.tokens) and not self._grow(sequence):
+                continue
+            if pending > 1 and (pending > MOST_FORCED or sequence.computed < sequence.prompt_length):
                 prefilling.append(sequence)
-            elif len(sequence.block_table) * block_size > sequence.computed or self._grow(sequence):
-                sequence.schedule(1)
-                batch.append(sequence)
+                continue
+            if pending > 1:  # a grammar forced these, and a stream waits for them; those after it have their token each all the same
+                pending = min(pending, self.max_batch_tokens - tokens - (len(running) - index))
+            sequence.schedule(pending)
+            batch.append(sequence)
+            tokens += pending
         self.streams = len(batch)
         if prefilling or self.waiting:
-            self._schedule_prompts(batch, prefilling)
+            self._schedule_prompts(batch, prefilling, self.max_batch_tokens - tokens)
         else:
             self.prompt_tokens = 0
         return batch
 
-    def _schedule_prompts(self, batch: list[Sequence], prefilling: list[Sequence]) -> None:
-        budget = self.max_batch_tokens - len(batch)
+    def _schedule_prompts(self, batch: list[Sequence], prefilling: list[Sequence], budget: int) -> None:
         if batch:
             budget = min(budget, self.pacer.allowance() if self.prefill_chunk is None else self.prefill_chunk)
         before = budget
@@ -173,13 +181,14 @@ class Scheduler:
             self.add(child)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence its next block, at the cost of the youngest ones if need be; ``False`` if it was the youngest itself."""
-        while self.pool.num_free == 0:
-            victim = self.running[-1]
-            self.preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.block_table.append(self.pool.allocate())
+        """Give a sequence blocks for its new tokens, at the cost of the youngest ones; ``False`` if it was the youngest itself."""
+        while len(sequence.block_table) * self.block_size < len(sequence.tokens):
+            while self.pool.num_free == 0:
+                victim = self.running[-1]
+                self.preempt(victim)
+                if victim is sequence:
+                    return False
+            sequence.block_table.append(self.pool.allocate())
         return True
 
     def preempt(self, sequence: Sequence) -> None:

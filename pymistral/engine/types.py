@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream: ...
+    def decode_stream(self, *, skip_special_tokens: bool = True, keep: Sequence[str] = ()) -> DecodeStream: ...
 
 
 class DryParams(Protocol):
@@ -124,12 +124,22 @@ class Sampling(Protocol):
 class ConstraintState(Protocol):
     """How far one choice has come in a grammar."""
 
-    def mask(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of tokens that the grammar forbids here to minus infinity, in place."""
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow."""
         ...
 
-    def accept(self, token: int) -> bool:
-        """Advance by a token; ``True`` when the text is complete and nothing may follow."""
+    @property
+    def accepting(self) -> bool:
+        """Whether the text may end here."""
+        ...
+
+    def allowed(self) -> NDArray[np.int32] | None:
+        """A bit for each token, the lowest first, set for those that may come next; ``None`` for all. Asked for once per token."""
+        ...
+
+    def accept(self, token: int) -> Sequence[int]:
+        """Advance by a token; return those that must follow it, which count as accepted too."""
         ...
 
 
@@ -162,6 +172,8 @@ class EngineRequest:
         Cut the start of a prompt that is too long, instead of refusing it.
     skip_special_tokens
         Leave special tokens out of the text.
+    keep
+        Special tokens that stay in the text nevertheless: the markup of tool calls, for instance.
     """
 
     prompt_tokens: list[int]
@@ -172,6 +184,7 @@ class EngineRequest:
     deadline: float | None = None
     truncate: bool = False
     skip_special_tokens: bool = True
+    keep: Sequence[str] = ()
 
 
 @dataclass(slots=True)

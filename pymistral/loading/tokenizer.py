@@ -163,9 +163,22 @@ class Tokenizer:
         text = b"".join(map(self._piece_function(skip_special_tokens), ids))
         return (text.removeprefix(b" ") if self._space_prefix else text).decode("utf-8", "replace")
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
-        """A decoder for tokens that arrive one at a time. Ids beyond the vocabulary (padding of the model) decode to nothing."""
-        return DecodeStream(self._piece_function(skip_special_tokens), strip_space=self._space_prefix)
+    def decode_stream(self, *, skip_special_tokens: bool = True, keep: Iterable[str] = ()) -> DecodeStream:
+        """A decoder for tokens that arrive one at a time. Ids beyond the vocabulary (padding of the model) decode to nothing.
+
+        Parameters
+        ----------
+        skip_special_tokens
+            Leave special tokens out of the text.
+        keep
+            Special tokens that stay in it nevertheless.
+        """
+        hidden = self.special_token_ids - {self._ids[name] for name in keep if name in self._ids} if skip_special_tokens else frozenset()
+        return DecodeStream(lambda token: b"" if token in hidden else self._piece(token), strip_space=self._space_prefix)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that continues another: no special tokens are looked for, no space is put before it."""
+        return self._encoder.encode(text, after_special=False) if text else []
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, by its text as the vocabulary spells it."""

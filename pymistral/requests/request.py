@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import RequestValidationError
+from .constraint import Constraint
 from .messages import CustomRole, Message, TextMessageRole, TextMessages, checked_text, messages_from_dicts, role_name
 from .sampling import DrySamplingParams, SamplingParams, StopTokens
-from .tools import Tool, ToolChoice
+from .tools import NamedToolChoice, Tool, ToolChoice, checked_tool_choice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,9 @@ class RequestBuilder(TextMessages):
     def __init__(self) -> None:
         super().__init__()
         self.tools: list[Tool] = []
-        self.tool_choice = ToolChoice.AUTO
+        self.tool_choice: ToolChoice | NamedToolChoice = ToolChoice.AUTO
+        self.max_tool_rounds: int | None = None
+        self.constraint: Constraint | None = None
         self.sampling = SamplingParams.deterministic()
         self.logits_processors: list[CustomLogitsProcessor] = []
         self.logprobs = False
@@ -99,9 +102,23 @@ class RequestBuilder(TextMessages):
         self.tools = [Tool.from_dict(tool) if isinstance(tool, Mapping) else _checked_tool(tool) for tool in tools]
         return self
 
-    def set_tool_choice(self, tool_choice: ToolChoice | str) -> Self:
-        """Set how the model chooses among the tools."""
-        self.tool_choice = ToolChoice(tool_choice)
+    def set_tool_choice(self, tool_choice: ToolChoice | NamedToolChoice | Tool | Mapping[str, Any] | str) -> Self:
+        """Set how the model chooses among the tools: ``"auto"``, ``"none"``, ``"required"``, or a tool that it must call."""
+        self.tool_choice = checked_tool_choice(tool_choice)
+        return self
+
+    def set_max_tool_rounds(self, max_tool_rounds: int) -> Self:
+        """Set how often at most the model may be answered with the results of its calls, where these are made for it."""
+        if isinstance(max_tool_rounds, bool) or not isinstance(max_tool_rounds, int) or max_tool_rounds < 0:
+            raise RequestValidationError(f"max_tool_rounds must be a whole number of at least 0, got {max_tool_rounds!r}")
+        self.max_tool_rounds = max_tool_rounds
+        return self
+
+    def set_constraint(self, constraint: Constraint | None) -> Self:
+        """Set the shape that the answer must have; None for any."""
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise RequestValidationError(f"set_constraint takes a Constraint, for instance Constraint.regex('yes|no'), got {constraint!r}")
+        self.constraint = constraint
         return self
 
     def return_logprobs(self, return_logprobs: bool = True) -> Self:
@@ -191,9 +208,37 @@ class RequestBuilder(TextMessages):
 
     def template_tools(self) -> list[dict[str, Any]] | None:
         """The tools as chat templates read them, or None."""
-        if not self.tools or self.tool_choice is ToolChoice.NONE:
-            return None
-        return [tool.to_dict() for tool in self.tools]
+        return [tool.to_dict() for tool in self.offered_tools()] or None
+
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of.
+
+        Raises
+        ------
+        RequestValidationError
+            Two have one name, or the choice demands what is not there.
+        """
+        tools = [] if self.tool_choice is ToolChoice.NONE else self.tools
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise RequestValidationError(
+                f"two tools are named {next(name for name in names if names.count(name) > 1)!r}; give each its own name"
+            )
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.name not in names:
+            raise RequestValidationError(f"the tool choice demands {self.tool_choice.name!r}, but the tools are {names}")
+        if self.tool_choice is ToolChoice.REQUIRED and not tools:
+            raise RequestValidationError("the tool choice is 'required', but there are no tools; add them with set_tools")
+        if tools and self.constraint is not None:
+            raise RequestValidationError(
+                "an answer cannot follow a constraint and call tools as well; set the tool choice 'none', or drop one"
+            )
+        return tools
+
+    def demanded_tools(self) -> list[Tool]:
+        """The tools of which one must be called; empty if none must."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            return [tool for tool in self.offered_tools() if tool.function.name == self.tool_choice.name]
+        return self.offered_tools() if self.tool_choice is ToolChoice.REQUIRED else []
 
 
 def _checked_tool(tool: object) -> Tool:

@@ -16,11 +16,48 @@ class ToolType(PlainEnum):
     FUNCTION = "function"
 
 
+@dataclass(frozen=True)
+class NamedToolChoice:
+    """This tool must be called; made by `ToolChoice.tool`."""
+
+    name: str
+
+
 class ToolChoice(PlainEnum):
-    """Whether the model is told of the tools: AUTO leaves the choice to it, NONE keeps them out of the prompt."""
+    """Whether the model may, must or must not call tools; `ToolChoice.tool` demands one by name."""
 
     AUTO = "auto"
+    """The model decides."""
     NONE = "none"
+    """The tools are kept out of the prompt, and calls are not looked for."""
+    REQUIRED = "required"
+    """The answer is one call or more."""
+
+    @staticmethod
+    def tool(tool: Tool | str) -> NamedToolChoice:
+        """The answer is a call of this tool."""
+        name = tool.function.name if isinstance(tool, Tool) else tool
+        if not isinstance(name, str) or not name:
+            raise RequestValidationError(f"ToolChoice.tool takes a Tool or its name, got {tool!r}")
+        return NamedToolChoice(name)
+
+
+def checked_tool_choice(choice: object) -> ToolChoice | NamedToolChoice:
+    """A tool choice from itself, its plain value, a tool, or OpenAI's ``{"type": "function", "function": {"name": ...}}``."""
+    if isinstance(choice, ToolChoice | NamedToolChoice):
+        return choice
+    if isinstance(choice, Tool):
+        return ToolChoice.tool(choice)
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise RequestValidationError(f'a tool choice as a dict is {{"type": "function", "function": {{"name": ...}}}}, got {choice!r}')
+        return ToolChoice.tool(name)
+    try:
+        return ToolChoice(choice)
+    except RequestValidationError as error:
+        raise RequestValidationError(f"{error}; ToolChoice.tool(name) demands a tool by name") from None
 
 
 @dataclass(kw_only=True)
@@ -36,7 +73,8 @@ class Function:
     parameters
         JSON schema of its arguments.
     strict
-        Whether arguments must follow the schema exactly.
+        True: the arguments follow the schema exactly, and a schema that cannot be enforced is refused. None: they follow it if it can be
+        enforced. False: they are any JSON object.
     """
 
     name: str

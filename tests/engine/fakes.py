@@ -131,7 +131,7 @@ class ByteTokenizer:
                 return special
         return ord(token) if len(token) == 1 and ord(token) < 128 else None
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> ByteStream:
+    def decode_stream(self, *, skip_special_tokens: bool = True, keep: Sequence[str] = ()) -> ByteStream:
         return ByteStream(skip_special_tokens)
 
 

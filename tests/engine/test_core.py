@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymistral.engine import Delta, EngineRequest, RequestFailed, RequestFinished
+from pymistral.engine.constraint import bitmask
 from pymistral.engine.core import EngineCore
 from pymistral.engine.sequence import Job
 from pymistral.errors import InferenceError, RequestValidationError
@@ -435,27 +436,72 @@ def test_deadlines() -> None:
     assert isinstance(never.end, RequestFinished)
 
 
+class Only:
+    """A constraint that allows one text, and hands out its capital letters without being asked."""
+
+    accepting = False
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+    @property
+    def complete(self) -> bool:
+        return not self.text
+
+    def start(self) -> Only:
+        return Only(self.text)
+
+    def allowed(self) -> np.ndarray:
+        return bitmask(self.text[:1], VOCAB)
+
+    def accept(self, token: int) -> bytes:
+        assert token == self.text[0]
+        rest = self.text[1:].lstrip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        forced, self.text = self.text[1 : len(self.text) - len(rest)], rest
+        return forced
+
+
 def test_constraints_mask_and_end_the_text() -> None:
-    class Only:
-        def __init__(self, text: bytes) -> None:
-            self.text = text
-
-        def start(self) -> Only:
-            return Only(self.text)
-
-        def mask(self, logits: np.ndarray) -> None:
-            allowed = logits[self.text[0]]
-            logits[:] = -np.inf
-            logits[self.text[0]] = allowed
-
-        def accept(self, token: int) -> bool:
-            self.text = self.text[1:]
-            return not self.text
-
     core = make_core(FakeRunner())
     _, collector = submit(core, [65], Params(n_choices=2, temperature=1.0), constraint=Only(b"yes"))
     drain(core)
     assert collector.texts == {0: "yes", 1: "yes"}
+    assert collector.finished[0].reason == "stop"
+
+
+def test_forced_tokens_are_taken_in_one_step() -> None:
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(temperature=1.0), constraint=Only(b"aBCDEFGe"), return_logprobs=True)
+    drain(core)
+    assert collector.texts == {0: "aBCDEFGe"}
+    assert core.stats.steps == 2
+    assert collector.end.usage.completion_tokens == 8
+    assert [entry.token for entry in collector.logprobs[0]] == list(b"aBCDEFGe")
+    assert all(entry.logprob == 0.0 for entry in collector.logprobs[0])
+
+
+def test_forced_tokens_stop_at_a_stop_string() -> None:
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(stop_toks=("CD",)), constraint=Only(b"aBCDEFGe"))
+    drain(core)
+    assert collector.texts == {0: "aB"}
+    assert collector.finished[0].stop == "CD"
+
+
+@pytest.mark.parametrize("max_len", [1, 4, 6, 7])
+def test_a_constrained_text_that_is_cut_fails(max_len: int) -> None:
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(max_len=max_len), constraint=Only(b"aBCDEFGe"))
+    drain(core)
+    assert isinstance(collector.end, RequestFailed)
+    assert f"cut after {max_len} tokens" in str(collector.end.error)
+    assert collector.end.texts == ["aBCDEFGe"[:max_len]]
+
+
+def test_a_constraint_may_end_exactly_at_max_len() -> None:
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(max_len=8), constraint=Only(b"aBCDEFGe"))
+    drain(core)
     assert collector.finished[0].reason == "stop"
 
 

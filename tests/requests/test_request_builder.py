@@ -4,6 +4,7 @@ import pytest
 
 from pymistral import Function, RequestBuilder, SamplingParams, TextMessageRole, TextMessages, Tool, ToolChoice, ToolType
 from pymistral.errors import RequestValidationError
+from pymistral.requests.constraint import Constraint
 from pymistral.requests.request import ChatRequest
 from pymistral.responses import CalledFunction, ToolCallResponse
 
@@ -112,10 +113,34 @@ def test_tools() -> None:
     assert tool.to_dict() == as_dict
     assert Tool.from_dict(as_dict) == tool
     assert Tool(function=Function(name="f")).to_dict() == {"type": "function", "function": {"name": "f"}}
-    request = RequestBuilder().set_tools([tool, as_dict])
-    assert request.template_tools() == [as_dict, as_dict]
+    assert RequestBuilder().set_tools([as_dict]).template_tools() == [as_dict]
+    request = RequestBuilder().set_tools([tool])
+    assert request.template_tools() == [as_dict]
+    with pytest.raises(RequestValidationError, match="two tools are named 'weather'"):
+        RequestBuilder().set_tools([tool, as_dict]).template_tools()
     assert request.set_tool_choice(ToolChoice.NONE).template_tools() is None
     assert RequestBuilder().template_tools() is None
+
+
+def test_tool_choice() -> None:
+    tools = [Tool(function=Function(name=name)) for name in ("a", "b")]
+    request = RequestBuilder().add_message("user", "Hi").set_tools(tools)
+    assert request.demanded_tools() == []
+    assert request.set_tool_choice("required").demanded_tools() == tools
+    for choice in (ToolChoice.tool("b"), tools[1], {"type": "function", "function": {"name": "b"}}, {"type": "function", "name": "b"}):
+        assert request.set_tool_choice(choice).demanded_tools() == tools[1:]
+        assert len(request.offered_tools()) == 2
+    with pytest.raises(RequestValidationError, match=r"demands 'c', but the tools are \['a', 'b'\]"):
+        request.set_tool_choice(ToolChoice.tool("c")).offered_tools()
+    with pytest.raises(RequestValidationError, match="there are no tools"):
+        RequestBuilder().set_tool_choice("required").offered_tools()
+    with pytest.raises(RequestValidationError, match=r"'sometimes' is not one of .*ToolChoice.tool"):
+        request.set_tool_choice("sometimes")
+    with pytest.raises(RequestValidationError, match="name"):
+        request.set_tool_choice({"type": "function"})
+    with pytest.raises(RequestValidationError, match="constraint and call tools"):
+        request.set_tool_choice("auto").set_constraint(Constraint.regex("a")).offered_tools()
+    assert request.set_tool_choice("none").offered_tools() == []
 
 
 def test_bad_tools() -> None:

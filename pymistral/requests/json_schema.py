@@ -1,0 +1,334 @@
+"""JSON schemas as llguidance can enforce them token by token: what it would miss is refused by name, what it need not see is removed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import RequestValidationError
+
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As `json.dumps` writes: models know it well, and what a schema forces takes no sampling. A weak model cannot get lost in white space."""
+
+# Enforcing these would need to look back at what has been generated, or to negate.
+UNSUPPORTED = frozenset(
+    {"uniqueItems", "not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependentRequired"}
+    | {"dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"}
+)
+KNOWN = UNSUPPORTED | frozenset(
+    {"anyOf", "oneOf", "allOf", "$ref", "const", "enum", "type", "items", "additionalItems", "prefixItems", "minItems", "maxItems"}
+    | {"properties", "additionalProperties", "patternProperties", "required", "minProperties", "maxProperties", "minLength", "maxLength"}
+    | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+    | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
+)
+SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+MOST_EXACT = 2**53 - 1
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+ONE = ("additionalProperties", "items", "additionalItems")
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+MAPS = ("properties", "patternProperties", "$defs", "definitions")
+TYPES = ("null", "boolean", "number", "string", "array", "object")
+
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+MOST_EXACT = 2**53 - 1
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+ONE = ("additionalProperties", "items", "additionalItems")
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+MAPS = ("properties", "patternProperties", "$defs", "definitions")
+TYPES = ("null", "boolean", "number", "string", "array", "object")
+
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
+_ZONE = r"(?:Z|\+(?:[01][0-9]|2[0-3]):[0-5][0-9]|-(?:0[1-9]|1[0-9]|2[0-3]):[0-5][0-9])"
+_TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{{1,6}})?{_ZONE}"
+FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+"""Only dates that exist, and no leap seconds, which Python's datetime does not know."""
+
+
+def prepared_schema(schema: Any) -> Any:
+    """The schema with our layout and closed objects, ready for llguidance.
+
+    Raises
+    ------
+    RequestValidationError
+        It uses a feature that cannot be enforced; the message says which, and where.
+    """
+    if isinstance(schema, bool):
+        return schema
+    schema = closed_schema(schema)
+    prepared = _Schema(schema).prepare(schema, "#")
+    prepared.setdefault("x-guidance", LAYOUT)
+    return prepared
+
+
+class _Schema:
+    """One document, in which references point."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.root = root
+        self._text = json.dumps(root, ensure_ascii=False)
+
+    def prepare(self, schema: Any, place: str) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        schema = {key: value for key, value in schema.items() if self._matters(key, schema)}
+        if found := sorted(UNSUPPORTED & schema.keys()):
+            raise refusal(place, f"{found[0]!r} cannot be enforced while generating")
+        self._check_min_properties(schema, place)
+        if not self._can_end(schema, frozenset()):
+            raise refusal(place, "it requires itself without end, so no finite JSON satisfies it")
+        if "oneOf" in schema and self._exclusive(schema["oneOf"], place):
+            schema = {("anyOf" if key == "oneOf" and "anyOf" not in schema else key): value for key, value in schema.items()}
+        if schema.get("format") in FORMATS and "pattern" not in schema and _allows(schema, "string"):
+            schema["pattern"] = FORMATS[schema.pop("format")]
+        schema = _without_touching_bounds(schema)
+        if _unbounded_integer(schema):
+            schema = _bounded(schema)
+        if isinstance(schema.get("pattern"), str):
+            schema["pattern"] = common_pattern(schema["pattern"])
+        return map_subschemas(schema, place, self.prepare)
+
+    def _matters(self, key: str, schema: dict[str, Any]) -> bool:
+        """Annotations go: llguidance takes what it does not know for a sibling that changes a reference. Targets of references stay."""
+        if key in KNOWN:
+            return not _says_nothing(key, schema)
+        return f'"#/{key}/' in self._text
+
+    def _check_min_properties(self, schema: dict[str, Any], place: str) -> None:
+        """Keys that are not named in ``properties`` may come twice: their number is not the number of properties."""
+        least = schema.get("minProperties", 0)
+        if (
+            isinstance(least, int)
+            and least > max(1, len(set(schema.get("required", ()))))
+            and schema.get("additionalProperties") is not False
+        ):
+            raise refusal(place, f"'minProperties' {least} cannot be enforced for keys that the schema does not name")
+
+    def target(self, reference: object) -> Any:
+        """What a local reference points at, or None: llguidance reports what does not exist."""
+        node: Any = self.root
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return None
+        for part in reference[1:].split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            else:
+                return None
+        return node
+
+    def _can_end(self, schema: Any, seen: frozenset[str]) -> bool:
+        """Whether some finite value can satisfy the schema, as far as its required parts tell."""
+        if not isinstance(schema, dict):
+            return True
+        reference = schema.get("$ref")
+        if isinstance(reference, str):
+            if reference in seen:
+                return False
+            if not self._can_end(self.target(reference), seen | {reference}):
+                return False
+        for key, enough in (("allOf", all), ("anyOf", any), ("oneOf", any)):
+            if isinstance(schema.get(key), list) and schema[key] and not enough(self._can_end(option, seen) for option in schema[key]):
+                return False
+        if schema.get("type") == "object":
+            properties = schema.get("properties", {})
+            return all(self._can_end(properties.get(name), seen) for name in schema.get("required", ()) if isinstance(properties, dict))
+        if schema.get("type") == "array":
+            least = schema.get("minItems", 0)
+            prefix = schema.get("prefixItems", [])
+            needed = [*prefix[:least], *([schema.get("items")] if least > len(prefix) else [])] if isinstance(least, int) else []
+            return all(self._can_end(item, seen) for item in needed)
+        return True
+
+    def _exclusive(self, options: Any, place: str) -> bool:
+        """Whether no value fits two of the options of a ``oneOf``, which makes it an ``anyOf``."""
+        if not isinstance(options, list):
+            return False
+        resolved = [self._resolve(option) for option in options]
+        if all(self._disjoint(a, b) for i, a in enumerate(resolved) for b in resolved[i + 1 :]):
+            return True
+        raise refusal(place, "'oneOf' with options that may overlap cannot be enforced; write 'anyOf', or give each a 'const' property")
+
+    def _resolve(self, schema: Any) -> Any:
+        for _ in range(32):
+            if not isinstance(schema, dict) or "$ref" not in schema:
+                return schema
+            schema = self.target(schema["$ref"])
+        return schema
+
+    def _disjoint(self, a: Any, b: Any, depth: int = 0) -> bool:
+        if a is False or b is False:
+            return True
+        if not isinstance(a, dict) or not isinstance(b, dict) or depth > 8:
+            return False
+        if not _types(a) & _types(b):
+            return True
+        values, others = _values(a), _values(b)
+        if values is not None and others is not None:
+            return not any(_same(value, other) for value in values for other in others)
+        for one, two in ((a, b), (b, a)):
+            if isinstance(one.get("anyOf"), list):
+                return all(self._disjoint(self._resolve(option), two, depth + 1) for option in one["anyOf"])
+        if _types(a) & _types(b) != {"object"}:
+            return False
+        ours, theirs = a.get("properties", {}), b.get("properties", {})
+        shared = set(a.get("required", ())) | set(b.get("required", ()))
+        both = (name for name in shared if name in ours and name in theirs)
+        return any(self._disjoint(self._resolve(ours[name]), self._resolve(theirs[name]), depth + 1) for name in both)
+
+
+def closed_schema(schema: Any) -> Any:
+    """The schema with no properties but those that it names, where it does not speak of others; a model asked for three would add thirty.
+
+    A schema that puts objects together from parts stays as it is, since each part leaves room for the others.
+    """
+    return schema if _composes(schema) else _closed(schema, "#")
+
+
+_PARTS = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
+
+
+def _composes(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_composes, schema))
+    if not isinstance(schema, dict):
+        return False
+    mixed = "properties" in schema and _PARTS & schema.keys()
+    return "allOf" in schema or bool(mixed) or any(map(_composes, schema.values()))
+
+
+def _closed(schema: Any, place: str) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    named = schema.get("properties")
+    open_ended = {"additionalProperties", "patternProperties", "minProperties"} & schema.keys()
+    if isinstance(named, dict) and not open_ended and set(schema.get("required", ())) <= named.keys():
+        schema = {**schema, "additionalProperties": False}
+    return map_subschemas(schema, place, _closed)
+
+
+def refusal(place: str, what: str) -> RequestValidationError:
+    return RequestValidationError(f"the JSON schema at {place}: {what}")
+
+
+def map_subschemas(schema: dict[str, Any], place: str, change: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """A copy of a schema with each of the schemas directly inside it changed."""
+    changed = dict(schema)
+    for key, value in schema.items():
+        if key in MAPS and isinstance(value, dict):
+            changed[key] = {name: change(sub, f"{place}/{key}/{name}") for name, sub in value.items()}
+        elif key in LISTS and isinstance(value, list):
+            changed[key] = [change(sub, f"{place}/{key}/{index}") for index, sub in enumerate(value)]
+        elif key in ONE:
+            changed[key] = change(value, f"{place}/{key}")
+    return changed
+
+
+def _says_nothing(key: str, schema: dict[str, Any]) -> bool:
+    if key == "uniqueItems":
+        return schema[key] is False or schema.get("maxItems") in (0, 1)
+    return key in ("then", "else") and "if" not in schema
+
+
+def _allows(schema: dict[str, Any], kind: str) -> bool:
+    return kind in _types(schema)
+
+
+def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    """llguidance 1.9 lets an excluded whole number through if the other bound is less than one away: go a little inside instead."""
+    low = schema.get("exclusiveMinimum", schema.get("minimum"))
+    high = schema.get("exclusiveMaximum", schema.get("maximum"))
+    if schema.get("type") == "integer" or not (_is_number(low) and _is_number(high) and 0 < high - low < 1):
+        return schema
+    step = (high - low) / 1024
+    for key, other, inside in (("exclusiveMinimum", "minimum", low + step), ("exclusiveMaximum", "maximum", high - step)):
+        if key in schema:
+            schema = {**{name: value for name, value in schema.items() if name != key}, other: inside}
+    return schema
+
+
+def _unbounded_integer(schema: dict[str, Any]) -> bool:
+    kinds = schema.get("type")
+    integers = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
+    return integers and not {"const", "enum", "multipleOf"} & schema.keys()
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The integers that every reader of JSON reads exactly (RFC 7493): a weak model would write digits without end."""
+    low, high = (schema.get(f"exclusive{bound}", schema.get(bound.lower())) for bound in ("Minimum", "Maximum"))
+    bounds = {}
+    if low is None and not (_is_number(high) and high <= -MOST_EXACT):
+        bounds["minimum"] = -MOST_EXACT
+    if high is None and not (_is_number(low) and low >= MOST_EXACT):
+        bounds["maximum"] = MOST_EXACT
+    return {**schema, **bounds}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    types = schema.get("type", TYPES)
+    named = {types} if isinstance(types, str) else set(types)
+    values = _values(schema)
+    if values is not None and "type" not in schema:
+        named = {_type_of(value) for value in values}
+    return {"number" if name == "integer" else name for name in named}
+
+
+def _type_of(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds = ((bool, "boolean"), (int | float, "number"), (str, "string"), (list, "array"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "object")
+
+
+def _values(schema: dict[str, Any]) -> list[Any] | None:
+    """All values that a schema lists, if it lists them."""
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None
+
+
+def _same(a: object, b: object) -> bool:
+    """JSON's equality, to which true is not 1."""
+    return _type_of(a) == _type_of(b) and a == b
+
+
+# What a class means in ECMAScript, and in Python and Rust, differs outside ASCII. A string is generated so that both agree.
+_NARROW = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
+_WIDE = {"d": r"\p{Nd}", "w": r"\p{Alphabetic}\p{M}\p{N}\p{Pc}\p{Join_Control}", "s": r"\s\x1c-\x1f\ufeff"}
+
+
+def common_pattern(pattern: str) -> str:
+    r"""The pattern with ``\d \w \s`` in their narrowest meaning, and their negations in the meaning that excludes most."""
+    return "".join(_pieces(pattern))
+
+
+def _pieces(pattern: str) -> Iterator[str]:
+    inside = negated = False
+    for token in re.findall(r"\\.|\[\^?|[^\\]", pattern, re.DOTALL):
+        if not inside and token[0] == "[":
+            inside, negated = True, token == "[^"
+        elif inside and token == "]":
+            inside = False
+        elif token[0] == "\\" and token[1] in "dws":
+            members = (_WIDE if negated else _NARROW)[token[1]]
+            yield members if inside else f"[{members}]"
+            continue
+        elif token[0] == "\\" and token[1] in "DWS" and not inside:
+            yield f"[^{_WIDE[token[1].lower()]}]"
+            continue
+        yield token

@@ -1,0 +1,85 @@
+"""Mistral: ``[TOOL_CALLS]`` and an array of objects (tokenizers v2 to v7), or names with ``[ARGS]`` (v11 and later)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call, quoted
+from .json_calls import arguments, call_object
+from .reading import Reading, Scanner
+
+BEGIN, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+class Mistral(Dialect):
+    """``[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]``."""
+
+    marks = (BEGIN, ARGUMENTS, CALL_ID)
+
+    def handlers(self, tools: Sequence[str]) -> Handlers:
+        return {BEGIN: _read_calls}
+
+    def triggers(self, schemas: Schemas) -> list[CallTrigger]:
+        return [CallTrigger(re.escape(BEGIN), f"start: {self._body(schemas)}")]
+
+    def required(self, schemas: Schemas) -> str:
+        return f"start: {self.mark(BEGIN)} {self._body(schemas)}"
+
+    def _body(self, schemas: Schemas) -> str:
+        call = alternatives(schemas, json_call())
+        return f'" "? "[" call (", " call)* "]"\ncall: {call}'
+
+
+class MistralNamed(Mistral):
+    """``[TOOL_CALLS]name[ARGS]{...}``, one after the other."""
+
+    def required(self, schemas: Schemas) -> str:
+        return f"start: call+\ncall: {self.mark(BEGIN)} {self._body(schemas)}"
+
+    def _body(self, schemas: Schemas) -> str:
+        return alternatives(schemas, lambda name, arguments: f"{quoted(name)} {self.mark(ARGUMENTS)} {arguments}")
+
+
+def _read_calls(scanner: Scanner) -> Reading:
+    yield from scanner.skip_space()
+    if scanner.text[:1] == "[" and not scanner.text.startswith((ARGUMENTS, CALL_ID)):
+        yield from _read_array(scanner)
+    elif scanner.text[:1] == "{":
+        if not (yield from call_object(scanner)):
+            scanner.plain(BEGIN)
+    else:
+        yield from _read_named(scanner)
+
+
+def _read_array(scanner: Scanner) -> Reading:
+    opening = scanner.take(1)
+    while True:
+        yield from scanner.skip_space()
+        if not (yield from call_object(scanner)):
+            if opening:
+                scanner.plain(BEGIN + opening)
+            return
+        opening = ""
+        yield from scanner.skip_space()
+        symbol = scanner.take(1)
+        if symbol != ",":
+            scanner.text = symbol.removeprefix("]") + scanner.text
+            yield from scanner.skip_space()
+            return
+
+
+def _read_named(scanner: Scanner) -> Reading:
+    name: list[str] = []
+    taken: list[str] = []
+    yield from scanner.until((ARGUMENTS, CALL_ID, "{"), name.append, taken)
+    if not taken:
+        scanner.plain(BEGIN + "".join(name))
+        return
+    scanner.call("".join(name).strip())
+    if taken[0] == CALL_ID:
+        yield from scanner.until((ARGUMENTS,), lambda text: None, [])
+    elif taken[0] == "{":
+        scanner.text = "{" + scanner.text
+    yield from arguments(scanner)
+    yield from scanner.skip_space()
