@@ -600,9 +600,9 @@ def take_bits(typing_context, value, start, count, at):
 
 
 def _look_up(b, indices, values):
-    """``values[index]`` for each of 64 bytes; the sixteen values are constants from 0 to 255, the indices below 16."""
+    """``values[index]`` for each of 64 bytes; up to sixteen values, constants from 0 to 255."""
     isa = current_isa()
-    table = ir.Constant(i8x64.llvm, list(values) * 4)
+    table = ir.Constant(i8x64.llvm, [*values, *[0] * (16 - len(values))] * 4)
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
