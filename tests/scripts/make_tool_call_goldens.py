@@ -9,7 +9,6 @@ adds to the prompt, without the tokens that end it, is what the model would gene
 from __future__ import annotations
 
 import json
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def golden(name: str, source: str, label: str, case: dict[str, Any]) -> dict[str
     prompt = render(source, messages, True).removesuffix("<think>\n")
     whole = render(source, [*messages, assistant(name, case)], False)
     # Some templates print a line end behind the role only when there is content.
-    start = len(commonprefix([prompt, whole]))
+    start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     assert start >= len(prompt) - 1, (name, label, prompt[start:], whole[start:])
     answer = whole[start:].removeprefix(" " if name == "mistral" else "")  # which belongs to the template
     while end := next((end for end in ENDS if answer.endswith(end)), None):
