@@ -296,6 +296,7 @@ def plot_roofline(report: Report, path: Path) -> None:
 
     limits = report.machine["limits"]
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     intensity = np.logspace(-1, 4, 200)
     for key, label, style in (("int8", "int8 dot products", "-"), ("fma", "float FMAs", "--")):
         roof = np.minimum(limits["read"] * intensity, limits[key])

@@ -14,7 +14,10 @@ Floats = NDArray[np.float64]
 
 EPSILON = 2.0**-24  # the relative error of one float32 operation
 
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+QUANTIZED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+)
 FLOATS = ("F32", "F16", "BF16")
 
 # Where a block keeps its half floats (ggml-common.h); all other bytes may be anything.
@@ -29,6 +32,11 @@ _HALVES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "MXFP4": (),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 # Zeros of both signs, the smallest subnormal, the smallest normal, the largest: every sixth scale or so is one of them.
 _EDGES = np.array([0.0, -0.0, 6e-8, 6.1e-5, 65504.0], np.float16)
@@ -53,6 +61,11 @@ def random_tensor(kind: str, rows: int, columns: int, rng: np.random.Generator, 
                 extreme = rng.random(len(blocks)) < 0.15
                 scales[extreme] = rng.choice(_EDGES, extreme.sum())
             blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+        if kind == "MXFP4":  # powers of two around 2**-7
+            blocks[:, 0] = rng.integers(112, 128, len(blocks))
+            if edges:
+                extreme = rng.random(len(blocks)) < 0.15
+                blocks[extreme, 0] = rng.choice([0, 1, 2, 150], extreme.sum())
     return Tensor(f"{kind} {rows}x{columns}", type, (rows, columns), data), values_of(kind, data, rows, columns)
 
 

@@ -14,7 +14,7 @@ def read_row(layout: str) -> Any:
     if layout in FLOAT_FORMATS:
         return _read_float_row(layout)
     format = TILE_FORMATS[layout]
-    bits, high_bits, zero, minimum = format.bits, format.high_bits, format.zero, format.minimum
+    bits, high_bits, minimum = format.bits, format.high_bits, format.minimum
     record_blocks, record_bytes = format.columns // 32, format.record_bytes
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
     scale_kind, scales, scale_bytes = format.scale, format.scales, format.scale_bytes
@@ -23,6 +23,7 @@ def read_row(layout: str) -> Any:
     per_plane = 8 // high_bits if high_bits else 1
     codebook = format.codebook or (0,)
     has_codebook = bool(format.codebook)
+    zero = 0 if has_codebook else format.zero
 
     @inline
     def factor(block, header, index, row):
@@ -33,7 +34,8 @@ def read_row(layout: str) -> Any:
         if scale_kind == "super":
             return super_scale
         if scale_kind == "e8m0":
-            return bits_to_f32(load_u8(at + row) << 23) * 0.5
+            exponent = load_u8(at + row)
+            return bits_to_f32((exponent - 1) << 23 if exponent > 1 else (1 << 21) << exponent)
         if scale_kind == "i8":
             return super_scale * load_i8(at + row)
         if scale_kind == "nibbles":

@@ -58,6 +58,8 @@ def _group(b: Any, format: Any, address: Any, group: int) -> Any:
         per_plane = 8 // format.high_bits
         plane = vector(format.bits + group // per_plane)
         quants = b.or_(quants, bits(plane, format.high_bits * (group % per_plane), format.high_bits, format.bits))
+    if format.codebook:
+        quants = simd._look_up(b, quants, [value + format.zero for value in format.codebook])
     return quants
 
 
@@ -127,9 +129,12 @@ def _scales(b: Any, format: Any, block: Any, header: Any, index: int, minimum: b
         return super_scale()
     raw = simd._load(b, address, ir.VectorType(ir.IntType(8), 16))
     if format.scale == "e8m0":
-        # 2 ** (e - 128): the codebook holds doubled values
-        bits = b.shl(b.zext(raw, integers), simd._constant(integers, 23))
-        return b.fmul(b.bitcast(bits, floats), simd._constant(floats, 0.5))
+        # 2 ** (e - 128), as the codebook holds doubled values; subnormal for the two smallest
+        exponent = b.zext(raw, integers)
+        one = simd._constant(integers, 1)
+        normal = b.shl(b.sub(exponent, one), simd._constant(integers, 23))
+        subnormal = b.shl(simd._constant(integers, 1 << 21), b.and_(exponent, one))
+        return b.bitcast(b.select(b.icmp_unsigned(">", exponent, one), normal, subnormal), floats)
     if format.scale == "nibbles":
         wide = b.zext(raw, integers)
         wide = b.lshr(wide, simd._constant(integers, 4)) if minimum else b.and_(wide, simd._constant(integers, 15))

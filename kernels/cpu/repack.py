@@ -43,6 +43,14 @@ def q3_scale(scales, index):
     return (low | high << 4) - 32
 
 
+@inline
+def ternary_digits(word, power):
+    """A base-3 digit (0, 1 or 2) of each byte: TQ1_0's bytes are fractions of 256, which ``power`` moves the digit to the top of."""
+    even = (word & 0x00FF00FF) * power & 0x00FF00FF
+    odd = (word >> 8 & 0x00FF00FF) * power & 0x00FF00FF
+    return (even * 3 >> 8 & 0x00FF00FF) | (odd * 3 & 0xFF00FF00)
+
+
 def _words(layout: str) -> Any:
     """A function ``(block, sub, group)``: the four quants of columns ``32 sub + 4 group`` on, as a word."""
 
@@ -91,6 +99,32 @@ def _words(layout: str) -> Any:
         low = load_u32(block + 64 * (sub // 4) + 32 * (sub % 2) + 4 * group) >> (4 * (sub % 4 // 2)) & _LOW
         return low | (load_u32(block + 128 + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303) << 4
 
+    @inline
+    def iq4_nl(block, sub, group):
+        return load_u32(block + 2 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+
+    @inline
+    def iq4_xs(block, sub, group):
+        return load_u32(block + 8 + 16 * sub + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+
+    @inline
+    def mxfp4(block, sub, group):
+        return load_u32(block + 1 + 4 * (group % 4)) >> (4 * (group // 4)) & _LOW
+
+    @inline
+    def tq1_0(block, sub, group):
+        # 5 x 32 digits of 32 bytes, 5 x 16 of 16 bytes, 4 x 4 of 4 bytes
+        if sub < 5:
+            return ternary_digits(load_u32(block + 4 * group), 3**sub)
+        index = 2 * (sub - 5) + group // 4
+        if index < 5:
+            return ternary_digits(load_u32(block + 32 + 4 * (group % 4)), 3**index)
+        return ternary_digits(load_u32(block + 48), 3 ** (group % 4))
+
+    @inline
+    def tq2_0(block, sub, group):
+        return load_u32(block + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303
+
     return locals()[layout]
 
 
@@ -132,7 +166,25 @@ def _scales(layout: str) -> Any:
         store_u8(target + row, load_u8(block + 192 + 2 * sub))
         store_u8(target + 16 + row, load_u8(block + 192 + 2 * sub + 1))
 
-    writers = {"q2_k": q2_k, "q3_k": q3_k, "q4_k": q4_k, "q5_k": q4_k, "q6_k": q6_k}
+    @inline
+    def iq4_xs(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        low = load_u8(block + 4 + sub // 2) >> (4 * (sub % 2)) & 15
+        store_u8(target + row, (low | (load_u16(block + 2) >> (2 * sub) & 3) << 4) - 32)
+
+    @inline
+    def mxfp4(block, sub, row, header, target):
+        store_u8(target + row, load_u8(block))
+
+    @inline
+    def tq1_0(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block + 52))
+
+    @inline
+    def tq2_0(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block + 64))
+
+    writers = locals() | {"q5_k": q4_k}
     return writers.get(layout, half_scale_and_minimum if TILE_FORMATS[layout].minimum else half_scale)
 
 

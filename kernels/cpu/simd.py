@@ -599,10 +599,10 @@ def take_bits(typing_context, value, start, count, at):
     return i8x64(i8x64, start, count, at), codegen
 
 
-@_operation(i8x64, i8x64, i8x64)
-def look_up(b, indices, table):
-    """``table[index]`` within each group of 16 bytes (``table`` holds the same 16 bytes four times); indices are below 16."""
+def _look_up(b, indices, values):
+    """``values[index]`` for each of 64 bytes; the sixteen values are constants from 0 to 255, the indices below 16."""
     isa = current_isa()
+    table = ir.Constant(i8x64.llvm, list(values) * 4)
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
@@ -610,10 +610,9 @@ def look_up(b, indices, table):
             b, [_call(b, "llvm.x86.avx2.pshuf.b", t.type, t, i) for t, i in zip(_halves(b, table), _halves(b, indices), strict=True)]
         )
     result = _constant(i8x64.llvm, 0)
-    for entry in range(16):
-        byte = b.extract_element(table, ir.Constant(_I32, entry))
-        hit = b.icmp_unsigned("==", indices, _constant(i8x64.llvm, entry))
-        result = b.select(hit, _splat(b, byte, 64), result)
+    for index, value in enumerate(values):
+        hit = b.icmp_unsigned("==", indices, _constant(i8x64.llvm, index))
+        result = b.select(hit, _constant(i8x64.llvm, value), result)
     return result
 
 

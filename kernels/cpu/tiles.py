@@ -57,7 +57,7 @@ class TileFormat:
     zero
         What is taken from each quant.
     codebook
-        Sixteen int8 values that 4-bit quants index, each stored plus 128 when looked up.
+        Sixteen int8 values that 4-bit quants index. Products take them plus ``zero``, which makes them unsigned.
     """
 
     name: str
@@ -117,6 +117,11 @@ class TileFormat:
         return -(-rows // ROWS) * self.tile_bytes(columns)
 
 
+# ggml's 4-bit codebooks: one finer around zero, and the values of the E2M1 floats, doubled
+_NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
 @dataclass(frozen=True)
 class FloatFormat:
     """Sixteen rows' values side by side for each column: ``f32``, ``f16`` or ``bf16``."""
@@ -145,6 +150,11 @@ TILE_FORMATS: dict[str, TileFormat] = {
         TileFormat("q4_k", 4, scale="u8", minimum=True, columns=256),
         TileFormat("q5_k", 4, 1, scale="u8", minimum=True, columns=256),
         TileFormat("q6_k", 4, 2, scale="i8", scale_columns=16, columns=256, zero=32),
+        TileFormat("iq4_nl", 4, zero=128, codebook=_NONLINEAR),
+        TileFormat("iq4_xs", 4, scale="i8", columns=256, zero=128, codebook=_NONLINEAR),
+        TileFormat("mxfp4", 4, scale="e8m0", zero=12, codebook=_E2M1),
+        TileFormat("tq1_0", 2, scale="super", columns=256, zero=1),
+        TileFormat("tq2_0", 2, scale="super", columns=256, zero=1),
     )
 }
 FLOAT_FORMATS: dict[str, FloatFormat] = {

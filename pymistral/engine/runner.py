@@ -84,6 +84,8 @@ class CpuRunner:
         self.threads = threads or available_threads()
         self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
         self.vocab_size = self.program.logits.shape[1]
+        # A model may give logits for more ids, or fewer, than it has embeddings for.
+        self._embeddings = min((node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size)
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
@@ -142,7 +144,7 @@ class CpuRunner:
         used[:] = table[:blocks]
         if count == 1:
             token, block = segment.tokens[0], int(used[-1])
-            if not 0 <= token < self.vocab_size or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+            if not 0 <= token < self._embeddings or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
                 raise ValueError(f"token {token} or block {block} does not exist")
             state.tokens[at] = token
             state.positions[at] = start
@@ -151,7 +153,7 @@ class CpuRunner:
         place = slice(at, at + count)
         state.tokens[place] = segment.tokens
         ids = state.tokens[place]
-        if ids.min() < 0 or ids.max() >= self.vocab_size or used.min() < 0 or used.max() >= self.num_blocks:
+        if ids.min() < 0 or ids.max() >= self._embeddings or used.min() < 0 or used.max() >= self.num_blocks:
             raise ValueError("a token or block does not exist")
         positions = np.arange(start, end, dtype=np.int32)
         state.positions[place] = positions

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
 from pymistral.nn.graph import Array, OutputRows
-from pymistral.quantization.types import Tensor
+from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor
 
 KINDS = (*ref.QUANTIZED, *ref.FLOATS)
 ACTIVATIONS = {"silu": ref.silu, "gelu": ref.gelu, "relu": ref.relu}
@@ -33,13 +33,15 @@ def _kernels() -> None:
         for activation in ACTIVATIONS:
             x = F.linear(F.gated_linear(x, tensors["Q4_1"], tensors["Q4_1"], activation), tensors["Q4_1"])
             x = F.linear(F.gated_linear(x, tensors["F32"], tensors["F32"], activation), tensors["F32"])
+        for kind in ref.QUANTIZED:
+            x = F.linear(F.gated_linear(x, tensors[kind], tensors[kind], "relu"), tensors[kind])
         return x
 
     evaluate(everything, np.zeros((1, 256), np.float32))
 
 
 def columns_for(kind: str, blocks: int) -> int:
-    return blocks * 256 if kind.endswith("_K") else blocks * 32
+    return blocks * max(32, BLOCK_SIZES[GgmlType[kind]][0])
 
 
 def activations(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[np.float32]:
@@ -148,6 +150,36 @@ def test_gated_linear_quantised_at_once(activation: str, tokens: int) -> None:
     assert np.all(error <= peaks / 254 * 1.001)  # half a step of the quantisation, and what float32 did before it
     alone = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, activation), back), x[-1:])
     assert alone.tobytes() == found[-1:].tobytes()
+
+
+@pytest.mark.parametrize("kind", ref.QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+def test_gated_linear_of_every_format(kind: str, tokens: int) -> None:
+    rng = np.random.default_rng(9)
+    columns = columns_for(kind, 2)
+    gate, gate_weights = ref.random_tensor(kind, 64, columns, rng)
+    up, up_weights = ref.random_tensor(kind, 64, columns, rng)
+    back = ref.identity(64)
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    (a, a_bound), (b, b_bound) = expected(kind, gate_weights, x), expected(kind, up_weights, x)
+    wanted = ref.relu(a) * b
+    found = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, "relu"), back), x)
+    peaks = np.abs(wanted).reshape(tokens, -1, 32).max(axis=2, keepdims=True)
+    product_error = (a_bound * np.abs(b) + (np.abs(a) + a_bound) * b_bound).reshape(tokens, -1, 32).max(axis=2, keepdims=True)
+    assert np.all(np.abs(found - wanted).reshape(tokens, -1, 32) <= peaks / 254 * 1.001 + 2 * product_error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(seed=seeds, rows=st.integers(1, 70), blocks=st.integers(1, 3), edges=st.booleans())
+def test_embedding(kind: str, seed: int, rows: int, blocks: int, edges: bool) -> None:
+    rng = np.random.default_rng(seed)
+    tensor, weights = ref.random_tensor(kind, rows, columns_for(kind, blocks), rng, edges=edges)
+    tokens = rng.integers(0, rows, 9)
+    # at most the scale, its product and the sum with a minimum are rounded, here and in the reference
+    bound = 8 * ref.EPSILON * np.abs(weights[tokens]).reshape(9, -1, 32).max(axis=2, keepdims=True)
+    error = np.abs(F.embedding(tokens, tensor) - weights[tokens]).reshape(9, -1, 32)
+    assert np.all(error <= bound + 1e-44)
 
 
 @pytest.mark.parametrize("columns", [16, 33, 100])

@@ -1,0 +1,210 @@
+"""Attention with its rotations, head norms and paged cache, against float64.
+
+Queries, keys, values and probabilities may go through bfloat16: `numpy_reference.attention` says how far that may move a result.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy_reference as ref
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pymistral.engine.runner import CpuRunner
+from pymistral.engine.types import Segment
+from pymistral.nn import Rope
+from pymistral.nn import functional as F
+from pymistral.nn.eager import evaluate
+from pymistral.nn.graph import Array, Batch, record
+
+# group x head_dim: every way that rows and vectors fill the registers
+SHAPES = [(1, 16), (3, 64), (4, 32), (8, 48), (4, 256), (1, 128), (16, 64)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    """All at once, so that they are compiled side by side."""
+
+    def everything(*x: Array) -> Array:
+        total = None
+        for q, k, (_, head_dim) in zip(x[::2], x[1::2], SHAPES, strict=True):
+            out = F.attention(q, k, k, head_dim=head_dim, scale=1.0, rope=None)
+            total = F.linear(out, ref.matrix(np.zeros((16, q.columns), np.float32)))
+        assert total is not None
+        return total
+
+    arrays = [np.zeros((1, columns), np.float32) for group, head_dim in SHAPES for columns in (group * head_dim, head_dim)]
+    evaluate(everything, *arrays)
+
+
+def heads(x: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    return x.reshape(len(x), -1, head_dim)
+
+
+def random_qkv(rng: np.random.Generator, tokens: int, kv_heads: int, group: int, head_dim: int) -> list[NDArray[np.float32]]:
+    return [rng.standard_normal((tokens, n * head_dim)).astype(np.float32) for n in (kv_heads * group, kv_heads, kv_heads)]
+
+
+def check(found: NDArray[np.float32], wanted: ref.Floats, bound: ref.Floats) -> None:
+    """Each value within the worst case of bfloat16; all together much closer, as errors of random sign are."""
+    error = np.abs(found.reshape(wanted.shape) - wanted)
+    assert np.all(error <= bound)
+    assert np.sqrt((error**2).mean()) <= 0.01 * np.sqrt((wanted**2).mean()) + 1e-6
+
+
+@pytest.mark.parametrize(("group", "head_dim"), SHAPES)
+@settings(max_examples=4, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.sampled_from([1, 2, 15, 33, 70, 256, 300]),
+    kv_heads=st.integers(1, 2),
+    window=st.sampled_from([None, 1, 7, 64, 300]),
+    soft_cap=st.sampled_from([None, 2.0, 50.0]),
+)
+def test_one_sequence(group: int, head_dim: int, seed: int, tokens: int, kv_heads: int, window: int | None, soft_cap: float | None) -> None:
+    q, k, v = random_qkv(np.random.default_rng(seed), tokens, kv_heads, group, head_dim)
+    scale = head_dim**-0.5
+    found = F.attention(q, k, v, head_dim=head_dim, scale=scale, rope=None, window=window, soft_cap=soft_cap)
+    inputs = (heads(x, head_dim).astype(np.float64) for x in (q, k, v))
+    check(found, *ref.attention(*inputs, np.arange(tokens), scale=scale, window=window, soft_cap=soft_cap))
+
+
+@pytest.mark.parametrize("pairs", [32, 24, 20, 8, 1])
+def test_rotations(pairs: int) -> None:
+    """Whole, partial, and in numbers that fill no vector."""
+    rng = np.random.default_rng(1)
+    q, k, v = random_qkv(rng, 40, 2, 3, 64)
+    inverse = 10000.0 ** -(np.arange(pairs) / pairs)
+    found = F.attention(q, k, v, head_dim=64, scale=0.125, rope=Rope(inverse, 64, 1.2))
+    positions = np.arange(40)
+    turned = [ref.rotated(heads(x, 64), positions, inverse, 1.2) for x in (q, k)]
+    check(found, *ref.attention(*turned, heads(v, 64).astype(np.float64), positions, scale=0.125))
+
+
+@pytest.mark.parametrize("which", ["q", "k", "both"])
+def test_head_norms(which: str) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = random_qkv(rng, 20, 2, 4, 32)
+    q *= 30
+    q_weight, k_weight = rng.uniform(0.5, 1.5, (2, 32)).astype(np.float32)
+    norms: dict[str, Any] = {}
+    normed_q, normed_k = heads(q, 32).astype(np.float64), heads(k, 32).astype(np.float64)
+    if which != "k":
+        norms["q_norm"] = F.HeadNorm(ref.vector(q_weight), 1e-6, 1.0)
+        normed_q = ref.rms_norm(normed_q, q_weight.astype(np.float64) + 1, 1e-6)
+    if which != "q":
+        norms["k_norm"] = F.HeadNorm(ref.vector(k_weight), 1e-6)
+        normed_k = ref.rms_norm(normed_k, k_weight.astype(np.float64), 1e-6)
+    inverse = 10000.0 ** -(np.arange(16) / 16)
+    found = F.attention(q, k, v, head_dim=32, scale=0.1, rope=Rope(inverse, 64), **norms)
+    positions = np.arange(20)
+    turned = [ref.rotated(x, positions, inverse) for x in (normed_q, normed_k)]
+    check(found, *ref.attention(*turned, heads(v, 32).astype(np.float64), positions, scale=0.1))
+
+
+class Echo:
+    """A model whose logits are its attention: one row of q, k and v for each token id."""
+
+    def __init__(self, tokens: int, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator) -> None:
+        self.values = random_qkv(rng, tokens, kv_heads, group, head_dim)
+        self.tables = [ref.matrix(values) for values in self.values]
+        self.inverse = 10000.0 ** -(np.arange(head_dim // 2) / (head_dim // 2))
+        self.rope = Rope(self.inverse, 2048)
+        self.head_dim, self.window, self.scale = head_dim, window, head_dim**-0.5
+        self.out = ref.matrix(np.eye(self.values[0].shape[1], dtype=np.float32))
+
+    def __call__(self, batch: Batch) -> Array:
+        q, k, v = (F.embedding(batch.tokens, table) for table in self.tables)
+        x = F.attention(q, k, v, head_dim=self.head_dim, scale=self.scale, rope=self.rope, window=self.window)
+        return F.linear(x[batch.output_rows], self.out)
+
+    def expected(self, tokens: NDArray[np.int64]) -> tuple[ref.Floats, ref.Floats]:
+        q, k, v = (heads(values[tokens], self.head_dim).astype(np.float64) for values in self.values)
+        positions = np.arange(len(tokens))
+        turned = [ref.rotated(x, positions, self.inverse) for x in (q, k)]
+        return ref.attention(*turned, v, positions, scale=self.scale, window=self.window)
+
+
+def runner(model: Echo, **options: Any) -> CpuRunner:
+    return CpuRunner(record(model), max_position_embeddings=1500, max_num_seqs=12, **{"cache_tokens": 4096, "threads": 2, **options})
+
+
+@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
+def test_sequences_side_by_side(group: int, head_dim: int, window: int | None) -> None:
+    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: what a token gets depends on its own sequence only."""
+    rng = np.random.default_rng(3)
+    model = Echo(50, 2, group, head_dim, window, rng)
+    run = runner(model)
+    lengths = [700, 1, 300, 33, 260]
+    sequences = [rng.integers(0, 50, length) for length in lengths]
+    free = list(rng.permutation(run.num_blocks))
+    tables = [[int(free.pop()) for _ in range(-(-length // run.block_size))] for length in lengths]
+    wanted = [model.expected(tokens) for tokens in sequences]
+    done = [0] * len(lengths)
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        segments, rows = [], []
+        room = 200
+        for s in rng.permutation(len(lengths)):
+            left = lengths[s] - done[s]
+            if left == 0 or room == 0:
+                continue
+            count = int(min(left, room, rng.choice([1, 1, 5, 64, 150])))
+            outputs = min(count, int(rng.integers(0, 13)))
+            segments.append(Segment([int(t) for t in sequences[s][done[s] : done[s] + count]], done[s], tables[s], outputs))
+            done[s] += count
+            room -= count
+            rows += [(s, position) for position in range(done[s] - outputs, done[s])]
+        logits = run.forward(segments)
+        assert len(logits) == len(rows)
+        for row, (s, position) in zip(logits, rows, strict=True):
+            values, bound = wanted[s]
+            assert np.all(np.abs(row.reshape(values[position].shape) - values[position]) <= bound[position]), (s, position)
+
+
+@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, 100), (4, 256, None)])
+def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None) -> None:
+    """One token at a time, in chunks of any size, alone or beside many others, on one thread or three: the same bits."""
+    rng = np.random.default_rng(4)
+    length = 560
+    model = Echo(50, 2, group, head_dim, window, rng)
+    tokens = [int(t) for t in rng.integers(0, 50, length)]
+
+    def run(cuts: list[int], others: int, **options: Any) -> NDArray[np.float32]:
+        run = runner(model, **options)
+        size = run.block_size
+        blocks = -(-length // size)
+        table = [int(b) for b in rng.permutation(run.num_blocks)[: blocks + others]]
+        rows = np.zeros((length, run.vocab_size), np.float32)
+        for start, end in zip([0, *cuts], [*cuts, length], strict=True):
+            outputs = min(end - start, 50)
+            segments = [Segment(tokens[start:end], start, table[:blocks], outputs)]
+            segments += [Segment([int(rng.integers(50))], 0, [table[blocks + other]], 0) for other in range(others)]
+            rng.shuffle(segments)  # type: ignore[arg-type]
+            rows[end - outputs : end] = run.forward(segments)
+        return rows[-20:]
+
+    last = list(range(length - 20, length))
+    one_by_one = run([256, 500, *last], others=0)
+    assert one_by_one.tobytes() == run([500], others=0, threads=1).tobytes()
+    assert one_by_one.tobytes() == run([256, 512, *last], others=10).tobytes()
+    assert one_by_one.tobytes() == run([3, 300, *accumulate([541, 2, 7])], others=3, threads=3, block_size=64).tobytes()
+
+
+def test_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding at the last position that the model was made for."""
+    rng = np.random.default_rng(5)
+    model = Echo(50, 1, 3, 64, None, rng)
+    run = runner(model)
+    tokens = rng.integers(0, 50, run.max_sequence_length)
+    table = list(range(-(-len(tokens) // run.block_size)))
+    for start in range(0, len(tokens) - 1, 500):
+        end = min(start + 500, len(tokens) - 1)
+        run.forward([Segment([int(t) for t in tokens[start:end]], start, table, 0)])
+    row = run.forward([Segment([int(tokens[-1])], len(tokens) - 1, table, 1)])[0]
+    values, bound = model.expected(tokens)
+    assert np.all(np.abs(row.reshape(values[-1].shape) - values[-1]) <= bound[-1])
