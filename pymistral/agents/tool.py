@@ -188,7 +188,8 @@ class FunctionTool(Generic[P, R]):
             raise RequestValidationError(f"the type hints of the tool {self.name!r} cannot be read: {error}") from error
         fields: dict[str, Any] = {}
         for index, (name, parameter) in enumerate(self._signature.parameters.items()):
-            if stars := {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind):
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
                 raise RequestValidationError(f"the tool {self.name!r} takes {stars}{name}, which has no schema; give each parameter a name")
             fields[f"argument_{index}"] = (hints.get(name, Any), self._field(name, hints.get(name, Any), parameter.default))
         try:
