@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import blocking, errors, responses
+    from .agents.tool import tool
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
@@ -77,9 +78,11 @@ __all__ = [
     "blocking",
     "errors",
     "responses",
+    "tool",
 ]
 
 _HOMES = {
+    "agents.tool": ("tool",),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
     "builders.paged_attn": (

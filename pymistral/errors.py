@@ -20,6 +20,10 @@ class RequestValidationError(PymistralError, ValueError):
     """A request is malformed or cannot be served by this model. It never reached the engine."""
 
 
+class ToolArgumentsError(PymistralError, ValueError):
+    """A model called a tool with arguments that its function does not take. The message is written for the model to read."""
+
+
 class InferenceError(PymistralError):
     """The engine failed while it worked on a request."""
 

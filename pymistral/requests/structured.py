@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import RequestValidationError
 from .constraint import Constraint
-from .json_schema import LOOK_AROUND, SUPPORTED_FORMATS, map_subschemas
+from .json_schema import SUPPORTED_FORMATS, map_subschemas
 
 T = TypeVar("T")
 
@@ -28,11 +28,17 @@ class StructuredOutput(Generic[T]):
     def __init__(self, type: type[T] | Any) -> None:
         from pydantic import TypeAdapter
         from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
+        from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+        class Schema(GenerateJsonSchema):
+            def decimal_schema(self, schema: Any) -> JsonSchemaValue:
+                """A number: the string that pydantic takes as well could hold anything."""
+                return self.float_schema({**schema, "type": "float"})
 
         self.name = getattr(type, "__name__", None) or str(type)
         try:
             self._adapter: TypeAdapter[T] = type if isinstance(type, TypeAdapter) else TypeAdapter(type)
-            schema = self._adapter.json_schema()
+            schema = self._adapter.json_schema(schema_generator=Schema)
         except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError) as error:
             raise RequestValidationError(f"{self.name} has no JSON schema: {error}") from error
         try:
@@ -60,10 +66,4 @@ def _left_to_pydantic(schema: Any, place: str) -> Any:
         schema.pop("uniqueItems", None)  # a set drops what comes twice
     if schema.get("format") not in SUPPORTED_FORMATS:
         schema.pop("format", None)
-    if isinstance(schema.get("anyOf"), list):  # Decimal: a number, or a string with a pattern that looks ahead
-        schema["anyOf"] = [option for option in schema["anyOf"] if not _looks_around(option)] or schema["anyOf"]
     return map_subschemas(schema, place, _left_to_pydantic)
-
-
-def _looks_around(schema: Any) -> bool:
-    return isinstance(schema, dict) and LOOK_AROUND.search(str(schema.get("pattern", ""))) is not None

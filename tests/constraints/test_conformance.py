@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation, getcontext
-from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from pymistral.engine.constraint import GrammarCompiler
 from pymistral.engine.core import EngineCore
-from pymistral.engine.types import EngineRequest, Segment
+from pymistral.engine.types import EngineRequest
 from pymistral.errors import RequestValidationError
-from pymistral.loading.checkpoint import load_gguf
-from pymistral.nn.sampling import SamplingProgram
 from pymistral.requests import Constraint, SamplingParams
 from tests.engine.fakes import Collector
 
@@ -27,34 +21,8 @@ from .schemas import REFUSED, schemas
 COUNT = 500
 
 
-class NoiseRunner:
-    """Random logits, in which what ends a string is a little more likely than in nature."""
-
-    max_num_seqs, max_batch_tokens, max_output_rows = 32, 512, 64
-    block_size, num_blocks, max_sequence_length = 32, 2048, 1024
-
-    def __init__(self, vocab_size: int, closing: Sequence[int]) -> None:
-        self.vocab_size = vocab_size
-        self._rng = np.random.default_rng(0)
-        self._rows = (1.5 * self._rng.standard_normal((64, vocab_size))).astype(np.float32)
-        self._rows[:, list(closing)] += 1.5
-        self.sample = SamplingProgram(vocab_size, threads=1).run
-
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
-        return self._rows[self._rng.integers(0, len(self._rows), sum(segment.outputs for segment in segments))]
-
-
-@pytest.fixture(scope="module")
-def engine(smollm2_path: Path) -> tuple[EngineCore, GrammarCompiler]:
-    checkpoint = load_gguf(smollm2_path)
-    tokenizer = checkpoint.tokenizer
-    closing = [token for token in range(tokenizer.vocab_size) if tokenizer.id_to_bytes(token)[:1] in (b'"', b"}", b"]")]
-    core = EngineCore(NoiseRunner(tokenizer.vocab_size, closing), tokenizer, eos_token_ids=checkpoint.eos_token_ids)
-    return core, GrammarCompiler(tokenizer, tokenizer.vocab_size, checkpoint.eos_token_ids)
-
-
-def test_every_finished_answer_satisfies_its_schema(engine: tuple[EngineCore, GrammarCompiler]) -> None:
-    core, compiler = engine
+def test_every_finished_answer_satisfies_its_schema(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    core, compiler = noise
     answers: list[tuple[Any, Collector]] = []
     for seed, schema in enumerate(schemas(COUNT)):
         sampling = SamplingParams(temperature=1.0, max_len=900, seed=seed)
@@ -92,9 +60,9 @@ def decimal(text: str) -> Decimal:
 
 
 @pytest.mark.parametrize(("name", "schema"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_cannot_be_enforced_is_refused_by_name(engine: tuple[EngineCore, GrammarCompiler], name: str, schema: Any) -> None:
+def test_what_cannot_be_enforced_is_refused_by_name(noise: tuple[EngineCore, GrammarCompiler], name: str, schema: Any) -> None:
     with pytest.raises(RequestValidationError) as refused:
-        engine[1].compile(Constraint.json_schema(schema))
+        noise[1].compile(Constraint.json_schema(schema))
     assert name in str(refused.value)
 
 

@@ -1,0 +1,279 @@
+"""Python functions as tools."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_origin, get_type_hints, overload
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_json
+
+from ..errors import RequestValidationError, ToolArgumentsError
+from ..requests import Function, Tool
+from ..requests.json_schema import map_subschemas
+from .docstrings import read_docstring
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def tool(function: Callable[P, R], /) -> FunctionTool[P, R]: ...
+
+
+@overload
+def tool(
+    *, name: str | None = None, description: str | None = None, strict: bool | None = None
+) -> Callable[[Callable[P, R]], FunctionTool[P, R]]: ...
+
+
+def tool(
+    function: Callable[P, R] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    strict: bool | None = None,
+) -> FunctionTool[P, R] | Callable[[Callable[P, R]], FunctionTool[P, R]]:
+    """Make a function a tool that a model can call. It stays callable as before; its `Tool` is the attribute ``tool``.
+
+    The schema of the arguments comes from the type hints, as pydantic reads them. What the parameters mean is said by ``Annotated``, else
+    by the docstring (NumPy, Google or Sphinx style).
+
+    Parameters
+    ----------
+    name
+        What the model calls it; None: the function's name.
+    description
+        What it does; None: what the docstring says before its sections.
+    strict
+        As `Function.strict`.
+
+    Raises
+    ------
+    RequestValidationError
+        A parameter has no JSON schema: ``*args``, or a type that pydantic does not know.
+
+    Examples
+    --------
+    >>> @tool(description="Get the current weather for a location")
+    ... def get_weather(city: Annotated[str, "The city name"], unit: str = "celsius") -> str:
+    ...     return f"Sunny, 72F in {city}"
+    >>> get_weather("Paris")
+    'Sunny, 72F in Paris'
+    """
+
+    names = sys._getframe(1).f_locals  # hints may name classes that are defined where the function is
+
+    def decorate(function: Callable[P, R]) -> FunctionTool[P, R]:
+        return FunctionTool(function, name=name, description=description, strict=strict, names=names)
+
+    return decorate if function is None else decorate(function)
+
+
+class FunctionTool(Generic[P, R]):
+    """A function that a model can call; made by `tool`."""
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        strict: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not callable(function):
+            raise RequestValidationError(f"@tool takes a function, got {function!r}")
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._options: dict[str, Any] = {"name": name, "description": description, "strict": strict, "names": names}
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+        if not _is_method(function):
+            _ = self.tool  # a function that cannot be a tool is an error where it is defined
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._function(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> FunctionTool[..., R]:
+        """In a class: the tool of the bound method."""
+        if instance is None:
+            return self
+        return FunctionTool(self._function.__get__(instance, owner), **self._options)
+
+    @cached_property
+    def tool(self) -> Tool:
+        """The tool as the model is told of it."""
+        description = self._options["description"] or self._documentation[0] or None
+        return Tool(function=Function(name=self.name, description=description, parameters=self._parameters, strict=self._options["strict"]))
+
+    def bind(self, arguments: str | Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a call, validated and converted to the types of the parameters.
+
+        Parameters
+        ----------
+        arguments
+            JSON text, as a model writes it, or what it says.
+
+        Raises
+        ------
+        ToolArgumentsError
+            They are no JSON, or not what the function takes.
+        """
+        try:
+            if isinstance(arguments, str):
+                values = self._model.model_validate_json(arguments or "{}")
+            else:
+                values = self._model.model_validate(dict(arguments))
+        except ValidationError as error:
+            raise ToolArgumentsError(self._complaint(error)) from error
+        bound = self._signature.bind_partial()
+        for index, name in enumerate(self._signature.parameters):
+            if f"argument_{index}" in values.model_fields_set:
+                bound.arguments[name] = getattr(values, f"argument_{index}")
+        bound.apply_defaults()
+        return bound
+
+    def call(self, arguments: str | Mapping[str, Any]) -> str:
+        """Call the function with a model's arguments; return the result as the model reads it. Waits for an async function.
+
+        Raises
+        ------
+        ToolArgumentsError
+            The arguments are not what the function takes. Whatever the function itself raises goes on as it is.
+        """
+        bound = self.bind(arguments)
+        result: Any = self._function(*bound.args, **bound.kwargs)
+        return result_text(_wait_for(result) if inspect.isawaitable(result) else result)
+
+    async def call_async(self, arguments: str | Mapping[str, Any]) -> str:
+        """As `call`, without holding up the event loop: a function that is not async runs in a thread of its own."""
+        bound = self.bind(arguments)
+        if self.is_async:
+            result: Any = await self._function(*bound.args, **bound.kwargs)  # type: ignore[misc]
+        else:
+            result = await asyncio.to_thread(self._function, *bound.args, **bound.kwargs)
+            if inspect.isawaitable(result):
+                result = await result
+        return result_text(result)
+
+    def __repr__(self) -> str:
+        return f"<tool {self.name}>"
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self._function)
+
+    @cached_property
+    def _documentation(self) -> tuple[str, dict[str, str]]:
+        return read_docstring(self._function.__doc__)
+
+    @cached_property
+    def _model(self) -> type[BaseModel]:
+        """What validates the arguments. Its fields have names of their own, since parameters may be called anything."""
+        try:
+            target = self._function if inspect.isroutine(self._function) else type(self._function).__call__
+            hints = get_type_hints(target, localns=dict(self._options["names"] or {}), include_extras=True)
+        except (NameError, TypeError) as error:
+            raise RequestValidationError(f"the type hints of the tool {self.name!r} cannot be read: {error}") from error
+        fields: dict[str, Any] = {}
+        for index, (name, parameter) in enumerate(self._signature.parameters.items()):
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+                raise RequestValidationError(f"the tool {self.name!r} takes {stars}{name}, which has no schema; give each parameter a name")
+            fields[f"argument_{index}"] = (hints.get(name, Any), self._field(name, hints.get(name, Any), parameter.default))
+        try:
+            return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
+        except (PydanticSchemaGenerationError, PydanticUserError) as error:
+            raise RequestValidationError(f"the tool {self.name!r} has a parameter of a type without a schema: {error}") from error
+
+    def _field(self, name: str, hint: Any, default: Any) -> Any:
+        metadata = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        said = next((item.description for item in metadata if isinstance(item, FieldInfo) and item.description), None)
+        said = said or next((item for item in metadata if isinstance(item, str)), None) or self._documentation[1].get(name)
+        if isinstance(default, FieldInfo):
+            default.alias = name
+            default.description = default.description or said
+            return default
+        return Field(default=PydanticUndefined if default is inspect.Parameter.empty else default, alias=name, description=said)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a default that JSON does not know is left out
+                schema = self._model.model_json_schema()
+        except (PydanticInvalidForJsonSchema, PydanticUserError) as error:
+            raise RequestValidationError(f"the tool {self.name!r} has a parameter of a type without a schema: {error}") from error
+        return {"properties": {}, **_untitled(schema, "#")}
+
+    def _complaint(self, error: ValidationError) -> str:
+        """The error for the model to read, which will then try again."""
+        problems = []
+        for problem in error.errors(include_url=False, include_context=False):
+            place = ".".join(map(str, problem["loc"]))
+            got = "" if problem["type"] in ("missing", "json_invalid") else f", got {_shortened(problem['input'])}"
+            problems.append(f"{place}: {problem['msg']}{got}" if place else problem["msg"])
+        return f"The arguments of {self.name} are not valid. {'; '.join(problems)}. Call it again with arguments that follow its schema."
+
+
+def result_text(result: Any) -> str:
+    """A tool's result as the model reads it: text as it is, anything else as JSON."""
+    if isinstance(result, str):
+        return result
+    return to_json(result, fallback=str, inf_nan_mode="constants").decode()
+
+
+def _is_method(function: Callable[..., Any]) -> bool:
+    """Whether a function stands in a class body, so that its first parameter is yet to be bound."""
+    where = getattr(function, "__qualname__", "").rpartition(".")[0]
+    names = list(inspect.signature(function).parameters)
+    return bool(where) and not where.endswith("<locals>") and not inspect.ismethod(function) and names[:1] == ["self"]
+
+
+def _untitled(schema: Any, place: str) -> Any:
+    """Without the titles that pydantic makes up from names: the model has to read all this."""
+    if not isinstance(schema, dict):
+        return schema
+    return map_subschemas({key: value for key, value in schema.items() if key != "title"}, place, _untitled)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _wait_for(awaitable: Any) -> Any:
+    """Run an async function to its end, from code that is not async, whether or not a loop runs in this thread."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((True, asyncio.run(wait())))
+        except BaseException as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if not outcome[0]:
+        raise outcome[1]
+    return outcome[1]

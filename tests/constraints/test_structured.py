@@ -1,0 +1,148 @@
+"""Python types as constraints: what noise makes of them, the types accept."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import ipaddress
+import re
+import uuid
+from collections.abc import Callable
+from decimal import Decimal
+from enum import Enum, IntEnum
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import pytest
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
+from typing_extensions import TypedDict
+
+from pymistral.engine.constraint import GrammarCompiler
+from pymistral.engine.core import EngineCore
+from pymistral.engine.types import EngineRequest
+from pymistral.errors import RequestValidationError
+from pymistral.requests import SamplingParams
+from pymistral.requests.structured import StructuredOutput
+from tests.engine.fakes import Collector
+
+T = TypeVar("T")
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "dark blue"
+
+
+class Level(IntEnum):
+    LOW = 1
+    HIGH = 9
+
+
+class City(BaseModel):
+    name: str = Field(max_length=20, description="Its name")
+    population: int = Field(ge=0, lt=10**8)
+    area: Annotated[float, Field(gt=0, le=0.5)]
+    color: Color = Color.RED
+    founded: datetime.date | None = None
+
+
+class Circle(BaseModel):
+    kind: Literal["circle"]
+    radius: Level
+
+
+class Square(BaseModel):
+    kind: Literal["square"]
+    side: int
+
+
+class Drawing(BaseModel):
+    shapes: list[Annotated[Circle | Square, Field(discriminator="kind")]] = Field(min_length=1, max_length=3)
+
+
+class Tree(BaseModel):
+    value: bool
+    left: Tree | None
+    right: Tree | None = None
+
+
+class Plate(BaseModel):
+    text: str = Field(pattern=r"^[A-Z]{1,3}-\d{3,4}$")
+    old: bool = Field(deprecated=True)
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T] = Field(max_length=2)
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int | None = None
+
+
+class Options(TypedDict, total=False):
+    verbose: bool
+    level: Literal[1, 2, "three"]
+
+
+TYPES: list[Any] = [
+    *(City, Drawing, Tree, Plate, Page[City], Page[Point], Point, Options, Color, Level, bool, int),
+    *(list[Color], dict[str, int], tuple[int, str, bool], set[Level], frozenset[bool], Literal["a", 2, None], int | list[bool] | None),
+    *(datetime.date, datetime.time, datetime.datetime, uuid.UUID, ipaddress.IPv4Address, Decimal, Point | None, bytes),
+    Annotated[list[int], Field(min_length=2, max_length=2)],
+    Annotated[str, Field(min_length=3, max_length=3)],
+    TypeAdapter(list[Point]),
+]
+
+
+def test_types_accept_what_their_constraints_allow(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    core, compiler = noise
+    answers = []
+    for output in map(StructuredOutput, TYPES):
+        grammar = compiler.compile(output.constraint)
+        for seed in range(8):
+            collector = Collector()
+            core.add(core.prepare(EngineRequest([1], SamplingParams(max_len=900, seed=seed), constraint=grammar), collector))
+            answers.append((output, collector))
+    while core.busy:
+        core.step()
+    finished = [(output, collector.texts[0]) for output, collector in answers if collector.finished]
+    assert len(finished) > 0.9 * len(answers)
+    assert {output.name for output, _ in finished} == {output.name for output, _ in answers}
+    for output, text in finished:
+        if not re.search(r"[eE][+-]?\d{3}", text):  # JSON's numbers go further than Python's
+            output.parse(text)
+
+
+def test_what_comes_out() -> None:
+    assert StructuredOutput(Point).parse('{"x": 1}') == Point(1)
+    assert StructuredOutput(set[int]).parse("[1, 1, 2]") == {1, 2}
+    assert StructuredOutput(list[Color]).parse('["dark blue"]') == [Color.BLUE]
+
+
+def test_types_that_cannot_be() -> None:
+    class Callback(BaseModel):
+        call: Callable[[int], int]
+
+    class Looking(BaseModel):
+        text: Annotated[str, Field(json_schema_extra={"not": {"const": "x"}})]
+
+    with pytest.raises(RequestValidationError, match="Callback has no JSON schema"):
+        StructuredOutput(Callback)
+    with pytest.raises(RequestValidationError, match=r"Looking: .*#/properties/text: 'not' cannot be enforced"):
+        StructuredOutput(Looking)
+
+
+def test_a_validator_has_the_last_word() -> None:
+    class Even(BaseModel):
+        number: int
+
+        @field_validator("number")
+        @classmethod
+        def even(cls, number: int) -> int:
+            if number % 2:
+                raise ValueError("it is odd")
+            return number
+
+    with pytest.raises(ValueError, match="it is odd"):
+        StructuredOutput(Even).parse('{"number": 3}')
