@@ -287,8 +287,8 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     for sampler in samplers:
         try:
             sampler.prepare(row)
-        except Exception as error:  # a grammar's
-            errors[sampler] = error
+        except Exception as failure:  # a grammar's
+            errors[sampler] = failure
         row += stride
     if stopovers := [sampler for sampler in samplers if sampler.in_python and sampler not in errors]:
         runner.sample([sampler.row for sampler in stopovers])

@@ -245,8 +245,8 @@ def _allows(schema: dict[str, Any], kind: str) -> bool:
 
 def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:
     """llguidance 1.9 lets an excluded whole number through if the other bound is less than one away: go a little inside instead."""
-    low = schema.get("exclusiveMinimum", schema.get("minimum"))
-    high = schema.get("exclusiveMaximum", schema.get("maximum"))
+    low: Any = schema.get("exclusiveMinimum", schema.get("minimum"))
+    high: Any = schema.get("exclusiveMaximum", schema.get("maximum"))
     if schema.get("type") == "integer" or not (_is_number(low) and _is_number(high) and 0 < high - low < 1):
         return schema
     step = (high - low) / 1024
@@ -264,6 +264,8 @@ def _unbounded_integer(schema: dict[str, Any]) -> bool:
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
     """The integers that every reader of JSON reads exactly (RFC 7493): a weak model would write digits without end."""
+    low: Any
+    high: Any
     low, high = (schema.get(f"exclusive{bound}", schema.get(bound.lower())) for bound in ("Minimum", "Maximum"))
     bounds = {}
     if low is None and not (_is_number(high) and high <= -MOST_EXACT):

@@ -136,7 +136,7 @@ def runner(model: Echo, **options: Any) -> CpuRunner:
 
 @pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
 def test_sequences_side_by_side(group: int, head_dim: int, window: int | None) -> None:
-    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: what a token gets depends on its own sequence only."""
+    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: a token depends on its own sequence."""
     rng = np.random.default_rng(3)
     model = Echo(50, 2, group, head_dim, window, rng)
     run = runner(model)
