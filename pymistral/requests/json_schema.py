@@ -23,19 +23,6 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
-SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
-MOST_EXACT = 2**53 - 1
-ONE = ("additionalProperties", "items", "additionalItems")
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-MAPS = ("properties", "patternProperties", "$defs", "definitions")
-TYPES = ("null", "boolean", "number", "string", "array", "object")
-
-_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
-_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
-_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
-FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 MOST_EXACT = 2**53 - 1
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
