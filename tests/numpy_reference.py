@@ -106,8 +106,11 @@ def matrix(values: NDArray[np.float32], name: str = "matrix") -> Tensor:
     return Tensor(name, GgmlType.F32, stored.shape, stored.view(np.uint8).reshape(-1))
 
 
-def identity(size: int) -> Tensor:
-    """Q8_0: its product is the activations as they were quantised."""
+def identity(size: int, kind: str = "Q8_0") -> Tensor:
+    """Its product is the activations, for Q8_0 as they were quantised."""
+    if kind != "Q8_0":
+        values = np.eye(size, dtype={"F32": np.float32, "F16": np.float16}[kind])
+        return Tensor("identity", GgmlType[kind], (size, size), values.view(np.uint8).reshape(-1))
     blocks = np.zeros((size, size // 32, 34), np.uint8)
     blocks[:, :, :2] = np.array([1.0], np.float16).view(np.uint8)
     for row in range(size):
@@ -174,18 +177,14 @@ def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None
+    q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None, u: float = 2.0**-9
 ) -> tuple[Floats, Floats]:
-    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far 8
-    significant bits
-    (bfloat16) of queries, keys, values and probabilities may move it.
+    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far
+    rounding of queries, keys, values and probabilities by a relative error of ``u`` may move it: ``2**-9`` for bfloat16.
 
-    Rounding to bfloat16 is a relative error of at most ``u = 2**-9``. A score moves by at most ``2.01 u`` times the sum of its terms'
-    sizes, so its
-    probability by a factor within ``exp(2 * that)`` (its own score and the normaliser's), and once more by ``2 u`` for its own rounding
-    and the value's.
+    A score moves by at most ``2.01 u`` times the sum of its terms' sizes, so its probability by a factor within ``exp(2 * that)`` (its own
+    score and the normaliser's), and once more by ``2 u`` for its own rounding and the value's.
     """
-    u = 2.0**-9
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("thd,shd->hts", q, k) * scale

@@ -23,6 +23,7 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
+SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 MOST_EXACT = 2**53 - 1
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
