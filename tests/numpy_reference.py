@@ -177,7 +177,15 @@ def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None, u: float = 2.0**-9
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    positions: NDArray[np.int64],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    u: float = 2.0**-9,
 ) -> tuple[Floats, Floats]:
     """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far
     rounding of queries, keys, values and probabilities by a relative error of ``u`` may move it: ``2**-9`` for bfloat16.

@@ -111,7 +111,9 @@ def test_head_norms(which: str) -> None:
 class Echo:
     """A model whose logits are its attention: one row of q, k and v for each of 50 token ids."""
 
-    def __init__(self, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator, *, exact: bool = False) -> None:
+    def __init__(
+        self, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator, *, exact: bool = False
+    ) -> None:
         self.values = random_qkv(rng, 50, kv_heads, group, head_dim)
         self.tables = [ref.matrix(values) for values in self.values]
         self.inverse = 10000.0 ** -(np.arange(head_dim // 2) / (head_dim // 2))
@@ -139,7 +141,7 @@ def runner(model: Echo, **options: Any) -> CpuRunner:
 @pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, exact: bool) -> None:
-    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: what a token gets depends on its own sequence only."""
+    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: a token depends on its own sequence."""
     rng = np.random.default_rng(3)
     model = Echo(2, group, head_dim, window, rng, exact=exact)
     run = runner(model)

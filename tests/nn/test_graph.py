@@ -39,14 +39,22 @@ def test_what_a_recording_holds() -> None:
     [
         (lambda batch: F.embedding(batch.tokens, TABLE), ValueError, "must end with the logits"),
         (lambda batch: Array(OUTPUTS, 10), ValueError, "must end with the logits"),
-        (lambda batch: (F.embedding(batch.tokens, TABLE)[batch.output_rows], F.embedding(batch.tokens, TABLE))[0], ValueError, "must end with"),
+        (
+            lambda batch: (F.embedding(batch.tokens, TABLE)[batch.output_rows], F.embedding(batch.tokens, TABLE))[0],
+            ValueError,
+            "must end with",
+        ),
         (lambda batch: F.embedding(batch.tokens, TABLE) + 1.0, ValueError, "shapes differ"),
         (lambda batch: F.embedding(batch.tokens, TABLE) + F.embedding(batch.tokens, TABLE)[batch.output_rows], ValueError, "shapes differ"),
         (lambda batch: F.embedding(batch.tokens, TABLE)[0], TypeError, "indexed by batch.output_rows only"),
         (lambda batch: F.linear(np.zeros((2, 32), np.float32), TABLE), TypeError, "NumPy array while a model is recorded"),
         (lambda batch: F.linear(F.embedding(batch.tokens, TABLE), ref.matrix(np.zeros((5, 31)), "w")), ValueError, r"w: shape \(5, 31\)"),
         (lambda batch: F.linear(F.embedding(batch.tokens, TABLE), ref.vector(np.zeros(32))), ValueError, r"norm: shape \(32,\)"),
-        (lambda batch: F.rms_norm(F.embedding(batch.tokens, TABLE), ref.vector(np.zeros(31)), 1e-5), ValueError, "does not scale 32 columns"),
+        (
+            lambda batch: F.rms_norm(F.embedding(batch.tokens, TABLE), ref.vector(np.zeros(31)), 1e-5),
+            ValueError,
+            "does not scale 32 columns",
+        ),
         (lambda batch: F.embedding(batch.tokens, ref.vector(np.zeros(32))), ValueError, "an embedding is a matrix"),
     ],
 )

@@ -24,7 +24,23 @@ TABLE = ref.matrix(_rng.standard_normal((30, COLUMNS)).astype(np.float32))
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "multiply", "scale", "cap", "norm", "norm", "float", "quantized", "quantized", "gated", "float_gated", "attention"]),
+        st.sampled_from(
+            [
+                "add",
+                "add",
+                "multiply",
+                "scale",
+                "cap",
+                "norm",
+                "norm",
+                "float",
+                "quantized",
+                "quantized",
+                "gated",
+                "float_gated",
+                "attention",
+            ]
+        ),
         st.integers(0, 4),
         st.integers(0, 4),
         st.integers(0, 1),
@@ -138,7 +154,9 @@ def test_eager_programs_name_what_is_not_finite(monkeypatch: pytest.MonkeyPatch)
 
     assert np.isnan(run(model)).all()
     monkeypatch.setenv("PYMISTRAL_EAGER", "1")
-    with pytest.raises(FloatingPointError, match=r"launch 1 of \d, matmul.float_matmul layers.7.mlp.down_proj.weight: nan in row 0, column 3"):
+    with pytest.raises(
+        FloatingPointError, match=r"launch 1 of \d, matmul.float_matmul layers.7.mlp.down_proj.weight: nan in row 0, column 3"
+    ):
         run(model)
 
 
