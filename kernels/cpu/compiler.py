@@ -6,9 +6,8 @@ key of everything they depend on (all kernel sources, the CPU, the versions of N
 start imports no Numba. What is missing is compiled in child processes, one per core, so that Numba's memory and its global lock stay out of
 this process.
 
-A cache file is checked by its own SHA-256 and written by rename: a truncated, foreign or half-written file is compiled again, and
-processes that
-start at once at worst compile twice.
+A cache file is checked by a SHA-256 over its key and its code, and written by rename: a truncated, foreign or half-written file is
+compiled again, and processes that start at once at worst compile twice.
 """
 
 from __future__ import annotations
@@ -138,14 +137,14 @@ def _compile_in_children(kernels: Sequence[Spec], done: Callable[[Spec, Compiled
             child.stdin.write(json.dumps([[kernel.factory, kernel.constants] for kernel in share]).encode())
             child.stdin.close()
             for kernel in share:
-                compiled = _read_frame(child.stdout)
+                compiled = _read_frame(child.stdout, kernel)
                 with lock:
                     done(kernel, compiled)
         except BaseException as error:  # handed to the caller's thread below
             failures.append(error)
 
     # Children find this package by the parent's path, whatever it was started with.
-    start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _child; _child()"
+    start = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; from {__name__} import _child; _child()"
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (it outlives the children)
     children = []
     try:
@@ -175,23 +174,34 @@ def _child() -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write between the frames
     for factory, constants in json.loads(sys.stdin.buffer.read()):
-        _write_frame(output, compile_spec(spec(factory, **dict(constants))))
+        kernel = spec(factory, **dict(constants))
+        _write_frame(output, kernel, compile_spec(kernel))
         output.flush()
 
 
-def _write_frame(stream: IO[bytes], kernel: CompiledKernel) -> None:
-    digest = hashlib.sha256(kernel.code).hexdigest()
-    header = json.dumps({"symbol": kernel.symbol, "size": len(kernel.code), "sha256": digest})
-    stream.write(header.encode() + b"\n" + kernel.code)
+def _write_frame(stream: BinaryIO, kernel: Spec, compiled: CompiledKernel) -> None:
+    header = {"symbol": compiled.symbol, "size": len(compiled.code), "sha256": _digest(kernel, compiled)}
+    stream.write(json.dumps(header).encode() + b"\n" + compiled.code)
 
 
-def _read_frame(stream: IO[bytes]) -> CompiledKernel:
-    """Raises ValueError, KeyError or TypeError if the frame is not whole."""
-    header = json.loads(stream.readline(1 << 16))
-    code = stream.read(int(header["size"]))
-    if hashlib.sha256(code).hexdigest() != header["sha256"]:
-        raise ValueError("checksum mismatch")
-    return CompiledKernel(str(header["symbol"]), code)
+def _read_frame(stream: BinaryIO, kernel: Spec) -> CompiledKernel:
+    """Raises one of `_DAMAGED` if this is not the whole frame of this kernel."""
+    header = json.loads(stream.readline(_MAX_HEADER))
+    size = int(header["size"])
+    if not 0 < size < _MAX_CODE:
+        raise ValueError(f"a kernel of {size} bytes")
+    compiled = CompiledKernel(str(header["symbol"]), stream.read(size))
+    if _digest(kernel, compiled) != header["sha256"]:
+        raise ValueError("the checksum differs")
+    return compiled
+
+
+def _digest(kernel: Spec, compiled: CompiledKernel) -> str:
+    return hashlib.sha256(f"{kernel.key}|{compiled.symbol}|".encode() + compiled.code).hexdigest()
+
+
+_MAX_HEADER, _MAX_CODE = 1 << 12, 1 << 26
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 # ---- the cache on disk ----------------------------------------------------------------------------------------------
@@ -201,10 +211,10 @@ def _read_cached(kernel: Spec) -> CompiledKernel | None:
     path = cache_folder() / f"{kernel.key}.o"
     try:
         with path.open("rb") as file:
-            return _read_frame(file)
+            return _read_frame(file, kernel)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         logger.info("ignoring a damaged cached kernel, %s: %s", path, error)
         return None
 
@@ -216,9 +226,8 @@ def _write_cached(kernel: Spec, compiled: CompiledKernel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
             try:
-                _write_frame(file.file, compiled)
-                file.flush()
-                os.fsync(file.fileno())
+                _write_frame(file.file, kernel, compiled)
+                file.flush()  # no fsync: what a crash damages, the checksum finds
                 os.replace(file.name, folder / f"{kernel.key}.o")
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -258,6 +267,8 @@ class _Linker:
 
 
 _linker = _Linker()
+if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that the child does not have
+    os.register_at_fork(after_in_child=lambda: setattr(_linker, "lock", threading.RLock()))
 
 
 def load_kernels(kernels: Iterable[Spec], progress: Progress | None = None) -> dict[Spec, int]:
@@ -306,7 +317,8 @@ def _compile(kernels: list[Spec], progress: Progress | None) -> list[tuple[Spec,
     if progress is not None:
         progress(0, len(kernels))
     # A child costs a third of a second before its first kernel; and where Numba is loaded already, it is no burden.
-    if len(kernels) > 2 and sys.executable and "numba" not in sys.modules:
+    # A frozen application's executable is not a Python that takes a command.
+    if len(kernels) > 2 and sys.executable and not getattr(sys, "frozen", False) and "numba" not in sys.modules:
         try:
             _compile_in_children(kernels, done)
         except OSError as error:
