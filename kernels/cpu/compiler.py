@@ -179,12 +179,12 @@ def _child() -> None:
         output.flush()
 
 
-def _write_frame(stream: BinaryIO, kernel: Spec, compiled: CompiledKernel) -> None:
+def _write_frame(stream: IO[bytes], kernel: Spec, compiled: CompiledKernel) -> None:
     header = {"symbol": compiled.symbol, "size": len(compiled.code), "sha256": _digest(kernel, compiled)}
     stream.write(json.dumps(header).encode() + b"\n" + compiled.code)
 
 
-def _read_frame(stream: BinaryIO, kernel: Spec) -> CompiledKernel:
+def _read_frame(stream: IO[bytes], kernel: Spec) -> CompiledKernel:
     """Raises one of `_DAMAGED` if this is not the whole frame of this kernel."""
     header = json.loads(stream.readline(_MAX_HEADER))
     size = int(header["size"])

@@ -71,11 +71,11 @@ class _Matrix:
 
     @property
     def tile_bytes(self) -> int:
-        return self.format.tile_bytes(self.tensor.shape[1])
+        return int(self.format.tile_bytes(self.tensor.shape[1]))
 
     @property
     def tile_count(self) -> int:
-        return -(-self.tensor.shape[0] // ROWS)
+        return int(-(-self.tensor.shape[0] // ROWS))
 
     @property
     def is_float(self) -> bool:
@@ -212,7 +212,7 @@ class _Lowering:
 
     def _max_rows(self, array: Array) -> int:
         """Whole panels: a matrix product writes all rows of the last one."""
-        return geometry.whole_panels(self.limits.max_tokens if array.rows == TOKENS else self.limits.max_outputs)
+        return int(geometry.whole_panels(self.limits.max_tokens if array.rows == TOKENS else self.limits.max_outputs))
 
     def _new(self, shape: tuple[int, ...], dtype: Any) -> _Buffer:
         key = (*shape, np.dtype(dtype).itemsize)

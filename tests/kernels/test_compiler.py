@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from pymistral.kernels.cpu import compiler
 from pymistral.kernels.cpu.compiler import Spec, entry_point, load_kernels, spec
 
