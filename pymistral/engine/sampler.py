@@ -195,7 +195,8 @@ class Sampler:
     def _set_mask(self, allowed: I32 | None) -> None:
         """The bits of the tokens that a grammar allows; the kernel applies them first of all, and again after the request's functions."""
         if allowed is not None and (allowed.dtype != np.int32 or 32 * allowed.size < self.vocab_size):
-            raise ValueError(f"a mask of {allowed.size} words of {allowed.dtype} for a vocabulary of {self.vocab_size}")  # the kernel trusts it
+            # the kernel trusts it
+            raise ValueError(f"a mask of {allowed.size} words of {allowed.dtype} for a vocabulary of {self.vocab_size}")
         self._allowed = allowed
         self.row.words[at.MASK] = 0 if allowed is None else address(allowed)
 
@@ -285,8 +286,8 @@ def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> lis
     for sampler in samplers:
         try:
             sampler.prepare(row)
-        except Exception as error:  # a grammar's
-            errors[sampler] = error
+        except Exception as failure:  # a grammar's
+            errors[sampler] = failure
         row += stride
     if stopovers := [sampler for sampler in samplers if sampler.in_python and sampler not in errors]:
         runner.sample([sampler.row for sampler in stopovers])
