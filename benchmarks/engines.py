@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,9 +45,17 @@ class Test:
         name = f"{'pp' if self.kind == 'prefill' else 'tg'}{self.tokens}"
         return f"{name} @ {self.context}" if self.context else name
 
+    @classmethod
+    def parse(cls, name: str) -> Test:
+        """From its name: pp512, tg128, tg128@2000."""
+        match = re.fullmatch(r"(pp|tg)([1-9]\d*)(?: ?@ ?(\d+))?", name)
+        if match is None or (match[1] == "pp" and match[3]):
+            raise SystemExit(f"--tests: {name!r} is none; tests are written pp512, tg128 or tg128@2000")
+        return cls("prefill" if match[1] == "pp" else "decode", int(match[2]), int(match[3] or 0))
 
-TESTS = (Test("prefill", 512), Test("decode", 128), Test("decode", 128, 2000), Test("prefill", 4096))
-QUICK_TESTS = (Test("prefill", 32), Test("decode", 8), Test("decode", 8, 64))
+
+TESTS = "pp512,tg128,tg128@2000,pp4096"
+QUICK_TESTS = "pp32,tg8,tg8@64"
 
 
 class EngineError(Exception):
@@ -201,6 +210,7 @@ def main() -> None:
     )
     parser.add_argument("-t", "--threads", type=int, default=available_threads(), metavar="N", help="threads (default: one per core)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="turns (default: 5)")
+    parser.add_argument("--tests", default=TESTS, metavar="NAMES", help=f"which tests (default: {TESTS})")
     parser.add_argument(
         "--python", action="append", default=[], metavar="ENGINE=PATH", help="the interpreter that has the engine; may be repeated"
     )
@@ -212,7 +222,8 @@ def main() -> None:
     pythons, engines = interpreters(args.python), args.engines.split(",")
     if unknown := [engine for engine in engines if engine not in ENGINES]:
         raise SystemExit(f"--engines: {unknown[0]} is unknown; these are known: {', '.join(ENGINES)}")
-    tests, repetitions = (QUICK_TESTS, 2) if args.quick else (TESTS, args.repetitions)
+    tests = tuple(Test.parse(name) for name in (QUICK_TESTS if args.quick else args.tests).split(","))
+    repetitions = 2 if args.quick else args.repetitions
     context = max(test.tokens + test.context for test in tests) + 64
 
     columns = {

@@ -100,11 +100,11 @@ def supported_types() -> list[GgmlType]:
 
 
 def runner_of(operations: Callable[[Batch], Array], settings: Settings, context: int = 512) -> CpuRunner:
-    """A program of these operations; a tiny matrix makes the logits that a program has to end with."""
+    """A program of these operations. A tiny matrix makes the logits that a program has to end with; it is quantised, as models are."""
 
     def model(batch: Batch) -> Array:
         x = operations(batch)
-        return F.linear(x[batch.output_rows], random_matrix(GgmlType.F32, 16, x.columns))
+        return F.linear(x[batch.output_rows], random_matrix(GgmlType.Q8_0, 16, x.columns))
 
     return CpuRunner(record(model), max_position_embeddings=context, threads=settings.threads, max_num_seqs=1, cache_tokens=context)
 
@@ -131,6 +131,8 @@ def launch_seconds(runner: CpuRunner, kernels: Sequence[str], settings: Settings
     table = [row.tolist() for name, row in zip(program.names, program._launches.table, strict=False) if name in kernels][:count]
     records = [[*row[:5], 1, *row[6:]] for row in table]
     repeats = count or program.names.count(kernels[0])
+    if not table:
+        raise RuntimeError(f"the program has no launch of {kernels[0]}: {', '.join(sorted(set(program.names)))}")
     launches, pool = Launches(records, settings.threads), thread_pool(settings.threads)
     return [seconds / repeats for seconds in passes_of(lambda: pool.run(launches), settings.passes, settings.seconds)]
 

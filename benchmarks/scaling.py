@@ -1,11 +1,13 @@
 """How decoding carries to machines that are not here: a count of what a step does, on a simple model of a larger machine.
 
-Nothing is measured. A launch takes as long as its busiest thread streams weights, at a core's bandwidth or its share of the sockets', whichever is less;
-plus what the executor's counters cost: a thread that has finished its share looks at the claim counter of each other share that has units, adds what it did to one
-counter that all threads add to, and the next launch waits for that counter. Each of these is a cache line that moves between cores, and the adding is
-one thread after another. Threads beyond a launch's units find nothing to claim.
+Nothing is measured. A launch takes as long as its busiest thread streams weights, at a core's bandwidth or its share of
+the sockets', whichever is less; plus what the executor's counters cost: a thread that has finished its share looks at
+the claim counter of each other share that has units, adds what it did to one counter that all threads add to, and the
+next launch waits for that counter. Each of these is a cache line that moves between cores, and the adding is one thread
+after another. Threads beyond a launch's units find nothing to claim.
 
-With memory placed by first touch, a thread's share of every matrix is in its own socket's memory; otherwise all weights are taken to lie in one.
+With memory placed by first touch, a thread's share of every matrix is in its own socket's memory; otherwise all weights
+are taken to lie in one.
 """
 
 from __future__ import annotations
@@ -118,7 +120,13 @@ def main() -> None:
     parser.add_argument("--far", type=float, default=150.0, metavar="NS", help="for a cache line between sockets (default: 150)")
     args = parser.parse_args()
     machine = Machine(args.cores_per_socket, args.core_bandwidth, args.socket_bandwidth, args.near, args.far)
-    columns = {"model": "model", "threads": "threads", "tokens_per_sec": "tok/s", "percent": "% of bandwidth bound", "sync": "% in counters"}
+    columns = {
+        "model": "model",
+        "threads": "threads",
+        "tokens_per_sec": "tok/s",
+        "percent": "% of bandwidth bound",
+        "sync": "% in counters",
+    }
     report = Report("scaling", {**columns, "one_node": "tok/s, memory of one socket"})
     report.notes.append(f"Computed, not measured: {machine}.")
     for shape in SHAPES:

@@ -17,6 +17,7 @@ EPSILON = 2.0**-24  # the relative error of one float32 operation
 QUANTIZED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
 )
 FLOATS = ("F32", "F16", "BF16")
 
@@ -37,6 +38,13 @@ _HALVES = {
     "MXFP4": (),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
+    "IQ1_S": (0,),
+    "IQ1_M": (),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
 }
 # Zeros of both signs, the smallest subnormal, the smallest normal, the largest: every sixth scale or so is one of them.
 _EDGES = np.array([0.0, -0.0, 6e-8, 6.1e-5, 65504.0], np.float16)
@@ -56,17 +64,25 @@ def random_tensor(kind: str, rows: int, columns: int, rng: np.random.Generator, 
         data = rng.integers(0, 256, tensor_nbytes(type, (rows, columns)), dtype=np.uint8)
         blocks = data.reshape(-1, size)
         for at in _HALVES[kind]:
-            scales = (rng.standard_normal(len(blocks)) * 0.01).astype(np.float16)
-            if edges:
-                extreme = rng.random(len(blocks)) < 0.15
-                scales[extreme] = rng.choice(_EDGES, extreme.sum())
-            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+            blocks[:, at : at + 2] = _random_halves(len(blocks), rng, edges).view(np.uint8).reshape(-1, 2)
+        if kind == "IQ1_M":  # a nibble of the scale at the top of each of the last four words
+            words = blocks[:, 48:].copy().view(np.uint16) & 0x0FFF
+            nibbles = _random_halves(len(blocks), rng, edges).view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16) & 15
+            blocks[:, 48:] = (words | nibbles << 12).astype(np.uint16).view(np.uint8)
         if kind == "MXFP4":  # powers of two around 2**-7
             blocks[:, 0] = rng.integers(112, 128, len(blocks))
             if edges:
                 extreme = rng.random(len(blocks)) < 0.15
                 blocks[extreme, 0] = rng.choice([0, 1, 2, 150], extreme.sum())
     return Tensor(f"{kind} {rows}x{columns}", type, (rows, columns), data), values_of(kind, data, rows, columns)
+
+
+def _random_halves(count: int, rng: np.random.Generator, edges: bool) -> NDArray[np.float16]:
+    scales = (rng.standard_normal(count) * 0.01).astype(np.float16)
+    if edges:
+        extreme = rng.random(count) < 0.15
+        scales[extreme] = rng.choice(_EDGES, extreme.sum())
+    return scales
 
 
 def values_of(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> Floats:
@@ -90,8 +106,11 @@ def matrix(values: NDArray[np.float32], name: str = "matrix") -> Tensor:
     return Tensor(name, GgmlType.F32, stored.shape, stored.view(np.uint8).reshape(-1))
 
 
-def identity(size: int) -> Tensor:
-    """Q8_0: its product is the activations as they were quantised."""
+def identity(size: int, kind: str = "Q8_0") -> Tensor:
+    """Its product is the activations, for Q8_0 as they were quantised."""
+    if kind != "Q8_0":
+        values = np.eye(size, dtype={"F32": np.float32, "F16": np.float16}[kind])
+        return Tensor("identity", GgmlType[kind], (size, size), values.view(np.uint8).reshape(-1))
     blocks = np.zeros((size, size // 32, 34), np.uint8)
     blocks[:, :, :2] = np.array([1.0], np.float16).view(np.uint8)
     for row in range(size):
@@ -158,18 +177,22 @@ def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats
 
 
 def attention(
-    q: Floats, k: Floats, v: Floats, positions: NDArray[np.int64], *, scale: float, window: int | None = None, soft_cap: float | None = None
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    positions: NDArray[np.int64],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    u: float = 2.0**-9,
 ) -> tuple[Floats, Floats]:
-    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far 8
-    significant bits
-    (bfloat16) of queries, keys, values and probabilities may move it.
+    """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far
+    rounding of queries, keys, values and probabilities by a relative error of ``u`` may move it: ``2**-9`` for bfloat16.
 
-    Rounding to bfloat16 is a relative error of at most ``u = 2**-9``. A score moves by at most ``2.01 u`` times the sum of its terms'
-    sizes, so its
-    probability by a factor within ``exp(2 * that)`` (its own score and the normaliser's), and once more by ``2 u`` for its own rounding
-    and the value's.
+    A score moves by at most ``2.01 u`` times the sum of its terms' sizes, so its probability by a factor within ``exp(2 * that)`` (its own
+    score and the normaliser's), and once more by ``2 u`` for its own rounding and the value's.
     """
-    u = 2.0**-9
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("thd,shd->hts", q, k) * scale

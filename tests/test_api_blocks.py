@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest_asyncio
+from pydantic import BaseModel
 
 from pymistral import (
+    Constraint,
     ContextSize,
     GgufModelBuilder,
     Model,
@@ -139,3 +141,18 @@ def test_blocking(smollm2_path: Path) -> None:
 async def test_blocking_inside_an_event_loop(smollm2_path: Path) -> None:
     with BlockingModel.from_builder(ModelBuilder(smollm2_path)) as model:
         assert model.detokenize(model.tokenize("in a notebook")) == "in a notebook"
+
+
+class City(BaseModel):
+    name: str
+    country: str
+
+
+async def test_structured(model: Model) -> None:
+    messages = TextMessages().add_message("user", "Give me info about Paris.")
+    assert isinstance(await model.generate_structured(City, messages), City)
+
+
+async def test_constraint(model: Model) -> None:
+    request = RequestBuilder().add_message("user", "Is the sky blue?").set_constraint(Constraint.regex("(yes|no)\\."))
+    assert (await model.send_chat_request(request)).choices[0].message.content in ("yes.", "no.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .helpers import inline
 from .simd import bits_to_f32, load_f16, load_f32, load_i8, load_i32, load_i64, load_u8, load_u16, store_f32
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
@@ -24,13 +26,14 @@ def read_row(layout: str) -> Any:
     codebook = format.codebook or (0,)
     has_codebook = bool(format.codebook)
     zero = 0 if has_codebook else format.zero
+    unit = np.float32(format.unit)
 
     @inline
     def factor(block, header, index, row):
         at = block + scales_at + index * scale_bytes
         if scale_kind == "f16":
             return load_f16(at + 2 * row)
-        super_scale = load_f16(header + 2 * row) if header_bytes else load_f16(block)
+        super_scale = load_f16(header + 2 * row) * unit if header_bytes else load_f16(block)
         if scale_kind == "super":
             return super_scale
         if scale_kind == "e8m0":

@@ -121,6 +121,8 @@ def _scales(b: Any, format: Any, block: Any, header: Any, index: int, minimum: b
 
     def super_scale() -> Any:
         scale = halves(simd._row(b, header, 32, 1 if minimum else 0))
+        if format.unit != 1:
+            scale = b.fmul(scale, simd._constant(floats, format.unit))
         return b.fneg(scale) if minimum else scale
 
     if format.scale == "f16":

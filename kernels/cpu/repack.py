@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from .grids import grid
 from .helpers import inline
 from .simd import load_i64, load_u8, load_u16, load_u32, store_i32, store_u8, store_u16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
@@ -49,6 +52,26 @@ def ternary_digits(word, power):
     even = (word & 0x00FF00FF) * power & 0x00FF00FF
     odd = (word >> 8 & 0x00FF00FF) * power & 0x00FF00FF
     return (even * 3 >> 8 & 0x00FF00FF) | (odd * 3 & 0xFF00FF00)
+
+
+@inline
+def spread_pairs(eight):
+    """Bits ``2 i`` and ``2 i + 1`` to the low bits of byte ``i``."""
+    return (eight & 3) | (eight & 12) << 6 | (eight & 48) << 12 | (eight & 192) << 18
+
+
+@inline
+def spread_triples(twelve):
+    """Bits ``3 i`` to ``3 i + 2`` to the low bits of byte ``i``."""
+    return (twelve & 7) | (twelve & 0x38) << 5 | (twelve & 0x1C0) << 10 | (twelve & 0xE00) << 15
+
+
+@inline
+def eight_signs(seven):
+    """Signs are stored for seven of eight columns: an even number of the eight is negative."""
+    parity = seven ^ seven >> 4
+    parity ^= parity >> 2
+    return seven | ((parity ^ parity >> 1) & 1) << 7
 
 
 def _words(layout: str) -> Any:
@@ -125,10 +148,66 @@ def _words(layout: str) -> Any:
     def tq2_0(block, sub, group):
         return load_u32(block + 32 * (sub // 4) + 4 * group) >> (2 * (sub % 4)) & 0x03030303
 
+    grid_word, ternary_grid_word = _grid_words(layout)
+
+    @inline
+    def iq2_xxs(block, sub, group):
+        signs = eight_signs(load_u32(block + 6 + 8 * sub) >> (7 * (group // 2)) & 127)
+        return ternary_grid_word(load_u8(block + 2 + 8 * sub + group // 2), signs, group)
+
+    @inline
+    def iq2_xs(block, sub, group):
+        index = load_u16(block + 2 + 8 * sub + 2 * (group // 2))
+        return ternary_grid_word(index & 511, eight_signs(index >> 9), group)
+
+    @inline
+    def iq2_s(block, sub, group):
+        eight = 4 * sub + group // 2
+        high = load_u8(block + 66 + sub) >> (2 * (group // 2)) & 3
+        return ternary_grid_word(load_u8(block + 2 + eight) | high << 8, load_u8(block + 34 + eight), group)
+
+    @inline
+    def iq3_xxs(block, sub, group):
+        signs = eight_signs(load_u32(block + 66 + 4 * sub) >> (7 * (group // 2)) & 127)
+        return grid_word(load_u8(block + 2 + 8 * sub + group), signs, group)
+
+    @inline
+    def iq3_s(block, sub, group):
+        high = load_u8(block + 66 + sub) >> group & 1
+        return grid_word(load_u8(block + 2 + 8 * sub + group) | high << 8, load_u8(block + 74 + 4 * sub + group // 2), group)
+
+    @inline
+    def iq1_s(block, sub, group):
+        high = load_u16(block + 34 + 2 * sub)
+        index = load_u8(block + 2 + 4 * sub + group // 2) | (high >> (3 * (group // 2)) & 7) << 8
+        return ternary_grid_word(index, 255 * (high >> 15), group)
+
+    @inline
+    def iq1_m(block, sub, group):
+        eight = 4 * sub + group // 2
+        high = load_u8(block + 32 + eight // 2) >> (4 * (eight % 2)) & 15
+        return ternary_grid_word(load_u8(block + eight) | (high & 7) << 8, 255 * (high >> 3), group)
+
     return locals()[layout]
 
 
-def _scales(layout: str) -> Any:
+def _grid_words(layout: str) -> tuple[Any, Any]:
+    """Functions ``(index, signs, group)``: a group's coordinates of a point, four or half of eight, below the bits of its signs."""
+    points = grid(layout) if layout.startswith(("iq1", "iq2", "iq3")) else np.zeros(1, np.uint32)
+
+    @inline
+    def grid_word(index, signs, group):
+        return spread_triples(np.int64(points[index])) | spread_bits(signs >> (4 * (group % 2)) & 15) << 3
+
+    @inline
+    def ternary_grid_word(index, signs, group):
+        half = np.int64(points[index]) >> (8 * (group % 2)) & 255
+        return spread_pairs(half) | spread_bits(signs >> (4 * (group % 2)) & 15) << 2
+
+    return grid_word, ternary_grid_word
+
+
+def _scales(layout: str, block_bytes: int) -> Any:
     """A function ``(block, sub, row, header, target)`` that writes one row's scales and minimums for 32 columns."""
 
     @inline
@@ -184,7 +263,43 @@ def _scales(layout: str) -> Any:
     def tq2_0(block, sub, row, header, target):
         store_u16(header + 2 * row, load_u16(block + 64))
 
-    writers = locals() | {"q5_k": q4_k}
+    @inline
+    def iq2_xxs(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        store_u8(target + row, 2 * (load_u32(block + 6 + 8 * sub) >> 28) + 1)
+
+    @inline
+    def iq2_xs(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        both = load_u8(block + block_bytes - 8 + sub)
+        store_u8(target + row, 2 * (both & 15) + 1)
+        store_u8(target + 16 + row, 2 * (both >> 4) + 1)
+
+    @inline
+    def iq3_xxs(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        store_u8(target + row, 2 * (load_u32(block + 66 + 4 * sub) >> 28) + 1)
+
+    @inline
+    def iq3_s(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        store_u8(target + row, 2 * (load_u8(block + 106 + sub // 2) >> (4 * (sub % 2)) & 15) + 1)
+
+    @inline
+    def iq1_s(block, sub, row, header, target):
+        store_u16(header + 2 * row, load_u16(block))
+        store_u8(target + row, 2 * (load_u16(block + 34 + 2 * sub) >> 12 & 7) + 1)
+
+    @inline
+    def iq1_m(block, sub, row, header, target):
+        # the super-scale is cut into the top nibbles of four words of scales
+        scales = load_i64(block + 48)
+        store_u16(header + 2 * row, (scales >> 12 & 15) | (scales >> 24 & 0xF0) | (scales >> 36 & 0xF00) | (scales >> 48 & 0xF000))
+        two = scales >> (16 * (sub // 2) + 6 * (sub % 2))
+        store_u8(target + row, 2 * (two & 7) + 1)
+        store_u8(target + 16 + row, 2 * (two >> 3 & 7) + 1)
+
+    writers = locals() | {"q5_k": q4_k, "iq2_s": iq2_xs}
     return writers.get(layout, half_scale_and_minimum if TILE_FORMATS[layout].minimum else half_scale)
 
 
@@ -204,7 +319,7 @@ def repack(*, layout: str, block_bytes: int) -> Any:
     per_plane = 8 // high_bits if high_bits else 8
     low_mask = ((1 << bits) - 1) * 0x01010101
     high_mask = ((1 << high_bits) - 1) * 0x01010101
-    word, write_scales = _words(layout), _scales(layout)
+    word, write_scales = _words(layout), _scales(layout, block_bytes)
 
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)

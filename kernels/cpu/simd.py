@@ -600,9 +600,9 @@ def take_bits(typing_context, value, start, count, at):
 
 
 def _look_up(b, indices, values):
-    """``values[index]`` for each of 64 bytes; the sixteen values are constants from 0 to 255, the indices below 16."""
+    """``values[index]`` for each of 64 bytes; up to sixteen values, constants from 0 to 255."""
     isa = current_isa()
-    table = ir.Constant(i8x64.llvm, list(values) * 4)
+    table = ir.Constant(i8x64.llvm, [*values, *[0] * (16 - len(values))] * 4)
     if isa.name.startswith("avx512"):
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
@@ -750,7 +750,7 @@ def zero_tile(typing_context, tokens):
 def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
     """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums`` for each token.
 
-    Starting there takes the weights' zero point (0 or a power of two) off exactly, at the price of a shift. All but the address are
+    Starting there takes the weights' zero point off exactly, at the price of a shift where it is a power of two. All but the address are
     literals. Where the dot product is a signed one (`matmul.dot_groups`), the start is 0.
     """
     count = tokens.literal_value
@@ -763,7 +763,9 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
             if offset == 0 or _is_signed(offset):
                 return _constant(i32x16.llvm, 0)
             total = _scalar_row(b, values[2], step, t, _I32)
-            return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
+            if offset & (offset - 1) == 0:
+                return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
+            return b.mul(total, _constant(i32x16.llvm, offset))
 
         return _each(b, tile, start)
 

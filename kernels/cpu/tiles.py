@@ -18,7 +18,8 @@ A record is, in this order:
 - scales, one for 32 columns or one for each half: ``f16[16]``, or ``u8[16]`` / ``i8[16]`` that multiply the super-scale, or ``e8m0[16]``
 - minimums alike; `scale="nibbles"` keeps scale (low) and minimum (high) in one byte
 
-A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``. Nothing is rounded on the way from a GGUF block to a tile.
+A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``; super-scales count ``unit`` times. Nothing is rounded on
+the way from a GGUF block to a tile.
 
 Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values.
 
@@ -57,7 +58,9 @@ class TileFormat:
     zero
         What is taken from each quant.
     codebook
-        Sixteen int8 values that 4-bit quants index. Products take them plus ``zero``, which makes them unsigned.
+        int8 values that quants of up to 4 bits index. Products take them plus ``zero``, which makes them unsigned.
+    unit
+        What super-scales are multiplied by, a power of two.
     """
 
     name: str
@@ -69,6 +72,7 @@ class TileFormat:
     columns: int = 32
     zero: int = 0
     codebook: tuple[int, ...] = ()
+    unit: float = 1.0
 
     @property
     def scales(self) -> int:
@@ -120,6 +124,11 @@ class TileFormat:
 # ggml's 4-bit codebooks: one finer around zero, and the values of the E2M1 floats, doubled
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+# What coordinates of the grids stand for; the top bit of a quant is the sign, and in IQ1 that of the shift by 1/8 of -1, 0 and 1.
+_IQ2 = (8, 25, 43, 0, -8, -25, -43, 0)
+_IQ3_XXS = (4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62)
+_IQ3_S = (1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15)
+_IQ1 = (-7, 1, 9, 0, -9, -1, 7, 0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,13 @@ TILE_FORMATS: dict[str, TileFormat] = {
         TileFormat("q6_k", 4, 2, scale="i8", scale_columns=16, columns=256, zero=32),
         TileFormat("iq4_nl", 4, zero=128, codebook=_NONLINEAR),
         TileFormat("iq4_xs", 4, scale="i8", columns=256, zero=128, codebook=_NONLINEAR),
+        TileFormat("iq2_xxs", 2, 1, scale="u8", columns=256, zero=43, codebook=_IQ2, unit=1 / 8),
+        TileFormat("iq2_xs", 2, 1, scale="u8", scale_columns=16, columns=256, zero=43, codebook=_IQ2, unit=1 / 8),
+        TileFormat("iq2_s", 2, 1, scale="u8", scale_columns=16, columns=256, zero=43, codebook=_IQ2, unit=1 / 8),
+        TileFormat("iq3_xxs", 4, scale="u8", columns=256, zero=62, codebook=_IQ3_XXS, unit=1 / 4),
+        TileFormat("iq3_s", 4, scale="u8", columns=256, zero=15, codebook=_IQ3_S),
+        TileFormat("iq1_s", 2, 1, scale="u8", columns=256, zero=9, codebook=_IQ1, unit=1 / 8),
+        TileFormat("iq1_m", 2, 1, scale="u8", scale_columns=16, columns=256, zero=9, codebook=_IQ1, unit=1 / 8),
         TileFormat("mxfp4", 4, scale="e8m0", zero=12, codebook=_E2M1),
         TileFormat("tq1_0", 2, scale="super", columns=256, zero=1),
         TileFormat("tq2_0", 2, scale="super", columns=256, zero=1),

@@ -85,7 +85,9 @@ class CpuRunner:
         self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
         self.vocab_size = self.program.logits.shape[1]
         # A model may give logits for more ids, or fewer, than it has embeddings for.
-        self._embeddings = min((node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size)
+        self._embeddings = min(
+            (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
+        )
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:

@@ -722,7 +722,7 @@ class _Lowering:
         rope: Rope | None = options["rope"]
         if rope is not None and rope not in self.state.ropes:
             self.state.ropes.append(rope)
-        q_rows, k_rows, v_rows = (self.rows_of[array] for array in (q, k, v))
+        q_rows, k_rows, v_rows = self._to_overwrite(q, node), self._to_overwrite(k, node), self.rows_of[v]
         slots: tuple[int, ...] = (
             q_rows.address,
             self._row_bytes(q),
@@ -791,6 +791,18 @@ class _Lowering:
             scratch=(5, 4 * geometry.partial_floats(group, head_dim)),
         )
         self._give_back(partials)
+        for rows in (q_rows, k_rows):
+            self._give_back(rows)  # the copies
+
+    def _to_overwrite(self, array: Array, node: Node) -> _Buffer:
+        """The array's rows, or a copy of them if anything but this operand of the node needs them as they are."""
+        source = self.rows_of[array]
+        if self.users[array] == [node] and array is not self.graph.nodes[-1].output:
+            return source
+        copy = self._new(source.array.shape, np.float32)
+        slots = (source.address, 0, copy.address, _padded(array.columns), self._row_bytes(array), _float_bits(1.0))
+        self._launch(spec("elementwise.scale"), slots, array.rows, reads=(source,), writes=(copy,))
+        return copy
 
     # ---- the program ------------------------------------------------------------------------------------------------
 

@@ -159,6 +159,8 @@ def attention(
     for norm in (q_norm, k_norm):
         if norm is not None:
             _check_length(norm.weight, head_dim)
+    if q_norm is not None and k_norm is not None and q_norm.epsilon != k_norm.epsilon:
+        raise ValueError(f"attention: the epsilons of the head norms differ, {q_norm.epsilon} and {k_norm.epsilon}")
     return emit(
         "attention",
         (q, k, v),

@@ -1,6 +1,7 @@
 """Attention with its rotations, head norms and paged cache, against float64.
 
-Queries, keys, values and probabilities may go through bfloat16: `numpy_reference.attention` says how far that may move a result.
+Queries, keys, values and probabilities go through bfloat16, unless all of a model's matrices are float32. `numpy_reference.attention` says
+how far that may move a result.
 """
 
 from __future__ import annotations
@@ -108,15 +109,18 @@ def test_head_norms(which: str) -> None:
 
 
 class Echo:
-    """A model whose logits are its attention: one row of q, k and v for each token id."""
+    """A model whose logits are its attention: one row of q, k and v for each of 50 token ids."""
 
-    def __init__(self, tokens: int, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator) -> None:
-        self.values = random_qkv(rng, tokens, kv_heads, group, head_dim)
+    def __init__(
+        self, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator, *, exact: bool = False
+    ) -> None:
+        self.values = random_qkv(rng, 50, kv_heads, group, head_dim)
         self.tables = [ref.matrix(values) for values in self.values]
         self.inverse = 10000.0 ** -(np.arange(head_dim // 2) / (head_dim // 2))
         self.rope = Rope(self.inverse, 2048)
         self.head_dim, self.window, self.scale = head_dim, window, head_dim**-0.5
-        self.out = ref.matrix(np.eye(self.values[0].shape[1], dtype=np.float32))
+        self.out = ref.identity(self.values[0].shape[1], "F32" if exact else "F16")
+        self.u = 2.0**-17 if exact else 2.0**-9  # float32: the sums of up to 256 products and 1500 positions
 
     def __call__(self, batch: Batch) -> Array:
         q, k, v = (F.embedding(batch.tokens, table) for table in self.tables)
@@ -127,7 +131,7 @@ class Echo:
         q, k, v = (heads(values[tokens], self.head_dim).astype(np.float64) for values in self.values)
         positions = np.arange(len(tokens))
         turned = [ref.rotated(x, positions, self.inverse) for x in (q, k)]
-        return ref.attention(*turned, v, positions, scale=self.scale, window=self.window)
+        return ref.attention(*turned, v, positions, scale=self.scale, window=self.window, u=self.u)
 
 
 def runner(model: Echo, **options: Any) -> CpuRunner:
@@ -135,10 +139,11 @@ def runner(model: Echo, **options: Any) -> CpuRunner:
 
 
 @pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
-def test_sequences_side_by_side(group: int, head_dim: int, window: int | None) -> None:
-    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: what a token gets depends on its own sequence only."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, exact: bool) -> None:
+    """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: a token depends on its own sequence."""
     rng = np.random.default_rng(3)
-    model = Echo(50, 2, group, head_dim, window, rng)
+    model = Echo(2, group, head_dim, window, rng, exact=exact)
     run = runner(model)
     lengths = [700, 1, 300, 33, 260]
     sequences = [rng.integers(0, 50, length) for length in lengths]
@@ -167,11 +172,12 @@ def test_sequences_side_by_side(group: int, head_dim: int, window: int | None) -
 
 
 @pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, 100), (4, 256, None)])
-def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None, exact: bool) -> None:
     """One token at a time, in chunks of any size, alone or beside many others, on one thread or three: the same bits."""
     rng = np.random.default_rng(4)
     length = 560
-    model = Echo(50, 2, group, head_dim, window, rng)
+    model = Echo(2, group, head_dim, window, rng, exact=exact)
     tokens = [int(t) for t in rng.integers(0, 50, length)]
 
     def run(cuts: list[int], others: int, **options: Any) -> NDArray[np.float32]:
@@ -198,7 +204,7 @@ def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int 
 def test_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding at the last position that the model was made for."""
     rng = np.random.default_rng(5)
-    model = Echo(50, 1, 3, 64, None, rng)
+    model = Echo(1, 3, 64, None, rng)
     run = runner(model)
     tokens = rng.integers(0, 50, run.max_sequence_length)
     table = list(range(-(-len(tokens) // run.block_size)))

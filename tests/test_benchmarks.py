@@ -1,0 +1,86 @@
+"""The benchmarks run, and count right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import score
+from benchmarks.engines import Test as EngineTest
+from benchmarks.report import shown
+from benchmarks.scaling import SHAPES, Machine, step
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels(tmp_path: Path) -> None:
+    run("benchmarks.kernels", "--quick", "-t", "1", "--types", "Q4_1,F16", "--output", str(tmp_path))
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert min(result["machine"]["limits"].values()) > 0
+    kernels = {row["kernel"] for row in result["rows"]}
+    assert {
+        "executor",
+        "matmul.matmul",
+        "matmul.gated_matmul",
+        "matmul.float_matmul",
+        "attention.attention",
+        "quantize.quantize",
+    } <= kernels
+    assert all(row["microseconds"] > 0 for row in result["rows"])
+    assert str(tmp_path.parent) not in result["machine"]["command"]
+    assert (tmp_path / "kernels.md").read_text().startswith("# kernels\n")
+
+
+def test_engines(smollm2_path: Path) -> None:
+    result = json.loads(run("benchmarks.engines", "--quick", "--json", "-t", "1", "-m", str(smollm2_path), "--engines", "pymistral"))
+    assert [row["test"] for row in result["rows"]] == ["pp32", "tg8", "tg8 @ 64"]
+    assert all(row["low"] <= row["tokens_per_sec"] <= row["high"] for row in result["rows"])
+
+
+@pytest.mark.parametrize("name", ["pp512", "tg128", "tg128 @ 2000"])
+def test_names_of_tests(name: str) -> None:
+    assert EngineTest.parse(name).name == name
+    assert EngineTest.parse(name.replace(" ", "")).name == name
+
+
+@pytest.mark.parametrize("name", ["pp0", "pp512@5", "tg", "xx5"])
+def test_wrong_names_of_tests(name: str) -> None:
+    with pytest.raises(SystemExit, match="tests are written"):
+        EngineTest.parse(name)
+
+
+def test_score() -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.argsort(-logits)[:, :8]
+    golden = {"top_ids": ids, "top_logprobs": np.take_along_axis(logprobs, ids, 1)}
+    kl, _, top1 = score(logits, golden, 4)
+    assert kl == pytest.approx(0, abs=1e-6)
+    assert top1 == 1
+    kl, _, top1 = score(-logits, golden, 4)
+    assert kl > 0.5
+    assert top1 == 0
+
+
+def test_scaling_counts_the_bytes() -> None:
+    machine = Machine(64, 40, 400, 0, 0)
+    for shape in SHAPES:
+        streaming, sync = step(shape, 1, machine)
+        assert sync == 0
+        assert streaming == pytest.approx(sum(launch.units * launch.unit_bytes for launch in shape.launches()) / 40e9)
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, ""), (3, "3"), (1234.5, "1234"), (12.34, "12.3"), (0.01234, "0.0123"), ("x", "x")])
+def test_shown(value: str | float | None, text: str) -> None:
+    assert shown(value) == text
