@@ -195,9 +195,8 @@ class Sampler:
     def _set_mask(self, allowed: I32 | None) -> None:
         """The bits of the tokens that a grammar allows; the kernel applies them first of all, and again after the request's functions."""
         if allowed is not None and (allowed.dtype != np.int32 or 32 * allowed.size < self.vocab_size):
-            raise ValueError(
-                f"a mask of {allowed.size} words of {allowed.dtype} for a vocabulary of {self.vocab_size}"
-            )  # the kernel trusts it
+            # the kernel trusts it
+            raise ValueError(f"a mask of {allowed.size} words of {allowed.dtype} for a vocabulary of {self.vocab_size}")
         self._allowed = allowed
         self.row.words[at.MASK] = 0 if allowed is None else address(allowed)
 

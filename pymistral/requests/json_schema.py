@@ -34,8 +34,7 @@ _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 _DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
-_ZONE = r"(?:Z|\+(?:[01][0-9]|2[0-3]):[0-5][0-9]|-(?:0[1-9]|1[0-9]|2[0-3]):[0-5][0-9])"
-_TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{{1,6}})?{_ZONE}"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 """Only dates that exist, and no leap seconds, which Python's datetime does not know."""
 
@@ -50,8 +49,13 @@ def prepared_schema(schema: Any) -> Any:
     """
     if isinstance(schema, bool):
         return schema
-    schema = closed_schema(schema)
-    prepared = _Schema(schema).prepare(schema, "#")
+    try:
+        schema = closed_schema(schema)
+        prepared = _Schema(schema).prepare(schema, "#")
+    except (TypeError, AttributeError) as error:  # a list where a dict belongs, or the like
+        raise RequestValidationError(f"the JSON schema is malformed: {error}") from error
+    except RecursionError:
+        raise RequestValidationError("the JSON schema is nested too deeply") from None
     prepared.setdefault("x-guidance", LAYOUT)
     return prepared
 
@@ -233,9 +237,8 @@ def _allows(schema: dict[str, Any], kind: str) -> bool:
 
 def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:
     """llguidance 1.9 lets an excluded whole number through if the other bound is less than one away: go a little inside instead."""
-    low: Any = schema.get("exclusiveMinimum", schema.get("minimum"))
-    high: Any = schema.get("exclusiveMaximum", schema.get("maximum"))
-    if schema.get("type") == "integer" or not (_is_number(low) and _is_number(high) and 0 < high - low < 1):
+    low, high = _bound(schema, "Minimum"), _bound(schema, "Maximum")
+    if schema.get("type") == "integer" or low is None or high is None or not 0 < high - low < 1:
         return schema
     step = (high - low) / 1024
     for key, other, inside in (("exclusiveMinimum", "minimum", low + step), ("exclusiveMaximum", "maximum", high - step)):
@@ -252,19 +255,19 @@ def _unbounded_integer(schema: dict[str, Any]) -> bool:
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
     """The integers that every reader of JSON reads exactly (RFC 7493): a weak model would write digits without end."""
-    low: Any
-    high: Any
-    low, high = (schema.get(f"exclusive{bound}", schema.get(bound.lower())) for bound in ("Minimum", "Maximum"))
+    low, high = _bound(schema, "Minimum"), _bound(schema, "Maximum")
     bounds = {}
-    if low is None and not (_is_number(high) and high <= -MOST_EXACT):
+    if low is None and (high is None or high > -MOST_EXACT):
         bounds["minimum"] = -MOST_EXACT
-    if high is None and not (_is_number(low) and low >= MOST_EXACT):
+    if high is None and (low is None or low < MOST_EXACT):
         bounds["maximum"] = MOST_EXACT
     return {**schema, **bounds}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _bound(schema: dict[str, Any], name: str) -> float | None:
+    """The bound, excluded or not; None if there is none."""
+    value = schema.get(f"exclusive{name}", schema.get(name.lower()))
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

@@ -33,7 +33,7 @@ class StructuredOutput(Generic[T]):
         class Schema(GenerateJsonSchema):
             def decimal_schema(self, schema: Any) -> JsonSchemaValue:
                 """A number: the string that pydantic takes as well could hold anything."""
-                return self.float_schema(cast(Any, {**schema, "type": "float"}))
+                return self.float_schema(cast("Any", {**schema, "type": "float"}))
 
         self.name = getattr(type, "__name__", None) or str(type)
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation, getcontext
 from typing import Any
 
@@ -64,6 +66,36 @@ def test_what_cannot_be_enforced_is_refused_by_name(noise: tuple[EngineCore, Gra
     with pytest.raises(RequestValidationError) as refused:
         noise[1].compile(Constraint.json_schema(schema))
     assert name in str(refused.value)
+
+
+def test_malformed_schemas_are_refused_or_harmless(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    """Junk in any place of a schema: one clear error, or a grammar all the same."""
+    junk: list[Any] = [None, True, -1, 1e300, "x", "#", "#/a/0", [], {}, [{}], {"$ref": "#"}, {"type": []}, [1, "a"]]
+    errors = []
+    for seed, schema in enumerate(schemas(300)):
+        rng = random.Random(seed)
+        text = json.dumps(schema)
+        broken = json.loads(text)
+        parent, key = rng.choice(list(places(broken)) or [([broken], 0)])
+        parent[key] = rng.choice(junk)
+        try:
+            noise[1].compile(Constraint.json_schema(broken))
+        except RequestValidationError as error:
+            errors.append(str(error))
+    assert 30 < len(errors) < 290
+    assert all(errors)
+    deep: Any = {"type": "string"}
+    for _ in range(500):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(RequestValidationError):
+        noise[1].compile(Constraint.json_schema(deep))
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value: what holds it, and by which key."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(item)
 
 
 def test_the_schemas_are_varied() -> None:
