@@ -64,18 +64,26 @@ class Rope:
         Raises
         ------
         ModelLoadError
-            If the scaling's type is unknown or lacks a parameter.
+            If a value cannot be, or the scaling's type is unknown or lacks a parameter.
         """
-        dims = int(head_dim * config.get("partial_rotary_factor", 1.0))
+        partial = float(config.get("partial_rotary_factor", 1.0))
+        if not 0 < partial <= 1:
+            raise ModelLoadError(f"partial_rotary_factor={partial}: expected a number above 0, and 1 at most")
+        dims = int(head_dim * partial)
         base = float(theta if theta is not None else config.get("rope_theta", 10000.0))
+        if not 0 < base < math.inf:
+            raise ModelLoadError(f"rope_theta={base}: expected a finite number above 0")
         inverse = base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
         max_positions = int(config["max_position_embeddings"])
         factor = 1.0
         scaling = config.get("rope_scaling") if scaling is None else scaling
         if factors is not None:
+            if factors.shape != inverse.shape or not (np.isfinite(factors) & (factors > 0)).all():
+                raise ModelLoadError(f"the divisors of the rotary frequencies must be {len(inverse)} numbers above 0")
             inverse = inverse / factors
         elif scaling:
-            inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
+            with np.errstate(all="ignore"):
+                inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
             if not (np.isfinite(inverse).all() and math.isfinite(factor)):
                 raise ModelLoadError(f"rope_scaling gives frequencies that are not finite: {str(dict(scaling))[:200]}")
         return cls(inverse, max_positions, factor)

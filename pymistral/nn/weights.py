@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..quantization.types import Tensor
+from ..quantization.types import GgmlType, Tensor
 
 
 class Weights:
@@ -60,4 +60,6 @@ class Weights:
     def rope_factors(self) -> NDArray[np.float64] | None:
         """Divisors of the rotary frequencies, where a GGUF file brings them as a tensor."""
         tensor = self._tensors.get("rope_freqs.weight")
+        if tensor is not None and tensor.type != GgmlType.F32:
+            raise ModelLoadError(f"tensor {tensor.name!r} is stored as {tensor.type.name}; the divisors of rotary frequencies must be F32")
         return None if tensor is None else tensor.data.view(np.float32).astype(np.float64)
