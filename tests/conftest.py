@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 def pytest_configure(config: pytest.Config) -> None:
     """All tests, and the processes that they start, share one cache of compiled kernels; it is not the user's."""
     os.environ["PYMISTRAL_CACHE"] = str(config.cache.mkdir("pymistral"))
+    # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from pymistral.nn.eager import evaluate
 from pymistral.nn.graph import Array, OutputRows
 from pymistral.nn.memory import address, zeros
 from pymistral.nn.pool import Launches, thread_pool
+from pymistral.quantization.types import BLOCK_SIZES, GgmlType
 
 KINDS = (*ref.QUANTIZED, *ref.FLOATS)
 seeds = st.integers(0, 2**32 - 1)
@@ -164,13 +165,13 @@ def test_norm_by_its_slots(with_branch: bool, with_branch_weight: bool, with_row
 @given(seed=seeds, rows=st.integers(1, 50), blocks=st.integers(1, 3), edges=st.booleans(), scale=st.sampled_from([1.0, 25.3]))
 def test_embedding(kind: str, seed: int, rows: int, blocks: int, edges: bool, scale: float) -> None:
     rng = np.random.default_rng(seed)
-    columns = blocks * 256 if kind.endswith("_K") else blocks * 32
+    size = BLOCK_SIZES[GgmlType[kind]][0]
+    columns = blocks * max(32, size)
     tensor, weights = ref.random_tensor(kind, rows, columns, rng, edges=edges)
     tokens = rng.integers(0, rows, 11)
     found = F.embedding(tokens, tensor, scale=scale)
     wanted = weights[tokens] * np.float64(np.float32(scale))
     # scale * quant, its sum with the minimum and the last product round once each, and so did the oracle; a minimum may cancel
-    size = 256 if kind.endswith("_K") else 32 if kind in ref.QUANTIZED else 1
     peaks = np.repeat(np.abs(wanted).reshape(11, -1, size).max(axis=2), size, axis=1)
     assert np.all(np.abs(found - wanted) <= 3 * 6 * ref.EPSILON * peaks + 1e-37)
 

@@ -1,4 +1,4 @@
-"""Write tests/data/rope_goldens.json: inverse frequencies and attention factors that transformers computes for configurations of every kind.
+"""Write tests/data/rope_goldens.json: inverse frequencies and attention factors that transformers computes for configurations of all kinds.
 
     python make_rope_goldens.py
 
