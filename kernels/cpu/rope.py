@@ -13,12 +13,16 @@ from .simd import (
     load_f32x16,
     load_i32,
     load_i64,
+    maximum,
+    minimum,
     scatter_bf16_pairs,
     scatter_bf16x16,
     splat_f32,
     store_f32,
     store_f32x16,
 )
+
+_LARGEST = 3.38e38  # what bfloat16 can hold
 
 
 @inline
@@ -99,6 +103,8 @@ def rope_and_cache(*, head_dim: int, cache: str = "bf16") -> Any:
                 value = values + start + offset // 2 * head_dim * 4 + offset % 2 * 2
                 for i in range(0, head_dim, 16):
                     scatter_bf16_pairs(key + 32 * i, load_f32x16(k + 4 * i), 64)
-                    scatter_bf16x16(value + 4 * i, load_f32x16(v + 4 * i), 4)
+                    # Attention takes values by the 32, also behind a sequence's end, times 0: what is not finite would reach the block's next owner.
+                    bounded = minimum(maximum(load_f32x16(v + 4 * i), splat_f32(-_LARGEST)), splat_f32(_LARGEST))
+                    scatter_bf16x16(value + 4 * i, bounded, 4)
 
     return kernel

@@ -1,0 +1,117 @@
+"""The runner's checks: kernels trust what it writes, so it believes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy_reference as ref
+import pytest
+from numpy.typing import NDArray
+
+from pymistral.engine.runner import CpuRunner
+from pymistral.engine.types import Segment
+from pymistral.errors import ModelLoadError
+from pymistral.nn import Array, Batch, Rope, record
+from pymistral.nn import functional as F
+
+VOCABULARY, HIDDEN = 40, 64
+CONTEXT = 300
+
+
+def runner(exact: bool = False, table: NDArray[np.float32] | None = None, **options: Any) -> CpuRunner:
+    """One layer of attention over embeddings, which are given as they are or random."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32) if table is None else table
+    embed, back = ref.matrix(table), ref.identity(HIDDEN, "F32" if exact else "F16")
+    head = ref.matrix(rng.standard_normal((VOCABULARY + 7, HIDDEN)).astype(np.float32))
+    rope = Rope(10000.0 ** -(np.arange(16) / 16), CONTEXT)
+
+    def model(batch: Batch) -> Array:
+        x = F.embedding(batch.tokens, embed)
+        x = x + F.linear(F.attention(x, F.linear(x, back), F.linear(x, back), head_dim=32, scale=0.2, rope=rope), back)
+        return F.linear(x[batch.output_rows], head)
+
+    settings = {"max_position_embeddings": CONTEXT, "max_num_seqs": 4, "cache_tokens": 1024, "threads": 2, **options}
+    return CpuRunner(record(model), **settings)
+
+
+@pytest.fixture(scope="module")
+def run() -> CpuRunner:
+    return runner()
+
+
+def test_sizes(run: CpuRunner) -> None:
+    assert (run.vocab_size, run.max_num_seqs, run.num_blocks, run.block_size) == (VOCABULARY + 7, 4, 32, 32)
+    assert run.max_sequence_length == CONTEXT
+    assert run.forward([]).shape == (0, VOCABULARY + 7)
+    assert run.forward([Segment([1, 2], 0, [0], 0)]).shape == (0, VOCABULARY + 7)
+    assert runner(cache_tokens=100).max_sequence_length == 128
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (Segment([], 0, [0], 0), "does not fit"),
+        (Segment([1], -1, [0], 1), "does not fit"),
+        (Segment([1], CONTEXT, list(range(10)), 1), "does not fit"),
+        (Segment([1] * 400, 0, list(range(20)), 1), "does not fit"),
+        (Segment([1] * 600, 0, list(range(20)), 1), "holds 512 tokens"),
+        (Segment([1], 0, [0], 2), "does not fit"),
+        (Segment([1], 0, [0], -1), "does not fit"),
+        (Segment([1] * 100, 0, [0, 1, 2, 3], 100), "64 rows of logits"),
+        (Segment([1], 0, [], 1), "does not cover 1 positions"),
+        (Segment([1], 32, [0], 1), "does not cover 33 positions"),
+        (Segment([1], 0, [32], 1), "does not exist"),
+        (Segment([1], 0, [-1], 1), "does not exist"),
+        (Segment([1], 64, [99, 1, 2], 1), "does not exist"),
+        (Segment([1, 2], 64, [1, -7, 2], 1), "does not exist"),
+        (Segment([VOCABULARY], 0, [0], 1), "does not exist"),  # although there are logits for it
+        (Segment([-1], 0, [0], 1), "does not exist"),
+        (Segment([1, VOCABULARY], 0, [0], 1), "does not exist"),
+        (Segment([1, -2], 0, [0], 1), "does not exist"),
+    ],
+)
+def test_segments_that_cannot_be(segment: Segment, message: str, run: CpuRunner) -> None:
+    good = Segment([3, 4], 0, [5], 2)
+    before = run.forward([good]).copy()
+    with pytest.raises(ValueError, match=message):
+        run.forward([segment])
+    with pytest.raises(ValueError, match=message):
+        run.forward([good, segment])
+    assert run.forward([good]).tobytes() == before.tobytes()
+
+
+def test_too_many_sequences(run: CpuRunner) -> None:
+    with pytest.raises(ValueError, match="of 4 sequences at most"):
+        run.forward([Segment([1], 0, [block], 1) for block in range(5)])
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(ModelLoadError, match="KV cache of"):
+        runner(cache_tokens=None)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, -32])
+def test_block_sizes_that_cannot_be(block_size: int) -> None:
+    with pytest.raises(ValueError, match="block_size|limits"):
+        runner(block_size=block_size)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3.4e38])
+def test_what_is_not_finite_stays_in_its_sequence(poison: float, exact: bool) -> None:
+    """Beside it in a step, and in the blocks that it leaves behind."""
+    table = np.random.default_rng(1).standard_normal((VOCABULARY, HIDDEN)).astype(np.float32)
+    table[7] = poison
+    run = runner(exact, table)
+    tokens = [1, 2, 3, 4, 5]
+    clean = run.forward([Segment(tokens, 0, [3], 5)]).copy()
+    bad = run.forward([Segment([7] * 90, 0, [0, 1, 2], 1)])
+    assert not np.isfinite(bad).all()
+    for cuts in ([0, 5], [0, 1, 2, 3, 4, 5], [0, 3, 5]):
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            found = run.forward([Segment([7] * 20, 0, [9], 1), Segment(tokens[start:end], start, [1], end - start)])
+            assert found[1:].tobytes() == clean[start:end].tobytes()
+        run.forward([Segment([7] * 32, 0, [1], 1)])
