@@ -103,7 +103,8 @@ def rope_and_cache(*, head_dim: int, cache: str = "bf16") -> Any:
                 value = values + start + offset // 2 * head_dim * 4 + offset % 2 * 2
                 for i in range(0, head_dim, 16):
                     scatter_bf16_pairs(key + 32 * i, load_f32x16(k + 4 * i), 64)
-                    # Attention takes values by the 32, also behind a sequence's end, times 0: what is not finite would reach the block's next owner.
+                    # Attention takes values by the 32, also behind a sequence's end, times 0: what is not finite would reach the block's
+                    # next owner.
                     bounded = minimum(maximum(load_f32x16(v + 4 * i), splat_f32(-_LARGEST)), splat_f32(_LARGEST))
                     scatter_bf16x16(value + 4 * i, bounded, 4)
 
