@@ -6,6 +6,8 @@ from .isa import current_isa
 from .tiles import panel_bytes
 
 ATTENTION_CHUNK = 256
+WIDE_TOKENS = 32  # in a panel of `amx`
+WIDE_SEGMENT = 18  # times 32 columns of a pair of weight tiles, unpacked, stay in the first-level cache
 
 
 def whole_panels(tokens: int) -> int:
@@ -57,3 +59,18 @@ def gathered_rows(choices: int, experts: int) -> int:
 
 
 EXPERTS_SCRATCH_BYTES = 128  # of one thread in `moe.experts`: the slots of a matrix kernel
+
+
+def wide_panels_bytes(tokens: int, columns: int) -> int:
+    """Bytes of the wide panels (see `amx`) of up to ``tokens`` rows of ``columns``."""
+    return wide_tokens(tokens) * columns * 2
+
+
+def wide_scratch_bytes(max_tokens: int, products: int) -> int:
+    """Scratch of one thread in `amx`: a segment of a pair of unpacked tiles, and products of all tokens by 32 rows."""
+    return WIDE_SEGMENT * 2048 + products * wide_tokens(max_tokens) * 128
+
+
+def wide_tokens(tokens: int) -> int:
+    """``tokens``, rounded up to whole wide panels."""
+    return -(-tokens // WIDE_TOKENS) * WIDE_TOKENS

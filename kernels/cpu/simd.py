@@ -530,7 +530,7 @@ def count_ones(b, x):
 @_operation(types.void, types.intp, b1x16, f32x16)
 def store_selected(b, address, mask, value):
     """The lanes that the mask names, one after another. All 16 floats at ``address`` may be written."""
-    if current_isa().name.startswith("avx512"):
+    if current_isa().has_avx512:
         _store(b, address, _call(b, "llvm.x86.avx512.mask.compress.v16f32", f32x16.llvm, value, value, mask))
         return
     for lane in range(LANES):
@@ -603,7 +603,7 @@ def _look_up(b, indices, values):
     """``values[index]`` for each of 64 bytes; up to sixteen values, constants from 0 to 255."""
     isa = current_isa()
     table = ir.Constant(i8x64.llvm, [*values, *[0] * (16 - len(values))] * 4)
-    if isa.name.startswith("avx512"):
+    if isa.has_avx512:
         return _call(b, "llvm.x86.avx512.pshuf.b.512", i8x64.llvm, table, indices)
     if isa.name.startswith("avx"):
         return _join(
@@ -634,7 +634,7 @@ def _join(b, parts):
 def _dot_unsigned(b, total, weights, activations):
     """Each int32 lane of ``total`` plus four products, uint8 weights by int8 activations."""
     isa = current_isa()
-    if isa.name == "avx512vnni":
+    if isa.has_avx512:
         words = i32x16.llvm
         return _call(b, "llvm.x86.avx512.vpdpbusd.512", words, total, b.bitcast(weights, words), b.bitcast(activations, words))
     if isa.name == "avxvnni":

@@ -1,0 +1,404 @@
+"""Matrix products of bfloat16 on the tile registers of AMX, for prompts: many tokens go through each weight, so unpacking it pays.
+
+A tile register holds up to 16 rows of 64 bytes. ``tdpbf16ps`` adds to 16 by 16 float32 the products of activations (16 tokens by 32 columns)
+and weights (16 pairs of columns by 16 rows), in 16 cycles; ``vpdpbusd`` does half as many products of int8 in 64. Four accumulators, two
+tiles of activations and two of weights are in registers at a time, so each load serves two products.
+
+Activations lie in *wide panels* of `WIDE_TOKENS` tokens: for each 32 columns ``bf16[2][16 tokens][32 columns]``. A pair of weight tiles
+is unpacked to ``bf16[columns / 32][2][16 pairs of columns][16 rows][2]``. Weights and activations are rounded to bfloat16, 8 bits each,
+which is finer than int8 activations with a scale for 32.
+
+A token's result does not depend on which other tokens are in the batch. But it is not that of `matmul`'s int8 kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import simd
+from .geometry import WIDE_SEGMENT as SEGMENT
+from .geometry import WIDE_TOKENS
+from .helpers import inline
+from .matmul import activation_function
+from .simd import load_f32x16, load_i64
+from .tiles import FLOAT_FORMATS, TILE_FORMATS
+from .unpack import group_of, minimum_vector, scale_vector
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOATS, _INTS = simd.f32x16.llvm, simd.i32x16.llvm
+_STEP = 2048  # bytes of two tiles: 32 columns of a wide panel, or of a pair of unpacked weight tiles
+_TILE = 1024
+
+# Tile registers: accumulator [tokens][rows], then activations and weights.
+_SUMS, _ACTIVATIONS, _WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+
+def _full_tiles() -> bytearray:
+    """What ``ldtilecfg`` reads, palette 1: eight registers of 16 rows of 64 bytes."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    shapes[16:32:2] = 64
+    shapes[48:56] = 16
+    return bytearray(shapes.tobytes())
+
+
+def _call(b: Any, name: str, *values: Any) -> None:
+    simd._call(b, f"llvm.x86.{name}", ir.VoidType(), *values)
+
+
+def _register(number: int) -> Any:
+    return ir.Constant(_I8, number)
+
+
+def _load_tile(b: Any, register: int, address: Any, instruction: str) -> None:
+    _call(b, instruction, _register(register), simd._pointer(b, address, _I8), ir.Constant(_I64, 64))
+
+
+@intrinsic
+def use_tiles(typing_context):
+    """Prepare this thread's tile registers."""
+
+    def codegen(context, b, sig, values):
+        shapes = cgutils.global_constant(b.module, "tile_shapes", cgutils.make_bytearray(_full_tiles()))
+        _call(b, "ldtilecfg", b.bitcast(shapes, _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def release_tiles(typing_context):
+    """Leave the tile registers unused: the system need not save them for this thread."""
+
+    def codegen(context, b, sig, values):
+        _call(b, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def clear_sums(typing_context):
+    def codegen(context, b, sig, values):
+        for register in (*_SUMS[0], *_SUMS[1]):
+            _call(b, "tilezero", _register(register))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _each_sum(b: Any, address: Any, stride: Any) -> Any:
+    """The four accumulators, and where they lie in an output of 32 tokens, ``stride`` apart, by 32 rows."""
+    for half in range(2):
+        at = b.add(address, b.mul(stride, ir.Constant(_I64, 16 * half)))
+        for tile in range(2):
+            yield _register(_SUMS[half][tile]), simd._pointer(b, simd._row(b, at, 64, tile), _I8)
+
+
+@intrinsic
+def load_sums(typing_context, address, stride):
+    """Start from float32 ``[32 tokens][32 rows]``."""
+
+    def codegen(context, b, sig, values):
+        for register, pointer in _each_sum(b, *values):
+            _call(b, "tileloadd64", register, pointer, values[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_sums(typing_context, address, stride):
+    def codegen(context, b, sig, values):
+        for register, pointer in _each_sum(b, *values):
+            _call(b, "tilestored64", register, pointer, values[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def add_products(typing_context, activations, weights):
+    """Add the products of 32 columns: 32 tokens by 32 rows."""
+
+    def codegen(context, b, sig, values):
+        for tile in range(2):
+            # The weights are to stay in the first-level cache; activations pass through it.
+            _load_tile(b, _ACTIVATIONS[tile], simd._row(b, values[0], _TILE, tile), "tileloaddt164")
+            _load_tile(b, _WEIGHTS[tile], simd._row(b, values[1], _TILE, tile), "tileloadd64")
+        for half in range(2):
+            for tile in range(2):
+                _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _ACTIVATIONS[half], _WEIGHTS[tile])))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+# ---- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def _high_halves(b: Any, low: Any, high: Any) -> Any:
+    """In each lane the bfloat16 of ``low`` and, above it, of ``high``; rounded to nearest, ties away from zero."""
+    low, high = (b.add(b.bitcast(value, _INTS), simd._constant(_INTS, 0x8000)) for value in (low, high))
+    return b.or_(b.lshr(low, simd._constant(_INTS, 16)), b.and_(high, simd._constant(_INTS, -65536)))
+
+
+@intrinsic(prefer_literal=True)
+def unpack_groups(typing_context, layout, block, target, scale, offset, first, last):
+    """Groups ``first`` to ``last - 1`` (literals) of a block, as ``quant * scale + offset``, to the two pairs of columns of each."""
+    format = TILE_FORMATS[layout.literal_value]
+
+    def codegen(context, b, sig, values):
+        _, block_address, target_address, scale_value, offset_value, _, _ = values
+        for group in range(sig.args[5].literal_value, sig.args[6].literal_value):
+            quants = b.bitcast(group_of(b, format, block_address, group), _INTS)
+            column = []
+            for place in range(4):
+                quant = b.lshr(quants, simd._constant(_INTS, 8 * place)) if place else quants
+                quant = b.and_(quant, simd._constant(_INTS, 255)) if place < 3 else quant
+                value = b.sitofp(quant, _FLOATS)
+                column.append(simd._call(b, "llvm.fmuladd.v16f32", _FLOATS, value, scale_value, offset_value))
+            for pair in range(2):
+                at = simd._row(b, target_address, 64, 2 * group + pair)
+                simd._store(b, at, _high_halves(b, *column[2 * pair : 2 * pair + 2]))
+        return context.get_dummy_value()
+
+    return types.void(layout, types.intp, types.intp, simd.f32x16, simd.f32x16, first, last), codegen
+
+
+@intrinsic
+def store_pairs(typing_context, address, low, high):
+    """One pair of columns, 16 rows."""
+
+    def codegen(context, b, sig, values):
+        simd._store(b, values[0], _high_halves(b, values[1], values[2]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, simd.f32x16, simd.f32x16), codegen
+
+
+def _unpack_tile(layout: str) -> Any:
+    """A function ``(weights, blocks, target)`` that unpacks a tile to every second KB at ``target``."""
+    if layout in FLOAT_FORMATS:
+        item = FLOAT_FORMATS[layout].item_bytes
+        load = {"f32": simd.load_f32x16, "f16": simd.load_f16x16, "bf16": simd.load_bf16x16}[layout]
+
+        @inline
+        def unpack_floats(weights, blocks, target):
+            for _ in range(blocks):
+                for at in range(0, _TILE, 64):
+                    store_pairs(target + at, load(weights), load(weights + 16 * item))
+                    weights += 32 * item
+                target += _STEP
+
+        return unpack_floats
+
+    format = TILE_FORMATS[layout]
+    header_bytes, block_bytes, blocks_per_record = format.header_bytes, format.block_bytes, format.columns // 32
+    halves, minimum, zero = format.scales == 2, format.minimum, -float(format.zero)
+
+    @inline
+    def offset_of(scale, block, header, index):
+        """What 0 stands for."""
+        if minimum:
+            return minimum_vector(layout, block, header, index)
+        return scale * simd.splat_f32(zero)
+
+    @inline
+    def unpack(weights, blocks, target):
+        header = weights
+        block = weights + header_bytes
+        left = blocks_per_record
+        for _ in range(blocks):
+            scale = scale_vector(layout, block, header, 0)
+            if halves:
+                unpack_groups(layout, block, target, scale, offset_of(scale, block, header, 0), 0, 4)
+                scale = scale_vector(layout, block, header, 1)
+                unpack_groups(layout, block, target, scale, offset_of(scale, block, header, 1), 4, 8)
+            else:
+                unpack_groups(layout, block, target, scale, offset_of(scale, block, header, 0), 0, 8)
+            target += _STEP
+            block += block_bytes
+            if blocks_per_record > 1:
+                left -= 1
+                if left == 0:
+                    left = blocks_per_record
+                    header = block
+                    block += header_bytes
+
+    return unpack
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _store_32(typing_context, address, low, high):
+    """32 floats as bfloat16, rounded to nearest even."""
+
+    def codegen(context, b, sig, values):
+        address, low, high = values
+        pairs = simd._call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(simd._BFLOAT, 32), high, low)
+        simd._store(b, address, b.bitcast(pairs, simd.i8x64.llvm))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, simd.f32x16, simd.f32x16), codegen
+
+
+@inline
+def widen_row(x, panels, token, columns):
+    """``columns`` floats at ``x``, as row ``token`` of wide panels."""
+    target = panels + token // WIDE_TOKENS * columns * (2 * WIDE_TOKENS) + token % WIDE_TOKENS * 64
+    for _ in range(columns // 32):
+        _store_32(target, load_f32x16(x), load_f32x16(x + 64))
+        x += 128
+        target += _STEP
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def fetch_for_sums(typing_context, address, stride):
+    """Ask for the cache lines of ``[32 tokens][32 rows]``, to write them."""
+
+    def codegen(context, b, sig, values):
+        for token in range(WIDE_TOKENS):
+            row = b.add(values[0], b.mul(values[1], ir.Constant(_I64, token)))
+            for line in range(2):
+                pointer = simd._pointer(b, simd._row(b, row, 64, line), _I8)
+                simd._call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(_I32, flag) for flag in (1, 3, 1)))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@inline
+def _add_segment(activations, weights, blocks):
+    for _ in range(blocks):
+        add_products(activations, weights)
+        activations += _STEP
+        weights += _STEP
+
+
+def _pair_product(layout: str) -> Any:
+    """A function that multiplies all tokens with a pair of weight tiles; ``second`` is 0 if there is but one.
+
+    The columns are taken in segments whose unpacked weights stay in the first-level cache while all tokens go through them.
+    """
+    unpack = _unpack_tile(layout)
+    format = TILE_FORMATS.get(layout)
+    together = 8 if format is not None and format.columns == 256 else 1  # blocks that share a header
+    most = 16 if together > 1 else SEGMENT
+    if format is not None:
+        group_bytes = format.record_bytes
+    else:
+        group_bytes = FLOAT_FORMATS[layout].tile_bytes(32)
+
+    @inline
+    def pair_product(first, second, panels, blocks, tokens, out, row_bytes, accumulate, unpacked):
+        segments = (blocks + most - 1) // most
+        segment = (blocks // together + segments - 1) // segments * together
+        for start in range(0, blocks, segment):
+            count = min(segment, blocks - start)
+            unpack(first + start // together * group_bytes, count, unpacked)
+            if second:
+                unpack(second + start // together * group_bytes, count, unpacked + _TILE)
+            for token in range(0, tokens, WIDE_TOKENS):
+                target = out + token * row_bytes
+                fetch_for_sums(target + WIDE_TOKENS * row_bytes, row_bytes)  # of the next panel
+                if accumulate or start:
+                    load_sums(target, row_bytes)
+                else:
+                    clear_sums()
+                _add_segment(panels + (token // WIDE_TOKENS * blocks + start) * _STEP, unpacked, count)
+                store_sums(target, row_bytes)
+
+    return pair_product
+
+
+def matmul(*, layout: str) -> Any:
+    """``out[token, row] (+)= weights[row] . x[token]``; units are pairs of tiles of 16 rows.
+
+    Slots: 0 weights, 1 wide panels, 2 out (room for whole panels), 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row,
+    6 address of the number of tokens, 7 add to what ``out`` holds, 8 tiles, 9 scratch, 10 bytes of scratch for a thread
+    (`geometry.wide_scratch_bytes`).
+    """
+    pair_product = _pair_product(layout)
+
+    def kernel(slots, begin, end, thread):
+        panels, out, blocks = load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 24)
+        tile_bytes, row_bytes = load_i64(slots + 32), load_i64(slots + 40)
+        tokens = load_i64(load_i64(slots + 48))
+        accumulate, tiles = load_i64(slots + 56), load_i64(slots + 64)
+        unpacked = load_i64(slots + 72) + thread * load_i64(slots + 80)
+        sums = unpacked + SEGMENT * _STEP
+        use_tiles()
+        for unit in range(begin, end):
+            first = load_i64(slots) + 2 * unit * tile_bytes
+            target = out + unit * 128
+            whole = 2 * unit + 1 < tiles
+            second = first + tile_bytes if whole else 0
+            if whole and blocks <= SEGMENT:
+                pair_product(first, second, panels, blocks, tokens, target, row_bytes, accumulate, unpacked)
+                continue
+            # Sums that are taken up again lie close together; and of a last tile without a second, 16 of 32 rows are kept.
+            pair_product(first, second, panels, blocks, tokens, sums, 128, 0, unpacked)
+            for token in range(tokens):
+                for at in range(0, 128 if whole else 64, 64):
+                    value = load_f32x16(sums + 128 * token + at)
+                    if accumulate:
+                        value = value + load_f32x16(target + token * row_bytes + at)
+                    simd.store_f32x16(target + token * row_bytes + at, value)
+        release_tiles()
+
+    return kernel
+
+
+def gated_matmul(*, layout: str, activation: str) -> Any:
+    """``activation(gate . x) * (up . x)``, to wide panels for the product that follows; units are pairs of tiles (32 outputs).
+
+    Slots: 0 gate weights, 1 up weights, 2 wide panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
+    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.wide_scratch_bytes`), 10 most tokens.
+    """
+    pair_product = _pair_product(layout)
+    activate = activation_function(activation)
+
+    def kernel(slots, begin, end, thread):
+        panels, blocks, tile_bytes = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 32)
+        tokens = load_i64(load_i64(slots + 40))
+        out, out_blocks = load_i64(slots + 48), load_i64(slots + 56)
+        unpacked = load_i64(slots + 64) + thread * load_i64(slots + 72)
+        gate = unpacked + SEGMENT * _STEP
+        up = gate + load_i64(slots + 80) * 128
+        use_tiles()
+        for unit in range(begin, end):
+            offset = 2 * unit * tile_bytes
+            for number in range(2):
+                first = load_i64(slots + 8 * number) + offset
+                pair_product(first, first + tile_bytes, panels, blocks, tokens, up if number else gate, 128, 0, unpacked)
+            for token in range(tokens):
+                at = 128 * token
+                low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
+                high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
+                _store_32(out + (token // WIDE_TOKENS * out_blocks + unit) * _STEP + token % WIDE_TOKENS * 64, low, high)
+        release_tiles()
+
+    return kernel
+
+
+def widen() -> Any:
+    """Rows to wide panels. Units are tokens. Slots: 0 x, 1 bytes of a row, 2 wide panels, 3 columns."""
+
+    def kernel(slots, begin, end, thread):
+        x, row_bytes, panels, columns = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 24)
+        for token in range(begin, end):
+            widen_row(x + token * row_bytes, panels, token, columns)
+
+    return kernel
