@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import simd
+from .geometry import WIDE_GROUP as GROUP
 from .geometry import WIDE_SEGMENT as SEGMENT
 from .geometry import WIDE_TOKENS
 from .helpers import inline
@@ -287,10 +288,11 @@ def _add_segment(activations, weights, blocks):
         weights += _STEP
 
 
-def _pair_product(layout: str) -> Any:
-    """A function that multiplies all tokens with a pair of weight tiles; ``second`` is 0 if there is but one.
+def _group_product(layout: str) -> Any:
+    """A function that multiplies all tokens with some pairs of weight tiles: ``out[pair][token][32 rows]``.
 
-    The columns are taken in segments whose unpacked weights stay in the first-level cache while all tokens go through them.
+    The columns are taken in segments, so that a pair's unpacked weights stay in the first-level cache while all tokens go through them, and
+    the tokens' activations in the second-level cache for all pairs.
     """
     unpack = _unpack_tile(layout)
     format = TILE_FORMATS.get(layout)
@@ -302,25 +304,27 @@ def _pair_product(layout: str) -> Any:
         group_bytes = FLOAT_FORMATS[layout].tile_bytes(32)
 
     @inline
-    def pair_product(first, second, panels, blocks, tokens, out, row_bytes, accumulate, unpacked):
+    def group_product(weights, tile_bytes, tiles, panels, blocks, tokens, out, row_bytes, pair_bytes, accumulate, unpacked):
         segments = (blocks + most - 1) // most
         segment = (blocks // together + segments - 1) // segments * together
         for start in range(0, blocks, segment):
             count = min(segment, blocks - start)
-            unpack(first + start // together * group_bytes, count, unpacked)
-            if second:
-                unpack(second + start // together * group_bytes, count, unpacked + _TILE)
-            for token in range(0, tokens, WIDE_TOKENS):
-                target = out + token * row_bytes
-                fetch_for_sums(target + WIDE_TOKENS * row_bytes, row_bytes)  # of the next panel
-                if accumulate or start:
-                    load_sums(target, row_bytes)
-                else:
-                    clear_sums()
-                _add_segment(panels + (token // WIDE_TOKENS * blocks + start) * _STEP, unpacked, count)
-                store_sums(target, row_bytes)
+            for tile in range(0, tiles, 2):
+                first = weights + tile * tile_bytes + start // together * group_bytes
+                unpack(first, count, unpacked)
+                if tile + 1 < tiles:
+                    unpack(first + tile_bytes, count, unpacked + _TILE)
+                for token in range(0, tokens, WIDE_TOKENS):
+                    target = out + tile // 2 * pair_bytes + token * row_bytes
+                    fetch_for_sums(target + WIDE_TOKENS * row_bytes, row_bytes)  # of the next panel
+                    if accumulate or start:
+                        load_sums(target, row_bytes)
+                    else:
+                        clear_sums()
+                    _add_segment(panels + (token // WIDE_TOKENS * blocks + start) * _STEP, unpacked, count)
+                    store_sums(target, row_bytes)
 
-    return pair_product
+    return group_product
 
 
 def matmul(*, layout: str) -> Any:
@@ -328,34 +332,34 @@ def matmul(*, layout: str) -> Any:
 
     Slots: 0 weights, 1 wide panels, 2 out (room for whole panels), 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row,
     6 address of the number of tokens, 7 add to what ``out`` holds, 8 tiles, 9 scratch, 10 bytes of scratch for a thread
-    (`geometry.wide_scratch_bytes`).
+    (`geometry.wide_scratch_bytes`), 11 most tokens, whole panels.
     """
-    pair_product = _pair_product(layout)
+    group_product = _group_product(layout)
 
     def kernel(slots, begin, end, thread):
-        panels, out, blocks = load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 24)
-        tile_bytes, row_bytes = load_i64(slots + 32), load_i64(slots + 40)
-        tokens = load_i64(load_i64(slots + 48))
-        accumulate, tiles = load_i64(slots + 56), load_i64(slots + 64)
+        panels, blocks, tile_bytes = load_i64(slots + 8), load_i64(slots + 24), load_i64(slots + 32)
+        row_bytes, tokens = load_i64(slots + 40), load_i64(load_i64(slots + 48))
+        accumulate = load_i64(slots + 56)
         unpacked = load_i64(slots + 72) + thread * load_i64(slots + 80)
+        pair_bytes = load_i64(slots + 88) * 128
         sums = unpacked + SEGMENT * _STEP
         use_tiles()
-        for unit in range(begin, end):
-            first = load_i64(slots) + 2 * unit * tile_bytes
-            target = out + unit * 128
-            whole = 2 * unit + 1 < tiles
-            second = first + tile_bytes if whole else 0
-            if whole and blocks <= SEGMENT:
-                pair_product(first, second, panels, blocks, tokens, target, row_bytes, accumulate, unpacked)
+        for unit in range(begin, end, GROUP):
+            weights = load_i64(slots) + 2 * unit * tile_bytes
+            out = load_i64(slots + 16) + unit * 128
+            tiles = min(2 * min(end, unit + GROUP), load_i64(slots + 64)) - 2 * unit
+            if blocks <= SEGMENT and tiles % 2 == 0:
+                group_product(weights, tile_bytes, tiles, panels, blocks, tokens, out, row_bytes, 128, accumulate, unpacked)
                 continue
             # Sums that are taken up again lie close together; and of a last tile without a second, 16 of 32 rows are kept.
-            pair_product(first, second, panels, blocks, tokens, sums, 128, 0, unpacked)
+            group_product(weights, tile_bytes, tiles, panels, blocks, tokens, sums, 128, pair_bytes, 0, unpacked)
             for token in range(tokens):
-                for at in range(0, 128 if whole else 64, 64):
-                    value = load_f32x16(sums + 128 * token + at)
+                for tile in range(tiles):
+                    value = load_f32x16(sums + tile // 2 * pair_bytes + 128 * token + tile % 2 * 64)
+                    target = out + token * row_bytes + 64 * tile
                     if accumulate:
-                        value = value + load_f32x16(target + token * row_bytes + at)
-                    simd.store_f32x16(target + token * row_bytes + at, value)
+                        value = value + load_f32x16(target)
+                    simd.store_f32x16(target, value)
         release_tiles()
 
     return kernel
@@ -365,9 +369,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, to wide panels for the product that follows; units are pairs of tiles (32 outputs).
 
     Slots: 0 gate weights, 1 up weights, 2 wide panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
-    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.wide_scratch_bytes`), 10 most tokens.
+    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.wide_scratch_bytes`), 10 most tokens, whole
+    panels.
     """
-    pair_product = _pair_product(layout)
+    group_product = _group_product(layout)
     activate = activation_function(activation)
 
     def kernel(slots, begin, end, thread):
@@ -375,19 +380,24 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         tokens = load_i64(load_i64(slots + 40))
         out, out_blocks = load_i64(slots + 48), load_i64(slots + 56)
         unpacked = load_i64(slots + 64) + thread * load_i64(slots + 72)
-        gate = unpacked + SEGMENT * _STEP
-        up = gate + load_i64(slots + 80) * 128
+        pair_bytes = load_i64(slots + 80) * 128
+        sums = unpacked + SEGMENT * _STEP
         use_tiles()
-        for unit in range(begin, end):
-            offset = 2 * unit * tile_bytes
+        for start in range(begin, end, GROUP // 2):
+            pairs = min(GROUP // 2, end - start)
             for number in range(2):
-                first = load_i64(slots + 8 * number) + offset
-                pair_product(first, first + tile_bytes, panels, blocks, tokens, up if number else gate, 128, 0, unpacked)
-            for token in range(tokens):
-                at = 128 * token
-                low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
-                high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
-                _store_32(out + (token // WIDE_TOKENS * out_blocks + unit) * _STEP + token % WIDE_TOKENS * 64, low, high)
+                weights = load_i64(slots + 8 * number) + 2 * start * tile_bytes
+                target = sums + number * (GROUP // 2) * pair_bytes
+                group_product(weights, tile_bytes, 2 * pairs, panels, blocks, tokens, target, 128, pair_bytes, 0, unpacked)
+            for pair in range(pairs):
+                gate = sums + pair * pair_bytes
+                up = gate + GROUP // 2 * pair_bytes
+                for token in range(tokens):
+                    at = 128 * token
+                    low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
+                    high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
+                    target = out + (token // WIDE_TOKENS * out_blocks + start + pair) * _STEP
+                    _store_32(target + token % WIDE_TOKENS * 64, low, high)
         release_tiles()
 
     return kernel

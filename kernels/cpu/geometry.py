@@ -7,6 +7,7 @@ from .tiles import panel_bytes
 
 ATTENTION_CHUNK = 256
 WIDE_TOKENS = 32  # in a panel of `amx`
+WIDE_GROUP = 4  # pairs of weight tiles that share a pass over the activations
 WIDE_SEGMENT = 18  # times 32 columns of a pair of weight tiles, unpacked, stay in the first-level cache
 
 
@@ -66,9 +67,9 @@ def wide_panels_bytes(tokens: int, columns: int) -> int:
     return wide_tokens(tokens) * columns * 2
 
 
-def wide_scratch_bytes(max_tokens: int, products: int) -> int:
-    """Scratch of one thread in `amx`: a segment of a pair of unpacked tiles, and products of all tokens by 32 rows."""
-    return WIDE_SEGMENT * 2048 + products * wide_tokens(max_tokens) * 128
+def wide_scratch_bytes(max_tokens: int) -> int:
+    """Scratch of one thread in `amx`: a segment of a pair of unpacked tiles, and a group's products."""
+    return WIDE_SEGMENT * 2048 + WIDE_GROUP * wide_tokens(max_tokens) * 128
 
 
 def wide_tokens(tokens: int) -> int:

@@ -74,6 +74,7 @@ class EngineCore:
             max_num_seqs=max(1, min(max_num_seqs, runner.max_num_seqs, runner.max_batch_tokens, runner.max_output_rows)),
             max_batch_tokens=runner.max_batch_tokens,
             prefix_cache=prefix_cache_n > 0,
+            prompts_apart=runner.prompts_apart,
             prefill_chunk=prefill_chunk,
         )
         self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)

@@ -57,6 +57,8 @@ class Scheduler:
         How many sequences may run at once.
     max_batch_tokens
         How many tokens a step may have.
+    prompts_apart
+        Prompts are computed in other numbers than what is generated, so that only blocks of prompts are shared.
     prefill_chunk
         How many tokens of prompts a step may have while streams run; ``None`` adapts it to their pace.
     """
@@ -69,9 +71,11 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        prompts_apart: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
         self.pool, self.block_size = pool, block_size
+        self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         self.pacer = PrefillPacer()
@@ -151,7 +155,7 @@ class Scheduler:
         length = len(sequence.tokens)
         if self.prefix_cache:
             # At least one token is computed, for its logits.
-            count = (length - 1) // self.block_size
+            count = min(length - 1, self._shareable(sequence)) // self.block_size
             sequence.extend_keys(count, self.block_size)
             found = self.pool.find(sequence.keys[:count])
         missing = -(-length // self.block_size) - len(found)
@@ -202,11 +206,15 @@ class Scheduler:
         """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
         for sequence in batch:
             sequence.computed += sequence.scheduled
-            if self.prefix_cache and sequence.computed // self.block_size > sequence.registered:
+            if self.prefix_cache and min(sequence.computed, self._shareable(sequence)) // self.block_size > sequence.registered:
                 self._register(sequence)
 
+    def _shareable(self, sequence: Sequence) -> int:
+        """Tokens whose keys and values are what any prompt that starts with them would have."""
+        return sequence.prompt_length if self.prompts_apart else len(sequence.tokens)
+
     def _register(self, sequence: Sequence) -> None:
-        full = sequence.computed // self.block_size
+        full = min(sequence.computed, self._shareable(sequence)) // self.block_size
         sequence.extend_keys(full, self.block_size)
         for block in range(sequence.registered, full):
             self.pool.register(sequence.block_table[block], sequence.keys[block])

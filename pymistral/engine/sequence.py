@@ -111,6 +111,7 @@ class Sequence:
         segment.tokens = self.tokens[start:end]
         segment.start = start
         segment.outputs = 1 if end == len(self.tokens) else 0
+        segment.generated = max(0, end - max(start, self.prompt_length))
         self.scheduled = count
 
     def forget_cache(self) -> Tokens[int]:
