@@ -36,16 +36,17 @@ _FLOATS, _INTS = simd.f32x16.llvm, simd.i32x16.llvm
 _STEP = 2048  # bytes of two tiles: 32 columns of a wide panel, or of a pair of unpacked weight tiles
 _TILE = 1024
 
-# Tile registers: accumulator [tokens][rows], then activations and weights.
-_SUMS, _ACTIVATIONS, _WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)
+# Tile registers: the sums of [left][right], then the factors.
+_SUMS, _LEFT, _RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
 
-def _full_tiles() -> bytearray:
-    """What ``ldtilecfg`` reads, palette 1: eight registers of 16 rows of 64 bytes."""
+def _tile_shapes(rows: int) -> bytearray:
+    """What ``ldtilecfg`` reads, palette 1: registers of 16 rows of 64 bytes; of ``rows`` the sums and the left factors."""
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
     shapes[16:32:2] = 64
-    shapes[48:56] = 16
+    shapes[48:56] = rows
+    shapes[[48 + register for register in _RIGHT]] = 16
     return bytearray(shapes.tobytes())
 
 
@@ -57,20 +58,25 @@ def _register(number: int) -> Any:
     return ir.Constant(_I8, number)
 
 
-def _load_tile(b: Any, register: int, address: Any, instruction: str) -> None:
-    _call(b, instruction, _register(register), simd._pointer(b, address, _I8), ir.Constant(_I64, 64))
+def _each_sum(b: Any, count: int, address: Any, stride: Any) -> Any:
+    """The accumulators, and where they lie in an output of ``16 count`` rows, ``stride`` apart, by 32 columns."""
+    for half in range(count):
+        at = b.add(address, b.mul(stride, ir.Constant(_I64, 16 * half)))
+        for tile in range(2):
+            yield _register(_SUMS[half][tile]), simd._pointer(b, simd._row(b, at, 64, tile), _I8)
 
 
-@intrinsic
-def use_tiles(typing_context):
-    """Prepare this thread's tile registers."""
+@intrinsic(prefer_literal=True)
+def use_tiles(typing_context, rows):
+    """Prepare this thread's tile registers; of ``rows`` rows (a literal up to 16) are the sums and the left factors."""
 
     def codegen(context, b, sig, values):
-        shapes = cgutils.global_constant(b.module, "tile_shapes", cgutils.make_bytearray(_full_tiles()))
+        constant = cgutils.make_bytearray(_tile_shapes(sig.args[0].literal_value))
+        shapes = cgutils.global_constant(b.module, "tile_shapes", constant)
         _call(b, "ldtilecfg", b.bitcast(shapes, _I8.as_pointer()))
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(rows), codegen
 
 
 @intrinsic
@@ -84,61 +90,65 @@ def release_tiles(typing_context):
     return types.void(), codegen
 
 
-@intrinsic
-def clear_sums(typing_context):
+@intrinsic(prefer_literal=True)
+def clear_sums(typing_context, count):
+    """Start ``count`` (a literal, 1 or 2) by two sums from 0."""
+
     def codegen(context, b, sig, values):
-        for register in (*_SUMS[0], *_SUMS[1]):
-            _call(b, "tilezero", _register(register))
+        for half in range(sig.args[0].literal_value):
+            for register in _SUMS[half]:
+                _call(b, "tilezero", _register(register))
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(count), codegen
 
 
-def _each_sum(b: Any, address: Any, stride: Any) -> Any:
-    """The four accumulators, and where they lie in an output of 32 tokens, ``stride`` apart, by 32 rows."""
-    for half in range(2):
-        at = b.add(address, b.mul(stride, ir.Constant(_I64, 16 * half)))
+@intrinsic(prefer_literal=True)
+def load_sums(typing_context, count, address, stride):
+    """Start from float32 ``[16 count][32]``, rows ``stride`` apart."""
+
+    def codegen(context, b, sig, values):
+        for register, pointer in _each_sum(b, sig.args[0].literal_value, *values[1:]):
+            _call(b, "tileloadd64", register, pointer, values[2])
+        return context.get_dummy_value()
+
+    return types.void(count, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_sums(typing_context, count, address, stride):
+    def codegen(context, b, sig, values):
+        for register, pointer in _each_sum(b, sig.args[0].literal_value, *values[1:]):
+            _call(b, "tilestored64", register, pointer, values[2])
+        return context.get_dummy_value()
+
+    return types.void(count, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_products(typing_context, count, left, left_stride, left_next, right, right_stride, right_next):
+    """Add ``left[count][16 rows][32] . right[2][16 pairs][16][2]``: 16 ``count`` rows by 32 columns. All but the addresses are literals: bytes
+    from row to row, and from one tile to the next.
+    """
+
+    def codegen(context, b, sig, values):
+        halves = sig.args[0].literal_value
+        (left_stride, left_next), (right_stride, right_next) = ([sig.args[i].literal_value for i in pair] for pair in ((2, 3), (5, 6)))
+
+        def load(instruction, register, address, stride):
+            _call(b, instruction, _register(register), simd._pointer(b, address, _I8), ir.Constant(_I64, stride))
+
+        for half in range(halves):
+            # what is on the right is to stay in the first-level cache; what is on the left passes through it
+            load("tileloaddt164", _LEFT[half], simd._row(b, values[1], left_next, half), left_stride)
         for tile in range(2):
-            yield _register(_SUMS[half][tile]), simd._pointer(b, simd._row(b, at, 64, tile), _I8)
-
-
-@intrinsic
-def load_sums(typing_context, address, stride):
-    """Start from float32 ``[32 tokens][32 rows]``."""
-
-    def codegen(context, b, sig, values):
-        for register, pointer in _each_sum(b, *values):
-            _call(b, "tileloadd64", register, pointer, values[1])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
-
-
-@intrinsic
-def store_sums(typing_context, address, stride):
-    def codegen(context, b, sig, values):
-        for register, pointer in _each_sum(b, *values):
-            _call(b, "tilestored64", register, pointer, values[1])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
-
-
-@intrinsic
-def add_products(typing_context, activations, weights):
-    """Add the products of 32 columns: 32 tokens by 32 rows."""
-
-    def codegen(context, b, sig, values):
-        for tile in range(2):
-            # The weights are to stay in the first-level cache; activations pass through it.
-            _load_tile(b, _ACTIVATIONS[tile], simd._row(b, values[0], _TILE, tile), "tileloaddt164")
-            _load_tile(b, _WEIGHTS[tile], simd._row(b, values[1], _TILE, tile), "tileloadd64")
-        for half in range(2):
+            load("tileloadd64", _RIGHT[tile], simd._row(b, values[4], right_next, tile), right_stride)
+        for half in range(halves):
             for tile in range(2):
-                _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _ACTIVATIONS[half], _WEIGHTS[tile])))
+                _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _LEFT[half], _RIGHT[tile])))
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), codegen
+    return types.void(count, types.intp, left_stride, left_next, types.intp, right_stride, right_next), codegen
 
 
 # ---- unpacking ------------------------------------------------------------------------------------------------------
@@ -240,7 +250,7 @@ def _unpack_tile(layout: str) -> Any:
 
 
 @intrinsic
-def _store_32(typing_context, address, low, high):
+def store_32(typing_context, address, low, high):
     """32 floats as bfloat16, rounded to nearest even."""
 
     def codegen(context, b, sig, values):
@@ -257,7 +267,7 @@ def widen_row(x, panels, token, columns):
     """``columns`` floats at ``x``, as row ``token`` of wide panels."""
     target = panels + token // WIDE_TOKENS * columns * (2 * WIDE_TOKENS) + token % WIDE_TOKENS * 64
     for _ in range(columns // 32):
-        _store_32(target, load_f32x16(x), load_f32x16(x + 64))
+        store_32(target, load_f32x16(x), load_f32x16(x + 64))
         x += 128
         target += _STEP
 
@@ -283,7 +293,7 @@ def fetch_for_sums(typing_context, address, stride):
 @inline
 def _add_segment(activations, weights, blocks):
     for _ in range(blocks):
-        add_products(activations, weights)
+        add_products(2, activations, 64, _TILE, weights, 64, _TILE)
         activations += _STEP
         weights += _STEP
 
@@ -318,11 +328,11 @@ def _group_product(layout: str) -> Any:
                     target = out + tile // 2 * pair_bytes + token * row_bytes
                     fetch_for_sums(target + WIDE_TOKENS * row_bytes, row_bytes)  # of the next panel
                     if accumulate or start:
-                        load_sums(target, row_bytes)
+                        load_sums(2, target, row_bytes)
                     else:
-                        clear_sums()
+                        clear_sums(2)
                     _add_segment(panels + (token // WIDE_TOKENS * blocks + start) * _STEP, unpacked, count)
-                    store_sums(target, row_bytes)
+                    store_sums(2, target, row_bytes)
 
     return group_product
 
@@ -343,7 +353,7 @@ def matmul(*, layout: str) -> Any:
         unpacked = load_i64(slots + 72) + thread * load_i64(slots + 80)
         pair_bytes = load_i64(slots + 88) * 128
         sums = unpacked + SEGMENT * _STEP
-        use_tiles()
+        use_tiles(16)
         for unit in range(begin, end, GROUP):
             weights = load_i64(slots) + 2 * unit * tile_bytes
             out = load_i64(slots + 16) + unit * 128
@@ -382,7 +392,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         unpacked = load_i64(slots + 64) + thread * load_i64(slots + 72)
         pair_bytes = load_i64(slots + 80) * 128
         sums = unpacked + SEGMENT * _STEP
-        use_tiles()
+        use_tiles(16)
         for start in range(begin, end, GROUP // 2):
             pairs = min(GROUP // 2, end - start)
             for number in range(2):
@@ -397,7 +407,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
                     high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
                     target = out + (token // WIDE_TOKENS * out_blocks + start + pair) * _STEP
-                    _store_32(target + token % WIDE_TOKENS * 64, low, high)
+                    store_32(target + token % WIDE_TOKENS * 64, low, high)
         release_tiles()
 
     return kernel

@@ -28,14 +28,21 @@ def gated_scratch_bytes() -> int:
     return 2 * current_isa().tokens * 128
 
 
-def query_tile_tokens(group: int) -> int:
+def attends_by_tiles(group: int, head_dim: int) -> bool:
+    """Whether `amx_attention` can be used."""
+    return current_isa().has_amx and group <= 16 and head_dim % 32 == 0
+
+
+def query_tile_tokens(group: int, head_dim: int) -> int:
     """Tokens in a query tile of `attention`, so that its ``tokens * group`` rows fit the registers."""
-    return max(1, current_isa().tokens // group)
+    return max(1, (32 if attends_by_tiles(group, head_dim) else current_isa().tokens) // group)
 
 
 def attention_scratch_bytes(group: int, head_dim: int) -> int:
     """Scratch of one thread in `attention`: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
-    rows = query_tile_tokens(group) * group
+    if attends_by_tiles(group, head_dim):
+        return 32 * (head_dim // 2 + ATTENTION_CHUNK + 16 + 2 * head_dim + 4) * 4
+    rows = query_tile_tokens(group, head_dim) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 
 

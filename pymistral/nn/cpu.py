@@ -510,7 +510,7 @@ class _Lowering(Lowering):
         else:
             keys, values = self._allocate(shape, dtype), self._allocate(shape, dtype)
         self.state.caches.append((keys.array, values.array))
-        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
+        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group, head_dim))
         norms = [options[name] for name in ("q_norm", "k_norm")]
         weights = [self._vector(norm.weight, norm.offset) if norm else None for norm in norms]
         epsilon = next((norm.epsilon for norm in norms if norm), 0.0)
@@ -566,8 +566,9 @@ class _Lowering(Lowering):
             0,
             partials.address,
         )
+        module = "exact_attention" if self.exact else "amx_attention" if geometry.attends_by_tiles(group, head_dim) else "attention"
         self._launch(
-            spec("exact_attention.attention" if self.exact else "attention.attention", head_dim=head_dim, group=group),
+            spec(f"{module}.attention", head_dim=head_dim, group=group),
             slots,
             "items",
             units=kv_heads,
