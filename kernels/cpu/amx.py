@@ -308,10 +308,7 @@ def _group_product(layout: str) -> Any:
     format = TILE_FORMATS.get(layout)
     together = 8 if format is not None and format.columns == 256 else 1  # blocks that share a header
     most = 16 if together > 1 else SEGMENT
-    if format is not None:
-        group_bytes = format.record_bytes
-    else:
-        group_bytes = FLOAT_FORMATS[layout].tile_bytes(32)
+    group_bytes = format.record_bytes if format is not None else FLOAT_FORMATS[layout].tile_bytes(32)
 
     @inline
     def group_product(weights, tile_bytes, tiles, panels, blocks, tokens, out, row_bytes, pair_bytes, accumulate, unpacked):

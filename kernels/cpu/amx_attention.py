@@ -1,8 +1,8 @@
 """`attention` on the tile registers of AMX: the same items, chunks, cache and order of merging.
 
-A tile of keys is 32 dimensions of 16 positions, a tile of values 32 positions of 16 dimensions: as `rope` has written them. The left factors
-are the queries, ``bf16[head_dim / 32][tiles][16 rows][32 dimensions]``, and the probabilities, where the scores were. What takes the time is
-the softmax; its exponentials are as fine as the bfloat16 that they are rounded to.
+A tile of keys is 32 dimensions of 16 positions, a tile of values 32 positions of 16 dimensions: as `rope` has written them. The left
+factors are the queries, ``bf16[head_dim / 32][tiles][16 rows][32 dimensions]``, and the probabilities, where the scores were. What takes
+the time is the softmax; its exponentials are finer than the bfloat16 that they are rounded to.
 """
 
 from __future__ import annotations

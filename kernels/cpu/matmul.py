@@ -38,6 +38,7 @@ from .simd import (
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
 
+
 @intrinsic(prefer_literal=True)
 def dot_groups(typing_context, tile, layout, block, activations, stride, first, last):
     """Add the products of groups ``first`` to ``last - 1`` of the block of 32 columns at ``block``; all but the addresses are literals."""

@@ -57,13 +57,11 @@ def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progr
     return _Lowering(graph, limits, threads).finish(progress)
 
 
-def compile_for_prompts(
-    graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None
-) -> tuple[CpuProgram, CpuProgram]:
+def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> tuple[CpuProgram, CpuProgram]:
     """Two programs over the same weights and caches: for the tokens of prompts, and for those that are generated.
 
-    It is one program unless the CPU multiplies tiles (`Isa.has_amx`): prompts, where many tokens go through each weight, are then multiplied
-    in bfloat16, what is generated in int8 as everywhere.
+    It is one program unless the CPU multiplies tiles (`Isa.has_amx`): prompts, where many tokens go through each weight, are then
+    multiplied in bfloat16, what is generated in int8 as everywhere.
     """
     generated = _Lowering(graph, limits, threads)
     if graph.exact or not current_isa().has_amx:
@@ -84,7 +82,7 @@ class _Lowering(Lowering):
         self.state = State(limits)
         self.base = base
         self.launches: list[_Launch] = []
-        self.weights = base.weights if base else TiledWeights(graph.matrices())
+        self.weights: TiledWeights = base.weights if base else TiledWeights(graph.matrices())
         self.alive: list[Any] = []
         self.scratch_bytes = 0
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
