@@ -1,8 +1,8 @@
 """Matrix products of bfloat16 on the tile registers of AMX, for prompts: many tokens go through each weight, so unpacking it pays.
 
-A tile register holds up to 16 rows of 64 bytes. ``tdpbf16ps`` adds to 16 by 16 float32 the products of activations (16 tokens by 32 columns)
-and weights (16 pairs of columns by 16 rows), in 16 cycles; ``vpdpbusd`` does half as many products of int8 in 64. Four accumulators, two
-tiles of activations and two of weights are in registers at a time, so each load serves two products.
+A tile register holds up to 16 rows of 64 bytes. ``tdpbf16ps`` adds to 16 by 16 float32 the products of activations (16 tokens by 32
+columns) and weights (16 pairs of columns by 16 rows), 512 in a cycle. Four sums, two tiles of activations and two of weights are in
+registers at a time, so each load serves two products.
 
 Activations lie in *wide panels* of `WIDE_TOKENS` tokens: for each 32 columns ``bf16[2][16 tokens][32 columns]``. A pair of weight tiles
 is unpacked to ``bf16[columns / 32][2][16 pairs of columns][16 rows][2]``. Weights and activations are rounded to bfloat16, 8 bits each,
@@ -127,8 +127,8 @@ def store_sums(typing_context, count, address, stride):
 
 @intrinsic(prefer_literal=True)
 def add_products(typing_context, count, left, left_stride, left_next, right, right_stride, right_next):
-    """Add ``left[count][16 rows][32] . right[2][16 pairs][16][2]``: 16 ``count`` rows by 32 columns. All but the addresses are literals: bytes
-    from row to row, and from one tile to the next.
+    """Add ``left[count][16 rows][32] . right[2][16 pairs][16][2]``: 16 ``count`` rows by 32 columns. All but the addresses are literals:
+    bytes from row to row, and from one tile to the next.
     """
 
     def codegen(context, b, sig, values):

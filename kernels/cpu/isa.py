@@ -73,7 +73,7 @@ def _may_use_amx() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0
+    return bool(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0)
 
 
 @lru_cache(maxsize=1)

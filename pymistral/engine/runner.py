@@ -105,6 +105,10 @@ class CpuRunner:
         """
         if not self.prompts_apart or all(segment.generated == len(segment.tokens) for segment in segments):
             return self._run(self.program, segments)
+        for segment in segments:
+            count = len(segment.tokens)
+            if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
+                raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
         prompts = [part for segment in segments if (part := _prompt_part(segment)).tokens]
         generated = [part for segment in segments if (part := _generated_part(segment)).tokens]
         of_prompts = self._run(self.prompt_program, prompts)
