@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Tokens
 from operator import attrgetter
 
 from .kv_cache import BlockPool
@@ -100,6 +101,7 @@ class Scheduler:
         sequence.finished = True
         if sequence in self.running:
             self.running.remove(sequence)
+            self._register(sequence)
             self.pool.release(sequence.forget_cache())
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -206,15 +208,31 @@ class Scheduler:
         """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
         for sequence in batch:
             sequence.computed += sequence.scheduled
-            if self.prefix_cache and min(sequence.computed, self._shareable(sequence)) // self.block_size > sequence.registered:
-                self._register(sequence)
+            self._register(sequence)
+
+    def extend(self, sequence: Sequence, draft: Tokens[int]) -> None:
+        """Let the step compute guesses behind a stream's tokens, as far as free blocks reach: nobody makes room for them."""
+        table, size, length = sequence.block_table, self.block_size, len(sequence.tokens)
+        draft = draft[: (len(table) + self.pool.num_free) * size - length]
+        while len(table) * size < length + len(draft):
+            table.append(self.pool.allocate())
+        sequence.schedule_draft(draft)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Free the blocks that hold nothing but guesses that did not come true."""
+        used = -(-sequence.computed // self.block_size)
+        self.pool.release(sequence.block_table[used:])
+        del sequence.block_table[used:]
 
     def _shareable(self, sequence: Sequence) -> int:
         """Tokens whose keys and values are what any prompt that starts with them would have."""
         return sequence.prompt_length if self.prompts_apart else len(sequence.tokens)
 
     def _register(self, sequence: Sequence) -> None:
+        """Let later prompts find the blocks that have become full."""
         full = min(sequence.computed, self._shareable(sequence)) // self.block_size
+        if not self.prefix_cache or full <= sequence.registered:
+            return
         sequence.extend_keys(full, self.block_size)
         for block in range(sequence.registered, full):
             self.pool.register(sequence.block_table[block], sequence.keys[block])

@@ -210,6 +210,10 @@ class Usage:
     cached_prompt_tokens: int = 0
     """Prompt tokens whose keys and values were in the prefix cache already."""
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    """Tokens that were guessed ahead and checked by the model (see `engine.speculative`)."""
+    accepted_tokens: int = 0
+    """Guessed tokens that turned out to be what the model itself says; they are among the completion tokens."""
     queue_seconds: float = 0.0
     """From submission until the first step that worked on it."""
     prompt_seconds: float = 0.0
@@ -276,6 +280,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: int = 0
     canceled: int = 0
     failed: int = 0
