@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .quantization.isq import IsqBits, IsqType
+    from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
@@ -51,6 +53,9 @@ __all__ = [
     "Function",
     "FunctionDelta",
     "GgufModelBuilder",
+    "IsqBits",
+    "IsqType",
+    "LayerTopology",
     "Logprobs",
     "MbAmount",
     "MemoryGpuConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "ToolChoice",
     "ToolType",
     "TopLogprob",
+    "Topology",
     "Usage",
     "Utilization",
     "blocking",
@@ -96,6 +102,8 @@ _HOMES = {
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "quantization.isq": ("IsqBits", "IsqType"),
+    "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),

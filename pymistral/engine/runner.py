@@ -14,6 +14,7 @@ from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from ..nn.cpu import compile_graph
+from ..nn.cpu_program import CpuProgram
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
@@ -73,7 +74,7 @@ class CpuRunner:
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max(_MAX_TOKENS, max_num_seqs)
         self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
-        limits = Limits(
+        self._limits = Limits(
             max_tokens=self.max_batch_tokens,
             max_outputs=self.max_output_rows,
             max_sequences=max_num_seqs,
@@ -82,13 +83,23 @@ class CpuRunner:
             max_blocks=-(-self.max_sequence_length // self.block_size),
         )
         self.threads = threads or available_threads()
-        self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
+        self.program = self.compile(graph, progress)
         self.vocab_size = self.program.logits.shape[1]
         # A model may give logits for more ids, or fewer, than it has embeddings for.
         self._embeddings = min(
             (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
         )
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
+
+    def compile(self, graph: Graph, progress: Progress | None = None) -> CpuProgram:
+        """A program of these limits, for `use`. Another thread may run steps in the meantime."""
+        return compile_graph(graph, self._limits, threads=self.threads, progress=progress)
+
+    def use(self, program: CpuProgram) -> None:
+        """Run this program from now on: the same model with other weights, and an empty cache."""
+        if program.logits.shape != self.program.logits.shape:
+            raise ValueError(f"logits {program.logits.shape} in place of {self.program.logits.shape}: another model")
+        self.program = program
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
