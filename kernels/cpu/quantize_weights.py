@@ -102,7 +102,7 @@ def of_largest_magnitude(x, count):
 
 
 def _symmetric(half: int) -> Any:
-    """A function ``(x, count) -> scale``: x is about scale times -half ... half - 1. Large weights count more, by their squares."""
+    """A function ``(x, count) -> scale``: x is about scale times -half ... half - 1. Large weights count more, by their size."""
     low, high = float(-half), float(half - 1)
 
     @inline
@@ -118,7 +118,7 @@ def _symmetric(half: int) -> Any:
             for i in range(count):
                 value = load_f32x16(x + 64 * i)
                 quant = rounded(value * factor, low, high)
-                weighted = value * value * quant
+                weighted = absolute(value) * quant
                 products = fma(weighted, value, products)
                 squares = fma(weighted, quant, squares)
             fit = products * inverse(squares)
@@ -173,7 +173,7 @@ def _affine(levels: int, first: float, steps: int, below_zero: bool) -> Any:
             products = splat_f32(0.0)
             for i in range(count):
                 value = load_f32x16(x + 64 * i)
-                quant = rounded((value - least) * factor, 0.0, high)
+                quant = rounded((value - offset) * factor, 0.0, high)
                 weighted = (rms + absolute(value)) * quant
                 quant_sum = quant_sum + weighted
                 squares = fma(weighted, quant, squares)
@@ -189,7 +189,7 @@ def _affine(levels: int, first: float, steps: int, below_zero: bool) -> Any:
             fit_error = splat_f32(0.0)
             for i in range(count):
                 value = load_f32x16(x + 64 * i)
-                quant = rounded((value - least) * factor, 0.0, high)
+                quant = rounded((value - offset) * factor, 0.0, high)
                 difference = fma(fit, quant, fit_offset - value)
                 fit_error = fma((rms + absolute(value)) * difference, difference, fit_error)
             fit_error = select(greater(determinant, splat_f32(0.0)), fit_error, error)
