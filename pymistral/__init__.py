@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .quantization.isq import IsqBits, IsqType
+    from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
@@ -52,6 +54,9 @@ __all__ = [
     "Function",
     "FunctionDelta",
     "GgufModelBuilder",
+    "IsqBits",
+    "IsqType",
+    "LayerTopology",
     "Logprobs",
     "MbAmount",
     "MemoryGpuConfig",
@@ -76,6 +81,7 @@ __all__ = [
     "ToolChoice",
     "ToolType",
     "TopLogprob",
+    "Topology",
     "Usage",
     "Utilization",
     "blocking",
@@ -100,6 +106,8 @@ _HOMES = {
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "quantization.isq": ("IsqBits", "IsqType"),
+    "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),

@@ -10,6 +10,7 @@ from .answer import Completion
 from .builders.common import Buildable
 from .engine.types import Event
 from .model import Model, constrained, structured
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
@@ -102,6 +103,10 @@ class BlockingModel:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """As `Model.logits`."""
         return self._model._engine.logits(list(map(int, tokens))).result()
+
+    def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """As `Model.re_isq_model`."""
+        self._model._re_isq(isq)
 
     def config(self) -> dict[str, Any]:
         """As `Model.config`."""

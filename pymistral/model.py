@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest, Event
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text
 from .requests.structured import StructuredOutput
@@ -59,6 +61,8 @@ class Model:
         The Jinja source of its chat template.
     generation_config
         What its author recommends, in the terms of ``generation_config.json``.
+    requantize
+        Quantises the weights anew, from their file, and returns when the engine uses them.
     """
 
     def __init__(
@@ -70,8 +74,11 @@ class Model:
         config: Mapping[str, Any],
         chat_template: str | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        requantize: Callable[[IsqType], None] | None = None,
     ) -> None:
         self._engine = engine
+        self._requantize = requantize
+        self._requantizing = threading.Lock()
         self._tokenizer = tokenizer
         self._model_id = model_id
         self._config = dict(config)
@@ -214,6 +221,33 @@ class Model:
             Row ``i`` predicts ``tokens[i + 1]``.
         """
         return await asyncio.wrap_future(self._engine.logits(list(map(int, tokens))))
+
+    async def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """Quantise the weights to another type, from the model's file.
+
+        The model keeps serving with the old weights until the new ones are complete, and then goes on with those: answers that are being
+        generated keep the text that they have. Both weights are in memory for that time, and the prefix cache starts anew.
+
+        Parameters
+        ----------
+        isq
+            An `IsqType`, its plain value, or a number of bits.
+
+        Raises
+        ------
+        ModelLoadError
+            There is no such type, it is not supported, or the file cannot be read any more.
+        EngineClosedError
+            The model has been closed.
+        """
+        await asyncio.to_thread(self._re_isq, isq)
+
+    def _re_isq(self, isq: IsqType | IsqBits | str | int) -> None:
+        type = IsqType.of(isq)
+        if self._requantize is None:
+            raise ModelLoadError(f"{self._model_id} was not loaded from a file: its weights cannot be quantised again")
+        with self._requantizing:  # one after the other: each takes as much memory as the model
+            self._requantize(type)
 
     def config(self) -> dict[str, Any]:
         """The model's configuration, in the terms of Hugging Face's ``config.json``."""

@@ -12,19 +12,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ModelLoadError
+from ..quantization.isq import IsqBits, IsqType
+from ..quantization.topology import Topology
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..engine.runner import CpuRunner
+    from ..engine.runner import CpuRunner, Programs
     from ..engine.speculative import Speculation
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
+    from ..nn.graph import Graph
 
 _log = logging.getLogger("pymistral")
 
@@ -45,6 +48,9 @@ class ModelOptions:
         Where files from Hugging Face are kept. None: its usual cache.
     hf_revision
         Branch, tag or commit of the Hugging Face repository.
+    isq
+        Quantise the weights when they are loaded: an `IsqType` or its plain value, or a number of bits, for which the type that is fast and
+        accurate here is chosen.
     logging
         Log what happens to standard error.
     max_num_seqs
@@ -59,6 +65,8 @@ class ModelOptions:
         Log tokens per second while the engine works.
     token_source
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
+    topology
+        Types of quantisation for some layers; they go before ``isq``.
     """
 
     chat_template: str | None = None
@@ -66,6 +74,7 @@ class ModelOptions:
     force_cpu: bool = False
     hf_cache_path: str | os.PathLike[str] | None = None
     hf_revision: str | None = None
+    isq: IsqType | IsqBits | str | int | None = None
     logging: bool = False
     max_num_seqs: int = 32
     paged_attn: PagedAttentionConfig | None = None
@@ -73,6 +82,7 @@ class ModelOptions:
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
+    topology: Topology | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_num_seqs", self.max_num_seqs, at_least=1)
@@ -83,6 +93,10 @@ class ModelOptions:
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
         self.token_source = TokenSource(self.token_source)
+        if self.isq is not None:
+            self.isq = IsqType.of(self.isq)
+        if self.topology is not None and not isinstance(self.topology, Topology):
+            raise ModelLoadError(f"topology must be a Topology, got {self.topology!r:.80}; with_topology_from_path takes a file")
 
     def with_chat_template(self, chat_template: str) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
@@ -103,6 +117,14 @@ class ModelOptions:
     def with_hf_revision(self, hf_revision: str) -> Self:
         """Take this branch, tag or commit of the Hugging Face repository."""
         return self._set("hf_revision", hf_revision)
+
+    def with_isq(self, isq: IsqType | IsqBits | str | int | None) -> Self:
+        """Quantise the weights to this type when they are loaded."""
+        return self._set("isq", isq)
+
+    def with_auto_isq(self, bits: IsqBits | int) -> Self:
+        """Quantise the weights to 2, 3, 4, 5, 6 or 8 bits: the type of that width that is fast and accurate here is chosen."""
+        return self._set("isq", IsqBits(bits))
 
     def with_logging(self, logging: bool = True) -> Self:
         """Log what happens to standard error."""
@@ -131,6 +153,14 @@ class ModelOptions:
     def with_token_source(self, token_source: str) -> Self:
         """Take the token for Hugging Face from here: a `TokenSource` or its plain string."""
         return self._set("token_source", token_source)
+
+    def with_topology(self, topology: Topology | None) -> Self:
+        """Quantise some layers as this says, whatever ``isq`` is."""
+        return self._set("topology", topology)
+
+    def with_topology_from_path(self, path: str | os.PathLike[str]) -> Self:
+        """Quantise some layers as this file of YAML says: see `Topology`."""
+        return self._set("topology", Topology.from_path(path))
 
     def _set(self, option: str, value: object) -> Self:
         before = getattr(self, option)
@@ -190,7 +220,7 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
     from ..engine import Engine
     from ..model import Model
 
-    checkpoint, runner = load_runner(builder)
+    checkpoint, runner, requantized = load_runner(builder)
     model_id, _ = builder._source()
     engine = Engine(
         runner,
@@ -202,6 +232,11 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
         throughput_logging=builder.throughput_logging,
         speculation=speculation(checkpoint, runner) if speculation else None,
     )
+
+    def requantize(isq: IsqType) -> None:
+        programs = requantized(isq)
+        engine.call(lambda _: runner.use(programs), clear_cache=True).result()
+
     return Model(
         engine,
         checkpoint.tokenizer,
@@ -209,10 +244,19 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
         config=checkpoint.config,
         chat_template=chat_template_source(builder, checkpoint),
         generation_config=checkpoint.generation_config,
+        requantize=requantize,
     )
 
 
-def load_runner(builder: Builder) -> tuple[Checkpoint, CpuRunner]:
+class Loaded(NamedTuple):
+    """A model that an engine can run, and how to make its programs for weights of another type."""
+
+    checkpoint: Checkpoint
+    runner: CpuRunner
+    requantized: Callable[[IsqType], Programs]
+
+
+def load_runner(builder: Builder) -> Loaded:
     """Model id -> files -> checkpoint -> runner."""
     from ..engine.runner import CpuRunner, cache_token_bytes
     from ..kernels.cpu.isa import current_isa
@@ -221,6 +265,7 @@ def load_runner(builder: Builder) -> tuple[Checkpoint, CpuRunner]:
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
+    from ..quantization.plan import apply_isq
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
@@ -240,7 +285,11 @@ def load_runner(builder: Builder) -> tuple[Checkpoint, CpuRunner]:
     checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
     chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
-    graph = record(build_model(checkpoint.config, checkpoint.weights))
+
+    def graph_of(checkpoint: Checkpoint, isq: IsqType | None) -> Graph:
+        return record(build_model(checkpoint.config, apply_isq(checkpoint.weights, isq, builder.topology)))
+
+    graph = graph_of(checkpoint, None if builder.isq is None else IsqType.of(builder.isq))
     with counting_bar("compiling kernels for this CPU (once)") as progress:
         runner = CpuRunner(
             graph,
@@ -251,7 +300,12 @@ def load_runner(builder: Builder) -> tuple[Checkpoint, CpuRunner]:
             cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
             progress=progress,
         )
-    return checkpoint, runner
+
+    def requantized(isq: IsqType) -> Programs:
+        """The weights come from the file again: what is in memory has been rounded once."""
+        return runner.compile(graph_of(load_checkpoint(path, files), isq))
+
+    return Loaded(checkpoint, runner, requantized)
 
 
 def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str | None:

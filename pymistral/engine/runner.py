@@ -29,6 +29,10 @@ _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
+Programs = tuple[CpuProgram, CpuProgram]
+"""For the tokens of prompts, and for those that are generated."""
+
+
 class CpuRunner:
     """Runs a model on the CPU. It remembers nothing of sequences: segments say where their keys and values lie.
 
@@ -74,7 +78,7 @@ class CpuRunner:
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max(_MAX_TOKENS, max_num_seqs)
         self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
-        limits = Limits(
+        self._limits = Limits(
             max_tokens=self.max_batch_tokens,
             max_outputs=self.max_output_rows,
             max_sequences=max_num_seqs,
@@ -83,7 +87,7 @@ class CpuRunner:
             max_blocks=-(-self.max_sequence_length // self.block_size),
         )
         self.threads = threads or available_threads()
-        self.prompt_program, self.program = compile_for_prompts(graph, limits, threads=self.threads, progress=progress)
+        self.prompt_program, self.program = self.compile(graph, progress)
         self.vocab_size = self.program.logits.shape[1]
         # A model may give logits for more ids, or fewer, than it has embeddings for.
         self._embeddings = min(
@@ -94,6 +98,17 @@ class CpuRunner:
     @property
     def prompts_apart(self) -> bool:
         return self.prompt_program is not self.program
+
+    def compile(self, graph: Graph, progress: Progress | None = None) -> Programs:
+        """Programs of these limits, for `use`. Another thread may run steps in the meantime."""
+        return compile_for_prompts(graph, self._limits, threads=self.threads, progress=progress)
+
+    def use(self, programs: Programs) -> None:
+        """Run these programs from now on: the same model with other weights, and an empty cache."""
+        shape, before = programs[0].logits.shape, self.program.logits.shape
+        if shape != before:
+            raise ValueError(f"logits {shape} in place of {before}: another model")
+        self.prompt_program, self.program = programs
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
