@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
@@ -62,10 +63,12 @@ __all__ = [
     "ResponseLogprob",
     "ResponseMessage",
     "SamplingParams",
+    "SpeculativeConfig",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
     "TextModelBuilder",
+    "TextSpeculativeBuilder",
     "TokenSource",
     "Tool",
     "ToolCallDelta",
@@ -93,6 +96,7 @@ _HOMES = {
         "PagedAttentionMetaBuilder",
         "Utilization",
     ),
+    "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),

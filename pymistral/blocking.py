@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Completion
-from .builders.common import Builder, load_model
+from .builders.common import Buildable
 from .engine.types import Event
 from .model import Model, constrained, structured
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
@@ -43,7 +43,7 @@ class BlockingModel:
         self._model = model
 
     @classmethod
-    def from_builder(cls, builder: Builder) -> Self:
+    def from_builder(cls, builder: Buildable) -> Self:
         """Load the model that a builder describes.
 
         Raises
@@ -51,7 +51,7 @@ class BlockingModel:
         ModelLoadError
             The model cannot be found, fetched, parsed or built.
         """
-        return cls(load_model(builder))
+        return cls(builder._load())
 
     @property
     def inner(self) -> Model:

@@ -14,6 +14,7 @@ SAYS = {
     "getting_started/streaming.py": "tok/s",
     "advanced/error_handling.py": "EngineClosedError: ",
     "advanced/paged_attn.py": "1024 tokens",
+    "advanced/speculative.py": "the same text",
     "cookbook/multiturn.py": "of them cached",
 }
 

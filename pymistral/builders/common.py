@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,8 @@ from .token_source import TokenSource
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..engine.runner import CpuRunner
+    from ..engine.speculative import Speculation
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
 
@@ -139,13 +143,12 @@ class ModelOptions:
         return self
 
 
-@dataclass(kw_only=True, eq=False)
-class Builder(ModelOptions):
-    """A builder of one model from one model id."""
+class Buildable(ABC):
+    """What every builder can do."""
 
-    def _source(self) -> tuple[str, list[str] | None]:
-        """The model id, and the files wanted of it (None: whatever it is made of)."""
-        raise TypeError(f"{type(self).__name__} names no model")
+    @abstractmethod
+    def _load(self) -> Model:
+        """Load the model here and now."""
 
     async def build(self) -> Model:
         """Find, fetch and load the model, in a thread of its own.
@@ -167,14 +170,54 @@ class Builder(ModelOptions):
             raise
 
 
-def load_model(builder: Builder) -> Model:
-    """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
+@dataclass(kw_only=True, eq=False)
+class Builder(ModelOptions, Buildable):
+    """A builder of one model from one model id."""
+
+    def _source(self) -> tuple[str, list[str] | None]:
+        """The model id, and the files wanted of it (None: whatever it is made of)."""
+        raise TypeError(f"{type(self).__name__} names no model")
+
+    def _load(self) -> Model:
+        return load_model(self)
+
+
+def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], Speculation] | None = None) -> Model:
+    """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain.
+
+    ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
+    """
     from ..engine import Engine
+    from ..model import Model
+
+    checkpoint, runner = load_runner(builder)
+    model_id, _ = builder._source()
+    engine = Engine(
+        runner,
+        checkpoint.tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        max_num_seqs=builder.max_num_seqs,
+        prefix_cache_n=builder.prefix_cache_n or 0,
+        name=model_id,
+        throughput_logging=builder.throughput_logging,
+        speculation=speculation(checkpoint, runner) if speculation else None,
+    )
+    return Model(
+        engine,
+        checkpoint.tokenizer,
+        model_id=model_id,
+        config=checkpoint.config,
+        chat_template=chat_template_source(builder, checkpoint),
+        generation_config=checkpoint.generation_config,
+    )
+
+
+def load_runner(builder: Builder) -> tuple[Checkpoint, CpuRunner]:
+    """Model id -> files -> checkpoint -> runner."""
     from ..engine.runner import CpuRunner, cache_token_bytes
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
-    from ..model import Model
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
@@ -196,7 +239,7 @@ def load_model(builder: Builder) -> Model:
     )
     checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
-    chat_template = chat_template_source(builder, checkpoint)
+    chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
     graph = record(build_model(checkpoint.config, checkpoint.weights))
     with counting_bar("compiling kernels for this CPU (once)") as progress:
         runner = CpuRunner(
@@ -208,23 +251,7 @@ def load_model(builder: Builder) -> Model:
             cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
             progress=progress,
         )
-    engine = Engine(
-        runner,
-        checkpoint.tokenizer,
-        eos_token_ids=checkpoint.eos_token_ids,
-        max_num_seqs=builder.max_num_seqs,
-        prefix_cache_n=builder.prefix_cache_n or 0,
-        name=model_id,
-        throughput_logging=builder.throughput_logging,
-    )
-    return Model(
-        engine,
-        checkpoint.tokenizer,
-        model_id=model_id,
-        config=checkpoint.config,
-        chat_template=chat_template,
-        generation_config=checkpoint.generation_config,
-    )
+    return checkpoint, runner
 
 
 def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str | None:
@@ -273,9 +300,9 @@ def _check_count(option: str, value: object, *, at_least: int) -> None:
         raise ModelLoadError(f"{option} must be a whole number of at least {at_least}, got {value!r}")
 
 
-def _load_into(loading: concurrent.futures.Future[Model], builder: Builder) -> None:
+def _load_into(loading: concurrent.futures.Future[Model], builder: Buildable) -> None:
     try:
-        loading.set_result(load_model(builder))
+        loading.set_result(builder._load())
     except BaseException as error:
         loading.set_exception(error)
 

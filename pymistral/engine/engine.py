@@ -19,6 +19,7 @@ from ..errors import EngineClosedError, PymistralError
 from .constraint import GrammarCompiler, GrammarTokenizer
 from .core import EngineCore
 from .sequence import Job
+from .speculative import Speculation
 from .types import EngineRequest, EngineStats, OnEvent, Runner, Tokenizer
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class Engine:
         Log tokens per second, cache hits and queue lengths every five seconds while there is work.
     prefill_chunk
         How many prompt tokens may join a step while streams run; ``None`` adapts it so that streams slow down by at most a factor of 2.5.
+    speculation
+        Guesses tokens ahead; the texts stay the same.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Engine:
         name: str = "model",
         throughput_logging: bool = False,
         prefill_chunk: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
         self._core = EngineCore(
@@ -81,6 +85,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             prefix_cache_n=prefix_cache_n,
             prefill_chunk=prefill_chunk,
+            speculation=speculation,
         )
         self.grammars = GrammarCompiler(cast("GrammarTokenizer", tokenizer), runner.vocab_size, eos_token_ids)
         """Compiles what `EngineRequest.constraint` takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Tokens
 from operator import attrgetter
 from statistics import median
 
@@ -64,6 +65,8 @@ class Scheduler:
         How many sequences may run at once.
     max_batch_tokens
         How many tokens a step may have.
+    prompts_apart
+        Prompts are computed in other numbers than what is generated, so that only blocks of prompts are shared.
     prefill_chunk
         How many tokens of prompts a step may have while streams run; ``None`` adapts it to their pace.
     """
@@ -76,9 +79,11 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        prompts_apart: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
         self.pool, self.block_size = pool, block_size
+        self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         self.pacer = PrefillPacer()
@@ -103,6 +108,7 @@ class Scheduler:
         sequence.finished = True
         if sequence in self.running:
             self.running.remove(sequence)
+            self._register(sequence)
             self.pool.release(sequence.forget_cache())
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -158,7 +164,7 @@ class Scheduler:
         length = len(sequence.tokens)
         if self.prefix_cache:
             # At least one token is computed, for its logits.
-            count = (length - 1) // self.block_size
+            count = min(length - 1, self._shareable(sequence)) // self.block_size
             sequence.extend_keys(count, self.block_size)
             found = self.pool.find(sequence.keys[:count])
         missing = -(-length // self.block_size) - len(found)
@@ -209,11 +215,31 @@ class Scheduler:
         """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
         for sequence in batch:
             sequence.computed += sequence.scheduled
-            if self.prefix_cache and sequence.computed // self.block_size > sequence.registered:
-                self._register(sequence)
+            self._register(sequence)
+
+    def extend(self, sequence: Sequence, draft: Tokens[int]) -> None:
+        """Let the step compute guesses behind a stream's tokens, as far as free blocks reach: nobody makes room for them."""
+        table, size, length = sequence.block_table, self.block_size, len(sequence.tokens)
+        draft = draft[: (len(table) + self.pool.num_free) * size - length]
+        while len(table) * size < length + len(draft):
+            table.append(self.pool.allocate())
+        sequence.schedule_draft(draft)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Free the blocks that hold nothing but guesses that did not come true."""
+        used = -(-sequence.computed // self.block_size)
+        self.pool.release(sequence.block_table[used:])
+        del sequence.block_table[used:]
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Tokens whose keys and values are what any prompt that starts with them would have."""
+        return sequence.prompt_length if self.prompts_apart else len(sequence.tokens)
 
     def _register(self, sequence: Sequence) -> None:
-        full = sequence.computed // self.block_size
+        """Let later prompts find the blocks that have become full."""
+        full = min(sequence.computed, self._shareable(sequence)) // self.block_size
+        if not self.prefix_cache or full <= sequence.registered:
+            return
         sequence.extend_keys(full, self.block_size)
         for block in range(sequence.registered, full):
             self.pool.register(sequence.block_table[block], sequence.keys[block])

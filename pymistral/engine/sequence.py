@@ -49,9 +49,11 @@ class Sequence:
     """
 
     __slots__ = (
+        "accepted",
         "block_table",
         "choice",
         "computed",
+        "draft",
         "finished",
         "job",
         "keys",
@@ -95,6 +97,10 @@ class Sequence:
         self.registered = 0
         """How many blocks of the table are known to the prefix cache, or have been offered to it."""
         self.segment = Segment((), 0, self.block_table, 0)
+        self.draft: Tokens[int] = ()
+        """Guesses that the step computes behind the scheduled tokens."""
+        self.accepted = 0
+        """How many of them were sampled, too."""
         self.unsent: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finished = False
@@ -112,7 +118,16 @@ class Sequence:
         segment.tokens = self.tokens[start:end]
         segment.start = start
         segment.outputs = 1 if end == len(self.tokens) else 0
+        segment.generated = max(0, end - max(start, self.prompt_length))
         self.scheduled = count
+        self.draft, self.accepted = (), 0
+
+    def schedule_draft(self, draft: Tokens[int]) -> None:
+        """Add guesses to the segment, each of which wants logits."""
+        self.draft = draft
+        self.segment.tokens = [*self.segment.tokens, *draft]
+        self.segment.outputs += len(draft)
+        self.segment.generated += len(draft)
 
     def forget_cache(self) -> Tokens[int]:
         """Give up the block table, and return what it was."""
