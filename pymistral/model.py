@@ -86,6 +86,7 @@ class Model:
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
         self._close_engine = weakref.finalize(self, engine.close)
+        self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarm] = weakref.WeakKeyDictionary()
 
     async def chat(self, message: str) -> str:
         """Send one user message and return the text of the answer. `send_chat_request` gives more control.
@@ -306,6 +307,9 @@ class Model:
             return self._prepare(request)
         return await asyncio.to_thread(self._prepare, request)
 
+    def _alarm(self, loop: asyncio.AbstractEventLoop) -> _Alarm:
+        return self._alarms.setdefault(loop, _Alarm(loop))
+
     def _constraint(self, request: RequestBuilder, tools: Sequence[Tool], reasons: bool) -> EngineConstraint | None:
         """What the answer must follow: the request's constraint, a call that it demands, or the grammar of any call that begins."""
         grammars, dialect = self._engine.grammars, self._dialect
@@ -412,8 +416,9 @@ class ChatStream:
     async def _start(self) -> None:
         prepared = await self._model._prepare_async(self._request)
         self._answer = prepared.answer
-        self._inbox = _Inbox(asyncio.get_running_loop())
-        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
+        alarm = self._model._alarm(asyncio.get_running_loop())
+        self._inbox = _Inbox(alarm)
+        self._handle = self._model._engine.submit(prepared.request, self._inbox.put, alarm.ring)
 
     async def aclose(self) -> None:
         """Stop: cancel the request if it still runs."""
@@ -435,11 +440,31 @@ class ChatStream:
             self._handle.cancel()
 
 
+class _Alarm:
+    """Wakes the tasks of an event loop that wait for events: all that a step has something for, at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self.sleepers: deque[_Inbox] = deque()
+
+    def ring(self) -> None:
+        """Called on the engine's thread."""
+        loop = self._loop()
+        if self.sleepers and loop is not None:
+            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        while self.sleepers:
+            self.sleepers.popleft().wake()
+
+
 class _Inbox:
     """Events on their way from the engine's thread to a task. The engine never waits; a wake-up is scheduled only if the task does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, alarm: _Alarm) -> None:
+        self._alarm = alarm
+        self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._waiting = False
@@ -449,8 +474,7 @@ class _Inbox:
         self._events.append(event)
         if self._waiting:
             self._waiting = False
-            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
-                self._loop.call_soon_threadsafe(self._wake)
+            self._alarm.sleepers.append(self)
 
     async def get(self) -> Event:
         """The next event. Only one task may wait."""
@@ -466,7 +490,8 @@ class _Inbox:
                 self._waiter = None
         return self._events.popleft()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Called in the event loop."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from time import perf_counter
 
@@ -15,10 +16,10 @@ from .types import EngineRequest, OnEvent, Segment, TokenLogprob, Usage
 class Job:
     """A request on its way through the engine."""
 
-    __slots__ = ("done", "first_step", "first_token", "on_event", "request", "sequences", "submitted", "unforked", "usage")
+    __slots__ = ("done", "first_step", "first_token", "on_event", "request", "sequences", "submitted", "unforked", "usage", "wake")
 
-    def __init__(self, request: EngineRequest, on_event: OnEvent) -> None:
-        self.request, self.on_event = request, on_event
+    def __init__(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> None:
+        self.request, self.on_event, self.wake = request, on_event, wake
         self.sequences: list[Sequence] = []
         """One per choice."""
         self.unforked = True
