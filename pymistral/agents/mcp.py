@@ -6,11 +6,12 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ModelLoadError
 from ..requests import Function, Tool
@@ -245,11 +246,21 @@ def _transport(server: McpServerConfig) -> AbstractAsyncContextManager[Transport
 
     source = server.source
     if isinstance(source, ProcessSource):
-        return stdio_client(StdioServerParameters(command=source.command, args=list(source.args), env=source.env, cwd=source.work_dir))
+        parameters = StdioServerParameters(command=source.command, args=list(source.args), env=source.env, cwd=source.work_dir)
+        return stdio_client(parameters, errlog=_error_log())
     headers = dict(source.headers or {})
     if server.bearer_token:
         headers["Authorization"] = f"Bearer {server.bearer_token}"
     return _http(source, headers) if isinstance(source, HttpSource) else _web_socket(source, headers)
+
+
+def _error_log() -> TextIO:
+    """Where a server's standard error goes: to ours, unless something without a file stands in for that, as in notebooks."""
+    try:
+        sys.stderr.fileno()
+    except (OSError, AttributeError):
+        return sys.__stderr__ or sys.stderr
+    return sys.stderr
 
 
 @asynccontextmanager
