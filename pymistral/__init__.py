@@ -10,6 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import blocking, errors, responses
+    from .agents.agent import (
+        Agent,
+        AgentBuilder,
+        AgentComplete,
+        AgentEvent,
+        AgentResponse,
+        AgentStep,
+        AgentStopReason,
+        AgentStream,
+        AgentTextDelta,
+        AgentToolCalls,
+        AgentToolResult,
+    )
+    from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
@@ -26,6 +40,8 @@ if TYPE_CHECKING:
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
     from .responses import (
+        AgenticToolCallRecord,
+        CalledFunction,
         ChatCompletionChunkResponse,
         ChatCompletionResponse,
         Choice,
@@ -40,8 +56,22 @@ if TYPE_CHECKING:
         TopLogprob,
         Usage,
     )
+    from .tool_rounds import ToolResult
 
 __all__ = [
+    "Agent",
+    "AgentBuilder",
+    "AgentComplete",
+    "AgentEvent",
+    "AgentResponse",
+    "AgentStep",
+    "AgentStopReason",
+    "AgentStream",
+    "AgentTextDelta",
+    "AgentToolCalls",
+    "AgentToolResult",
+    "AgenticToolCallRecord",
+    "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
     "ChatStream",
@@ -59,6 +89,9 @@ __all__ = [
     "LayerTopology",
     "Logprobs",
     "MbAmount",
+    "McpClientConfig",
+    "McpServerConfig",
+    "McpServerSource",
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
@@ -79,6 +112,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallResponse",
     "ToolChoice",
+    "ToolResult",
     "ToolType",
     "TopLogprob",
     "Topology",
@@ -91,6 +125,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "agents.agent": (
+        "Agent",
+        "AgentBuilder",
+        "AgentComplete",
+        "AgentEvent",
+        "AgentResponse",
+        "AgentStep",
+        "AgentStopReason",
+        "AgentStream",
+        "AgentTextDelta",
+        "AgentToolCalls",
+        "AgentToolResult",
+    ),
+    "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
@@ -113,6 +161,7 @@ _HOMES = {
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("blocking", "errors", "responses")

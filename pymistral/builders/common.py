@@ -10,13 +10,16 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ModelLoadError
+from ..agents.mcp_config import McpClientConfig, checked_mcp_config
+from ..errors import ModelLoadError, RequestValidationError
 from ..quantization.isq import IsqBits, IsqType
 from ..quantization.topology import Topology
+from ..requests import Tool
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
     from ..nn.graph import Graph
+    from ..responses import CalledFunction
 
 _log = logging.getLogger("pymistral")
 
@@ -55,6 +59,8 @@ class ModelOptions:
         Log what happens to standard error.
     max_num_seqs
         How many sequences run at once; more wait.
+    mcp_client
+        MCP servers whose tools the model may call.
     paged_attn
         Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
@@ -67,6 +73,8 @@ class ModelOptions:
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
     topology
         Types of quantisation for some layers; they go before ``isq``.
+    tool_callbacks
+        What is called when the model calls a tool, by the tool's name: see `with_tool_callback`.
     """
 
     chat_template: str | None = None
@@ -77,12 +85,14 @@ class ModelOptions:
     isq: IsqType | IsqBits | str | int | None = None
     logging: bool = False
     max_num_seqs: int = 32
+    mcp_client: McpClientConfig | None = None
     paged_attn: PagedAttentionConfig | None = None
     prefix_cache_n: int | None = 16
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
     topology: Topology | None = None
+    tool_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("max_num_seqs", self.max_num_seqs, at_least=1)
@@ -97,6 +107,12 @@ class ModelOptions:
             self.isq = IsqType.of(self.isq)
         if self.topology is not None and not isinstance(self.topology, Topology):
             raise ModelLoadError(f"topology must be a Topology, got {self.topology!r:.80}; with_topology_from_path takes a file")
+        if self.mcp_client is not None:
+            self.mcp_client = checked_mcp_config(self.mcp_client)
+        if self.tool_callbacks:
+            from ..agents.tool import tool_callback
+
+            self.tool_callbacks = {name: tool_callback(callback) for name, callback in self.tool_callbacks.items()}
 
     def with_chat_template(self, chat_template: str) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
@@ -162,6 +178,42 @@ class ModelOptions:
         """Quantise some layers as this file of YAML says: see `Topology`."""
         return self._set("topology", Topology.from_path(path))
 
+    def with_mcp_client(self, mcp_client: McpClientConfig) -> Self:
+        """Connect to MCP servers, and let the model call their tools. They are connected as long as the model lives."""
+        return self._set("mcp_client", mcp_client)
+
+    def with_tool_callback(
+        self, name: str, callback: Callable[[CalledFunction], Any], *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """Call this function when the model calls a tool of this name, and let the model go on with the result.
+
+        Requests that want the tool list it with `RequestBuilder.set_tools`.
+
+        Parameters
+        ----------
+        name
+            The tool's name.
+        callback
+            A function that takes the `CalledFunction` (name, and arguments as JSON text), or one with ``@tool``; async or not. It returns
+            text, or what has a JSON form. What it raises goes to the model as a message.
+        timeout
+            Seconds after which the model is told that it took too long; None for no limit.
+        """
+        return self._add_callback(name, callback, None, timeout)
+
+    def with_tool_callback_and_tool(
+        self, name: str, callback: Callable[[CalledFunction], Any], tool: Tool, *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """As `with_tool_callback`; the model is told of the tool in every request."""
+        if not isinstance(tool, Tool) or tool.function.name != name:
+            raise RequestValidationError(f"with_tool_callback_and_tool({name!r}, ...) takes the Tool of that name, got {tool!r}")
+        return self._add_callback(name, callback, tool, timeout)
+
+    def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
+        from ..agents.tool import tool_callback
+
+        return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
+
     def _set(self, option: str, value: object) -> Self:
         before = getattr(self, option)
         setattr(self, option, value)
@@ -213,10 +265,24 @@ class Builder(ModelOptions, Buildable):
 
 
 def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], Speculation] | None = None) -> Model:
-    """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain.
+    """The model that a builder describes, with its tools.
 
     ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
     """
+    toolbox = Toolbox(builder.tool_callbacks)
+    try:
+        if builder.mcp_client is not None:
+            from ..agents.mcp import connect
+
+            connect(builder.mcp_client, toolbox)
+        return _load_model(builder, toolbox, speculation)
+    except BaseException:
+        toolbox.close()
+        raise
+
+
+def _load_model(builder: Builder, toolbox: Toolbox, speculation: Callable[[Checkpoint, CpuRunner], Speculation] | None = None) -> Model:
+    """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain."""
     from ..engine import Engine
     from ..model import Model
 
@@ -245,6 +311,7 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
         chat_template=chat_template_source(builder, checkpoint),
         generation_config=checkpoint.generation_config,
         requantize=requantize,
+        toolbox=toolbox,
     )
 
 
