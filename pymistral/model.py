@@ -23,6 +23,7 @@ from .requests.messages import checked_text
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
+from .tool_rounds import Toolbox, ToolRounds, cut_to_tokens
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,6 +60,8 @@ class Model:
         The Jinja source of its chat template.
     generation_config
         What its author recommends, in the terms of ``generation_config.json``.
+    toolbox
+        The tools that are called for it while requests run. The model owns it, and closes it.
     """
 
     def __init__(
@@ -70,15 +73,17 @@ class Model:
         config: Mapping[str, Any],
         chat_template: str | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
         self._engine = engine
+        self._toolbox = toolbox or Toolbox()
         self._tokenizer = tokenizer
         self._model_id = model_id
         self._config = dict(config)
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
-        self._close_engine = weakref.finalize(self, engine.close)
+        self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
 
     async def chat(self, message: str) -> str:
         """Send one user message and return the text of the answer. `send_chat_request` gives more control.
@@ -94,6 +99,9 @@ class Model:
     async def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
         """Send a request and wait for the whole answer. Cancelling the task that waits cancels the request at once.
 
+        Calls of tools that have a callback are made, and the model goes on with their results, up to `max_tool_rounds` times; the response
+        lists them under `agentic_tool_calls`. A turn with any other call ends the request: its calls are the caller's.
+
         Parameters
         ----------
         request
@@ -108,7 +116,13 @@ class Model:
         EngineClosedError
             The model was closed.
         """
-        prepared = await self._prepare_async(RequestBuilder.of(request))
+        rounds = self._tool_rounds(RequestBuilder.of(request))
+        while rounds.goes_on(response := await self._turn(rounds.request)):
+            await rounds.run(response)
+        return rounds.whole(response)
+
+    async def _turn(self, request: RequestBuilder) -> ChatCompletionResponse:
+        prepared = await self._prepare_async(request)
         completion = Completion()
         handle = self._engine.submit(prepared.request, completion.on_event)
         try:
@@ -154,7 +168,7 @@ class Model:
         RequestValidationError
             The request is malformed. What only the model can tell, and the other errors of `send_chat_request`, come from the stream.
         """
-        return ChatStream(self, RequestBuilder.of(request))
+        return ChatStream(self, self._tool_rounds(RequestBuilder.of(request)))
 
     async def tokenize(
         self,
@@ -272,6 +286,12 @@ class Model:
             return self._prepare(request)
         return await asyncio.to_thread(self._prepare, request)
 
+    def _tool_rounds(self, request: RequestBuilder) -> ToolRounds:
+        return ToolRounds(request, self._toolbox, self._cut, self.max_sequence_length())
+
+    def _cut(self, text: str, tokens: int) -> str:
+        return cut_to_tokens(self._tokenizer, text, tokens)
+
     def _constraint(self, request: RequestBuilder, tools: Sequence[Tool], reasons: bool) -> EngineConstraint | None:
         """What the answer must follow: the request's constraint, a call that it demands, or the grammar of any call that begins."""
         grammars, dialect = self._engine.grammars, self._dialect
@@ -348,38 +368,49 @@ class ChatStream:
     The request is sent when the first chunk is asked for.
     """
 
-    def __init__(self, model: Model, request: RequestBuilder) -> None:
+    def __init__(self, model: Model, rounds: ToolRounds) -> None:
         self._model = model
-        self._request = request
+        self._rounds = rounds
+        self._answer: Answer | None = None
         self._inbox: _Inbox | None = None
         self._handle: RequestHandle | None = None
+        self._chunks: deque[ChatCompletionChunkResponse] = deque()
         self._closed = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> ChatCompletionChunkResponse:
-        if self._closed:
-            raise StopAsyncIteration
         try:
-            if self._inbox is None:
-                await self._start()
-            assert self._inbox is not None
-            while True:
-                chunk = self._answer.chunk(await self._inbox.get())
-                if self._answer.complete:
-                    self._closed = True
-                if chunk is not None:
-                    return chunk
+            while not self._chunks:
+                if self._closed:
+                    raise StopAsyncIteration
+                await self._next_event()
         except BaseException:
             self._cancel()
             raise
+        return self._chunks.popleft()
 
-    async def _start(self) -> None:
-        prepared = await self._model._prepare_async(self._request)
-        self._answer = prepared.answer
-        self._inbox = _Inbox(asyncio.get_running_loop())
-        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
+    async def _next_event(self) -> None:
+        if self._inbox is None or self._answer is None:
+            self._inbox, self._answer = await self._start()
+        chunk = self._answer.chunk(await self._inbox.get())
+        if chunk is None:
+            return
+        if not self._answer.complete:
+            self._chunks.extend(self._rounds.shown(chunk))
+        elif self._rounds.goes_on(response := self._answer.whole()):
+            await self._rounds.run(response)
+            self._inbox = None  # the next turn has one of its own
+        else:
+            self._chunks.extend(self._rounds.last_shown(chunk))
+            self._closed = True
+
+    async def _start(self) -> tuple[_Inbox, Answer]:
+        prepared = await self._model._prepare_async(self._rounds.request)
+        inbox = _Inbox(asyncio.get_running_loop())
+        self._handle = self._model._engine.submit(prepared.request, inbox.put)
+        return inbox, prepared.answer.continuing(self._answer)
 
     async def aclose(self) -> None:
         """Stop: cancel the request if it still runs."""
@@ -397,6 +428,7 @@ class ChatStream:
 
     def _cancel(self) -> None:
         self._closed = True
+        self._chunks.clear()
         if self._handle is not None:
             self._handle.cancel()
 
@@ -435,6 +467,13 @@ class _Inbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _close(engine: Engine, toolbox: Toolbox) -> None:
+    try:
+        toolbox.close()
+    finally:
+        engine.close()
 
 
 def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:

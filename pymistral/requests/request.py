@@ -37,6 +37,8 @@ class RequestBuilder(TextMessages):
         self.tools: list[Tool] = []
         self.tool_choice: ToolChoice | NamedToolChoice = ToolChoice.AUTO
         self.max_tool_rounds: int | None = None
+        self.tool_dispatch_url: str | None = None
+        self.tool_dispatch_private = False
         self.constraint: Constraint | None = None
         self.sampling = SamplingParams.deterministic()
         self.logits_processors: list[CustomLogitsProcessor] = []
@@ -108,10 +110,36 @@ class RequestBuilder(TextMessages):
         return self
 
     def set_max_tool_rounds(self, max_tool_rounds: int) -> Self:
-        """Set how often at most the model may be answered with the results of its calls, where these are made for it."""
+        """Set how often at most the model may be answered with the results of its calls, where these are made for it.
+
+        0 leaves all calls to the caller. Unset, it is 256, as in mistral.rs.
+        """
         if isinstance(max_tool_rounds, bool) or not isinstance(max_tool_rounds, int) or max_tool_rounds < 0:
             raise RequestValidationError(f"max_tool_rounds must be a whole number of at least 0, got {max_tool_rounds!r}")
         self.max_tool_rounds = max_tool_rounds
+        return self
+
+    def set_tool_dispatch_url(self, url: str, *, allow_private: bool = False) -> Self:
+        """Send the calls of this request's tools that have no callback to a URL, and go on with what it answers.
+
+        It gets ``{"name": ..., "arguments": {...}}`` as a POST, and answers with ``{"content": "..."}`` or plain text. Redirects are not
+        followed. What goes wrong is told to the model.
+
+        Parameters
+        ----------
+        allow_private
+            Whether the host may be this machine or one of the local network. Otherwise the name is looked up, and the connection goes to
+            the address that was checked.
+
+        Raises
+        ------
+        RequestValidationError
+            It is not http or https, or its host is an address that is not public.
+        """
+        from ..public_http import checked_url
+
+        checked_url(url, allow_private=allow_private)
+        self.tool_dispatch_url, self.tool_dispatch_private = url, allow_private
         return self
 
     def set_constraint(self, constraint: Constraint | None) -> Self:
