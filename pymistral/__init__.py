@@ -10,6 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import blocking, errors, responses
+    from .agents.agent import (
+        Agent,
+        AgentBuilder,
+        AgentComplete,
+        AgentEvent,
+        AgentResponse,
+        AgentStep,
+        AgentStopReason,
+        AgentStream,
+        AgentTextDelta,
+        AgentToolCalls,
+        AgentToolResult,
+    )
+    from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
@@ -23,6 +37,8 @@ if TYPE_CHECKING:
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
     from .responses import (
+        AgenticToolCallRecord,
+        CalledFunction,
         ChatCompletionChunkResponse,
         ChatCompletionResponse,
         Choice,
@@ -37,8 +53,22 @@ if TYPE_CHECKING:
         TopLogprob,
         Usage,
     )
+    from .tool_rounds import ToolResult
 
 __all__ = [
+    "Agent",
+    "AgentBuilder",
+    "AgentComplete",
+    "AgentEvent",
+    "AgentResponse",
+    "AgentStep",
+    "AgentStopReason",
+    "AgentStream",
+    "AgentTextDelta",
+    "AgentToolCalls",
+    "AgentToolResult",
+    "AgenticToolCallRecord",
+    "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
     "ChatStream",
@@ -53,6 +83,9 @@ __all__ = [
     "GgufModelBuilder",
     "Logprobs",
     "MbAmount",
+    "McpClientConfig",
+    "McpServerConfig",
+    "McpServerSource",
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
@@ -71,6 +104,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallResponse",
     "ToolChoice",
+    "ToolResult",
     "ToolType",
     "TopLogprob",
     "Usage",
@@ -82,6 +116,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "agents.agent": (
+        "Agent",
+        "AgentBuilder",
+        "AgentComplete",
+        "AgentEvent",
+        "AgentResponse",
+        "AgentStep",
+        "AgentStopReason",
+        "AgentStream",
+        "AgentTextDelta",
+        "AgentToolCalls",
+        "AgentToolResult",
+    ),
+    "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
@@ -101,6 +149,7 @@ _HOMES = {
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("blocking", "errors", "responses")

@@ -14,7 +14,7 @@ from .model import Model, constrained, structured
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
-from .threads import run_to_end
+from .threads import Pumped, run_to_end
 from .tool_rounds import ToolRounds
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from typing_extensions import Self
 
+    from .agents.agent import Agent, AgentBuilder, AgentEvent, AgentResponse, AgentStream
     from .engine import RequestHandle
 
 T = TypeVar("T")
@@ -203,4 +204,80 @@ class BlockingChatStream:
         self.close()
 
     def __del__(self) -> None:
+        self.close()
+
+
+class BlockingAgent:
+    """An agent whose methods wait for their results: `Agent` without ``await``.
+
+    Parameters
+    ----------
+    agent
+        The agent to use.
+
+    Examples
+    --------
+    >>> agent = BlockingAgent.from_builder(AgentBuilder(model).with_tool(get_weather))
+    >>> print(agent.run("What's the weather in NYC?").final_text)
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    @classmethod
+    def from_builder(cls, builder: AgentBuilder) -> Self:
+        """The agent that a builder describes; its model may be a `BlockingModel`."""
+        return cls(builder.build())
+
+    @property
+    def inner(self) -> Agent:
+        """The asynchronous agent behind it."""
+        return self._agent
+
+    @property
+    def model(self) -> Model:
+        """As `Agent.model`."""
+        return self._agent.model
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As `Agent.messages`."""
+        return self._agent.messages
+
+    def reset(self) -> None:
+        """As `Agent.reset`."""
+        self._agent.reset()
+
+    def run(self, prompt: str) -> AgentResponse:
+        """As `Agent.run`."""
+        return run_to_end(self._agent.run(prompt))
+
+    def run_stream(self, prompt: str) -> BlockingAgentStream:
+        """As `Agent.run_stream`, with a plain ``for`` and ``with``."""
+        return BlockingAgentStream(self._agent.run_stream(prompt))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._agent!r})"
+
+
+class BlockingAgentStream:
+    """A run as it happens: an iterator of events, and a context manager that ends what is left of it."""
+
+    def __init__(self, stream: AgentStream) -> None:
+        self._events: Pumped[AgentEvent] = Pumped(lambda: stream)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> AgentEvent:
+        return next(self._events)
+
+    def close(self) -> None:
+        """End the run."""
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

@@ -289,6 +289,10 @@ class Model:
     def _tool_rounds(self, request: RequestBuilder) -> ToolRounds:
         return ToolRounds(request, self._toolbox, self._cut, self.max_sequence_length())
 
+    def _stream_turn(self, request: RequestBuilder) -> ChatStream:
+        """One turn, whatever it calls."""
+        return ChatStream(self, ToolRounds(request, Toolbox(), self._cut, self.max_sequence_length()))
+
     def _cut(self, text: str, tokens: int) -> str:
         return cut_to_tokens(self._tokenizer, text, tokens)
 
@@ -411,6 +415,12 @@ class ChatStream:
         inbox = _Inbox(asyncio.get_running_loop())
         self._handle = self._model._engine.submit(prepared.request, inbox.put)
         return inbox, prepared.answer.continuing(self._answer)
+
+    def whole(self) -> ChatCompletionResponse:
+        """The last turn as one response, once the stream has ended."""
+        if self._answer is None or not self._answer.complete:
+            raise RequestValidationError("the stream has not ended; read it to its end first")
+        return self._answer.whole()
 
     async def aclose(self) -> None:
         """Stop: cancel the request if it still runs."""

@@ -18,8 +18,9 @@ from pydantic_core import PydanticUndefined
 from ..errors import RequestValidationError, ToolArgumentsError
 from ..requests import Function, Tool
 from ..requests.json_schema import map_subschemas
+from ..responses import CalledFunction
 from ..threads import in_thread, run_to_end
-from ..tool_rounds import is_async, result_text
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, ToolCallback, checked_timeout, is_async, result_text
 from .docstrings import read_docstring
 
 P = ParamSpec("P")
@@ -248,3 +249,20 @@ def _shortened(value: Any) -> str:
 
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
+
+
+def tool_callback(callback: Any, tool: Tool | None = None, timeout: float | None = DEFAULT_TOOL_TIMEOUT) -> ToolCallback:
+    """What runs a tool: from a function that `tool` decorates, or one that takes the `CalledFunction`."""
+    checked_timeout(timeout)
+    if isinstance(callback, ToolCallback):
+        return callback
+    if isinstance(callback, FunctionTool):
+        function_tool: FunctionTool[..., Any] = callback
+
+        async def call(function: CalledFunction) -> str:
+            return await function_tool.call_async(function.arguments)
+
+        return ToolCallback(function=call, tool=tool, timeout=timeout)
+    if not callable(callback):
+        raise RequestValidationError(f"a tool callback is a function of the CalledFunction, or one with @tool; got {callback!r}")
+    return ToolCallback(function=callback, tool=tool, timeout=timeout)

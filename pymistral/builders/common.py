@@ -8,11 +8,15 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelLoadError
+from ..agents.mcp_config import McpClientConfig, checked_mcp_config
+from ..errors import ModelLoadError, RequestValidationError
+from ..requests import Tool
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
+    from ..responses import CalledFunction
 
 _log = logging.getLogger("pymistral")
 
@@ -45,6 +50,8 @@ class ModelOptions:
         Log what happens to standard error.
     max_num_seqs
         How many sequences run at once; more wait.
+    mcp_client
+        MCP servers whose tools the model may call.
     paged_attn
         Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
@@ -55,6 +62,8 @@ class ModelOptions:
         Log tokens per second while the engine works.
     token_source
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
+    tool_callbacks
+        What is called when the model calls a tool, by the tool's name: see `with_tool_callback`.
     """
 
     chat_template: str | None = None
@@ -64,11 +73,13 @@ class ModelOptions:
     hf_revision: str | None = None
     logging: bool = False
     max_num_seqs: int = 32
+    mcp_client: McpClientConfig | None = None
     paged_attn: PagedAttentionConfig | None = None
     prefix_cache_n: int | None = 16
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
+    tool_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("max_num_seqs", self.max_num_seqs, at_least=1)
@@ -79,6 +90,12 @@ class ModelOptions:
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
         self.token_source = TokenSource(self.token_source)
+        if self.mcp_client is not None:
+            self.mcp_client = checked_mcp_config(self.mcp_client)
+        if self.tool_callbacks:
+            from ..agents.tool import tool_callback
+
+            self.tool_callbacks = {name: tool_callback(callback) for name, callback in self.tool_callbacks.items()}
 
     def with_chat_template(self, chat_template: str) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
@@ -128,6 +145,42 @@ class ModelOptions:
         """Take the token for Hugging Face from here: a `TokenSource` or its plain string."""
         return self._set("token_source", token_source)
 
+    def with_mcp_client(self, mcp_client: McpClientConfig) -> Self:
+        """Connect to MCP servers, and let the model call their tools. They are connected as long as the model lives."""
+        return self._set("mcp_client", mcp_client)
+
+    def with_tool_callback(
+        self, name: str, callback: Callable[[CalledFunction], Any], *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """Call this function when the model calls a tool of this name, and let the model go on with the result.
+
+        Requests that want the tool list it with `RequestBuilder.set_tools`.
+
+        Parameters
+        ----------
+        name
+            The tool's name.
+        callback
+            A function that takes the `CalledFunction` (name, and arguments as JSON text), or one with ``@tool``; async or not. It returns
+            text, or what has a JSON form. What it raises goes to the model as a message.
+        timeout
+            Seconds after which the model is told that it took too long; None for no limit.
+        """
+        return self._add_callback(name, callback, None, timeout)
+
+    def with_tool_callback_and_tool(
+        self, name: str, callback: Callable[[CalledFunction], Any], tool: Tool, *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """As `with_tool_callback`; the model is told of the tool in every request."""
+        if not isinstance(tool, Tool) or tool.function.name != name:
+            raise RequestValidationError(f"with_tool_callback_and_tool({name!r}, ...) takes the Tool of that name, got {tool!r}")
+        return self._add_callback(name, callback, tool, timeout)
+
+    def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
+        from ..agents.tool import tool_callback
+
+        return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
+
     def _set(self, option: str, value: object) -> Self:
         before = getattr(self, option)
         setattr(self, option, value)
@@ -168,6 +221,20 @@ class Builder(ModelOptions):
 
 
 def load_model(builder: Builder) -> Model:
+    """The model that a builder describes, with its tools."""
+    toolbox = Toolbox(builder.tool_callbacks)
+    try:
+        if builder.mcp_client is not None:
+            from ..agents.mcp import connect
+
+            connect(builder.mcp_client, toolbox)
+        return _load_model(builder, toolbox)
+    except BaseException:
+        toolbox.close()
+        raise
+
+
+def _load_model(builder: Builder, toolbox: Toolbox) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
     from ..engine import Engine
     from ..engine.runner import CpuRunner, cache_token_bytes
@@ -224,6 +291,7 @@ def load_model(builder: Builder) -> Model:
         config=checkpoint.config,
         chat_template=chat_template,
         generation_config=checkpoint.generation_config,
+        toolbox=toolbox,
     )
 
 
