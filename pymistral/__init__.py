@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from .requests.request import RequestBuilder
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
+    from .requests.web_search import (
+        ApproximateUserLocation,
+        SearchContextSize,
+        SearchFunctionParameters,
+        SearchResult,
+        WebSearchOptions,
+    )
     from .responses import (
         AgenticToolCallRecord,
         CalledFunction,
@@ -68,6 +75,7 @@ __all__ = [
     "AgentToolCalls",
     "AgentToolResult",
     "AgenticToolCallRecord",
+    "ApproximateUserLocation",
     "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
@@ -95,6 +103,9 @@ __all__ = [
     "ResponseLogprob",
     "ResponseMessage",
     "SamplingParams",
+    "SearchContextSize",
+    "SearchFunctionParameters",
+    "SearchResult",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
@@ -109,6 +120,7 @@ __all__ = [
     "TopLogprob",
     "Usage",
     "Utilization",
+    "WebSearchOptions",
     "blocking",
     "errors",
     "responses",
@@ -149,6 +161,13 @@ _HOMES = {
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "requests.web_search": (
+        "ApproximateUserLocation",
+        "SearchContextSize",
+        "SearchFunctionParameters",
+        "SearchResult",
+        "WebSearchOptions",
+    ),
     "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import dataclass
 from email.message import Message
 from importlib.util import find_spec
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from ..errors import ModelLoadError
 from ..public_http import HttpReply, send
+from ..requests.web_search import SearchResult
 
 PAGE_SECONDS = 10.0
 MAX_PAGE_BYTES = 2 << 20
 MAX_PAGE_CHARACTERS = 200_000
 MAX_REDIRECTS = 5
 MAX_RESULTS = 10
-_HEADERS = {"Accept": "text/html,application/xhtml+xml,text/plain;q=0.9,*/*;q=0.1", "Accept-Encoding": "gzip", "Accept-Language": "en, *;q=0.5"}
+_HEADERS = {
+    "Accept": "text/html,application/xhtml+xml,text/plain;q=0.9,*/*;q=0.1",
+    "Accept-Encoding": "gzip",
+    "Accept-Language": "en, *;q=0.5",
+}
 _HTML = ("text/html", "application/xhtml+xml")
 _TEXT = ("application/json", "application/xml", "application/javascript", "application/x-ndjson")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """One result of a search.
-
-    Parameters
-    ----------
-    title
-        Its title.
-    description
-        What the search engine says of it.
-    url
-        Where it is.
-    content
-        The text of the page.
-    """
-
-    title: str
-    description: str
-    url: str
-    content: str = ""
 
 
 def require_search_extra() -> None:

@@ -10,18 +10,18 @@ import asyncio
 import inspect
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import RequestValidationError, ToolArgumentsError
 from ..requests import Function, RequestBuilder, Tool
-from ..requests.web_search import SearchContextSize, WebSearchOptions
+from ..requests.web_search import SearchCallback, SearchContextSize, SearchFunctionParameters, SearchResult, WebSearchOptions
 from ..responses import CalledFunction
 from ..threads import in_thread
 from ..tool_rounds import ToolCallback, is_async
 from .bm25 import bm25_scores
-from .web_pages import SearchResult, page_text, search_duckduckgo
+from .web_pages import page_text, search_duckduckgo
 
 SEARCH_TOOL, EXTRACT_TOOL = "search_the_web", "website_content_extractor"
 BUDGETS = {SearchContextSize.LOW: 4096, SearchContextSize.MEDIUM: 8192, SearchContextSize.HIGH: 16384}  # tokens, those of mistral.rs
@@ -35,15 +35,6 @@ It returns {"output": [{"url": ..., "content": ...}]}."""
 _log = logging.getLogger("pymistral")
 
 
-@dataclass(frozen=True)
-class SearchFunctionParameters:
-    """What the model searches for."""
-
-    query: str
-
-
-SearchCallback = Callable[[SearchFunctionParameters], Iterable[SearchResult] | Awaitable[Iterable[SearchResult]]]
-"""Searches instead of DuckDuckGo. It gives results with their contents, the best first; it may be async."""
 Ranking = Callable[[str, Sequence[str]], Sequence[float]]
 """Scores texts for a query; 0 or less is no match."""
 
@@ -181,17 +172,18 @@ def _search_tool(options: WebSearchOptions) -> Tool:
     description = options.search_description or SEARCH_DESCRIPTION
     if options.user_location:
         description += f"\nThe user's location: {options.user_location}."
-    return _tool(SEARCH_TOOL, description, "query", "A query for web searching.")
+    return _tool(SEARCH_TOOL, description, "query", "A query for web searching.", 200)
 
 
 def _extract_tool(options: WebSearchOptions) -> Tool:
-    return _tool(EXTRACT_TOOL, options.extract_description or EXTRACT_DESCRIPTION, "url", "The URL of the website to read.")
+    return _tool(EXTRACT_TOOL, options.extract_description or EXTRACT_DESCRIPTION, "url", "The URL of the website to read.", 2000)
 
 
-def _tool(name: str, description: str, parameter: str, meaning: str) -> Tool:
+# A small model may not find the end of what it writes: hence the most characters.
+def _tool(name: str, description: str, parameter: str, meaning: str, most: int) -> Tool:
     parameters = {
         "type": "object",
-        "properties": {parameter: {"type": "string", "description": meaning}},
+        "properties": {parameter: {"type": "string", "description": meaning, "maxLength": most}},
         "required": [parameter],
         "additionalProperties": False,
     }

@@ -1,8 +1,8 @@
-"""What a request says of web search."""
+"""What a request says of web search, and what searches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -85,6 +85,39 @@ class WebSearchOptions:
         if isinstance(options, Mapping) and options.keys() <= known:
             return cls(**options)
         raise RequestValidationError(f"web search options are WebSearchOptions or a dict with some of {sorted(known)}, got {options!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """One result of a search.
+
+    Parameters
+    ----------
+    title
+        Its title.
+    description
+        What the search engine says of it.
+    url
+        Where it is.
+    content
+        The text of the page.
+    """
+
+    title: str
+    description: str
+    url: str
+    content: str = ""
+
+
+@dataclass(frozen=True)
+class SearchFunctionParameters:
+    """What the model searches for."""
+
+    query: str
+
+
+SearchCallback = Callable[[SearchFunctionParameters], Iterable[SearchResult] | Awaitable[Iterable[SearchResult]]]
+"""Searches instead of DuckDuckGo. It gives results with their contents, the best first; it may be async."""
 
 
 def _location(location: object) -> ApproximateUserLocation | None:

@@ -203,19 +203,18 @@ async def test_http() -> None:
 async def test_web_socket() -> None:
     port = free_port()
     source = McpServerSource.web_socket(f"ws://127.0.0.1:{port}/", timeout_secs=20)
-    with serving("ws", port) as process:
-        with tools(config(source, bearer_token="secret")) as toolbox:
+    with serving("ws", port) as process, tools(config(source, bearer_token="secret")) as toolbox:
+        assert await ask(toolbox, "add", a=2, b=3) == "5"
+        with pytest.raises(Exception, match="the MCP server 'tests' failed during the call: .*[Cc]losed"):
+            await ask(toolbox, "die")
+        process.wait(20)
+        with pytest.raises(Exception, match="the MCP server 'tests' cannot be reached"):
+            await ask(toolbox, "add", a=2, b=3)
+        with serving("ws", port):
             assert await ask(toolbox, "add", a=2, b=3) == "5"
-            with pytest.raises(Exception, match="the MCP server 'tests' failed during the call: .*[Cc]losed"):
-                await ask(toolbox, "die")
-            process.wait(20)
-            with pytest.raises(Exception, match="the MCP server 'tests' cannot be reached"):
-                await ask(toolbox, "add", a=2, b=3)
-            with serving("ws", port):
-                assert await ask(toolbox, "add", a=2, b=3) == "5"
-                wrong = config(source, bearer_token="wrong")
-                with pytest.raises(ModelLoadError, match="the MCP server 'tests' cannot be used"), tools(wrong):
-                    pass
+            wrong = config(source, bearer_token="wrong")
+            with pytest.raises(ModelLoadError, match="the MCP server 'tests' cannot be used"), tools(wrong):
+                pass
 
 
 async def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
