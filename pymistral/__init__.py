@@ -39,6 +39,13 @@ if TYPE_CHECKING:
     from .requests.request import RequestBuilder
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
+    from .requests.web_search import (
+        ApproximateUserLocation,
+        SearchContextSize,
+        SearchFunctionParameters,
+        SearchResult,
+        WebSearchOptions,
+    )
     from .responses import (
         AgenticToolCallRecord,
         CalledFunction,
@@ -71,6 +78,7 @@ __all__ = [
     "AgentToolCalls",
     "AgentToolResult",
     "AgenticToolCallRecord",
+    "ApproximateUserLocation",
     "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
@@ -101,6 +109,9 @@ __all__ = [
     "ResponseLogprob",
     "ResponseMessage",
     "SamplingParams",
+    "SearchContextSize",
+    "SearchFunctionParameters",
+    "SearchResult",
     "SpeculativeConfig",
     "StopTokens",
     "TextMessageRole",
@@ -118,6 +129,7 @@ __all__ = [
     "Topology",
     "Usage",
     "Utilization",
+    "WebSearchOptions",
     "blocking",
     "errors",
     "responses",
@@ -161,6 +173,13 @@ _HOMES = {
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "requests.web_search": (
+        "ApproximateUserLocation",
+        "SearchContextSize",
+        "SearchFunctionParameters",
+        "SearchResult",
+        "WebSearchOptions",
+    ),
     "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -308,10 +308,10 @@ class Model:
             constraint=self._constraint(request, tools, reasons),
             keep=dialect.keep(bool(tools)) if dialect else (),
         )
-        names = [tool.function.name for tool in tools]
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
 
         def new_reader() -> MessageReader:
-            return MessageReader(plain_reader) if dialect is None else dialect.reader(names, reasons=reasons)
+            return MessageReader(plain_reader) if dialect is None else dialect.reader(schemas, reasons=reasons)
 
         return Prepared(engine_request, Answer(self._model_id, self._tokenizer, request.sampling.n_choices, new_reader))
 

@@ -19,6 +19,7 @@ from ..errors import ModelLoadError, RequestValidationError
 from ..quantization.isq import IsqBits, IsqType
 from ..quantization.topology import Topology
 from ..requests import Tool
+from ..requests.web_search import SearchCallback
 from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
@@ -65,6 +66,12 @@ class ModelOptions:
         Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
         How many sequences the prefix cache may keep; None or 0 turns it off.
+    search
+        Let requests that have web search options search the web.
+    search_callback
+        What searches, instead of DuckDuckGo: see `with_search_callback`.
+    search_private
+        Let web search read pages on this machine and the local network.
     threads
         Threads that compute. None: one per physical core.
     throughput_logging
@@ -88,6 +95,9 @@ class ModelOptions:
     mcp_client: McpClientConfig | None = None
     paged_attn: PagedAttentionConfig | None = None
     prefix_cache_n: int | None = 16
+    search: bool = False
+    search_callback: SearchCallback | None = None
+    search_private: bool = False
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
@@ -109,6 +119,8 @@ class ModelOptions:
             raise ModelLoadError(f"topology must be a Topology, got {self.topology!r:.80}; with_topology_from_path takes a file")
         if self.mcp_client is not None:
             self.mcp_client = checked_mcp_config(self.mcp_client)
+        if self.search_callback is not None and not callable(self.search_callback):
+            raise ModelLoadError(f"search_callback must be a function of SearchFunctionParameters, got {self.search_callback!r}")
         if self.tool_callbacks:
             from ..agents.tool import tool_callback
 
@@ -209,6 +221,27 @@ class ModelOptions:
             raise RequestValidationError(f"with_tool_callback_and_tool({name!r}, ...) takes the Tool of that name, got {tool!r}")
         return self._add_callback(name, callback, tool, timeout)
 
+    def with_search(self, search: bool = True) -> Self:
+        """Let requests that have `RequestBuilder.with_web_search_options` search the web. Needs the extra ``search``.
+
+        DuckDuckGo is asked, the pages that it finds are fetched, and what of their text answers the query best, by BM25, goes to the model.
+        """
+        return self._set("search", search)
+
+    def with_search_callback(self, search_callback: SearchCallback) -> Self:
+        """Search with this function instead of DuckDuckGo; `with_search` is then implied.
+
+        Parameters
+        ----------
+        search_callback
+            Takes `SearchFunctionParameters`, gives `SearchResult` objects with their contents, the best first; async or not.
+        """
+        return self._set("search_callback", search_callback)
+
+    def with_search_private(self, search_private: bool = True) -> Self:
+        """Let web search read pages on this machine and the local network: refused otherwise, for a model's URLs may come from anyone."""
+        return self._set("search_private", search_private)
+
     def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
         from ..agents.tool import tool_callback
 
@@ -270,7 +303,12 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
     ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
     """
     toolbox = Toolbox(builder.tool_callbacks)
+    toolbox.searches = builder.search or builder.search_callback is not None
     try:
+        if toolbox.searches:
+            from ..agents.web_pages import require_search_extra
+
+            require_search_extra()
         if builder.mcp_client is not None:
             from ..agents.mcp import connect
 
@@ -298,6 +336,16 @@ def _load_model(builder: Builder, toolbox: Toolbox, speculation: Callable[[Check
         throughput_logging=builder.throughput_logging,
         speculation=speculation(checkpoint, runner) if speculation else None,
     )
+    if toolbox.searches:
+        from ..agents.web_search import WebSearch
+
+        web_search = WebSearch(
+            builder.search_callback,
+            allow_private=builder.search_private,
+            count_tokens=lambda text: len(checkpoint.tokenizer.encode(text, add_special_tokens=False)),
+            context=engine.max_sequence_length,
+        )
+        toolbox.sources.append(web_search.tools)
 
     def requantize(isq: IsqType) -> None:
         programs = requantized(isq)
