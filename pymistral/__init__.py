@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import blocking, errors, responses
     from .agents.tool import tool
+    from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
@@ -47,6 +48,7 @@ __all__ = [
     "Constraint",
     "ContextSize",
     "Delta",
+    "Device",
     "DrySamplingParams",
     "Function",
     "FunctionDelta",
@@ -56,6 +58,7 @@ __all__ = [
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
+    "ModelDType",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
     "RequestBuilder",
@@ -83,6 +86,7 @@ __all__ = [
 
 _HOMES = {
     "agents.tool": ("tool",),
+    "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
     "builders.paged_attn": (

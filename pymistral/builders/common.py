@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError
+from .device import Device, ModelDType
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
@@ -35,6 +36,10 @@ class ModelOptions:
         A Jinja template, or the path of a ``.json`` or ``.jinja`` file that holds one; used instead of the model's own.
     jinja_explicit
         The path of a ``.jinja`` file; goes before every other template.
+    device
+        Where to compute: `Device` or its string. None: the first GPU if there is one and the extra for it is installed, else the CPU.
+    dtype
+        The floats of weights that are not quantised: `ModelDType` or its string.
     force_cpu
         Stay on the CPU, even where a GPU is available.
     hf_cache_path
@@ -59,6 +64,8 @@ class ModelOptions:
 
     chat_template: str | None = None
     jinja_explicit: str | os.PathLike[str] | None = None
+    device: Device | str | None = None
+    dtype: ModelDType | str = ModelDType.AUTO
     force_cpu: bool = False
     hf_cache_path: str | os.PathLike[str] | None = None
     hf_revision: str | None = None
@@ -78,6 +85,9 @@ class ModelOptions:
             _check_count("threads", self.threads, at_least=1)
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
+        if self.device is not None:
+            self.device = Device.parse(self.device)
+        self.dtype = ModelDType.parse(self.dtype)
         self.token_source = TokenSource(self.token_source)
 
     def with_chat_template(self, chat_template: str) -> Self:
@@ -87,6 +97,14 @@ class ModelOptions:
     def with_jinja_explicit(self, jinja_explicit: str | os.PathLike[str]) -> Self:
         """Use the template in this ``.jinja`` file before every other."""
         return self._set("jinja_explicit", jinja_explicit)
+
+    def with_device(self, device: Device | str | None) -> Self:
+        """Compute here. Building the model fails, and says what is missing, if that cannot be."""
+        return self._set("device", device)
+
+    def with_dtype(self, dtype: ModelDType | str) -> Self:
+        """Keep and multiply weights that are not quantised in these floats."""
+        return self._set("dtype", dtype)
 
     def with_force_cpu(self, force_cpu: bool = True) -> Self:
         """Stay on the CPU, even where a GPU is available."""
