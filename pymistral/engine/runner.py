@@ -186,7 +186,7 @@ class CpuRunner(PagedRunner):
         self.program.run()
         return self.program.logits[:outputs]
 
-    def read(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""
         return logits
 

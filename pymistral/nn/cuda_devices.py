@@ -43,9 +43,7 @@ def cuda_driver() -> CudaDriver:
     try:
         library = _library()
     except OSError:
-        raise ModelLoadError(
-            "CUDA needs NVIDIA's driver, and libcuda.so.1 is not installed here; without a GPU, use Device.cpu()"
-        ) from None
+        raise ModelLoadError("CUDA needs NVIDIA's driver, and libcuda.so.1 is not installed; without a GPU, use Device.cpu()") from None
 
     def ask(function: str, *arguments: Any) -> None:
         code = getattr(library, function)(*arguments)

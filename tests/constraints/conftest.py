@@ -29,7 +29,7 @@ class NoiseRunner:
         self._rows[:, list(closing)] += 1.5
         self.sample = SamplingProgram(vocab_size, threads=1).run
 
-    def read(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         return logits
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:

@@ -64,7 +64,7 @@ class FakeRunner:
         self.computed = 0
         self.sample = SamplingProgram(VOCAB, threads=1).run
 
-    def read(self, logits: np.ndarray) -> np.ndarray:
+    def read_logits(self, logits: np.ndarray) -> np.ndarray:
         return logits
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
