@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
-class PagedRunner:
+class PagedRunner(ABC):
     """What runners of all devices share: their sizes, and writing a step into the arrays that kernels read."""
 
     def __init__(
@@ -61,9 +62,7 @@ class PagedRunner:
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        tokens = outputs = items = merges = partials = 0
-        split = len(segments) <= SPLIT_SEQUENCES  # few sequences: their chunks are dealt out to the threads
-        longest = 0
+        tokens = outputs = longest = 0
         for row, segment in enumerate(segments):
             count, start = len(segment.tokens), segment.start
             end = start + count
@@ -73,18 +72,6 @@ class PagedRunner:
                 raise ValueError(f"segment of {count} tokens from position {start} with {segment.outputs} outputs does not fit")
             longest = max(longest, end)
             self._place(state, segment, row, tokens, count, start, end)
-            chunks = -(-end // ATTENTION_CHUNK)
-            if split and count == 1 and chunks > 1:
-                state.merges[merges] = (tokens, partials, chunks)
-                for chunk in range(chunks):
-                    state.items[items] = (tokens, 1, row, chunk, partials + chunk)
-                    items += 1
-                merges += 1
-                partials += chunks
-            else:
-                for first in range(0, count, state.query_tile):
-                    state.items[items] = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
-                    items += 1
             tokens += count
             if outputs + segment.outputs > self.max_output_rows:
                 raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
@@ -93,8 +80,12 @@ class PagedRunner:
                 outputs += segment.outputs
         for rope in state.ropes:
             rope.prepare(longest)
-        state.counts[:4] = (tokens, outputs, items, merges)
+        state.counts[:4] = (tokens, outputs, *self._divide(state, segments))
         return outputs
+
+    @abstractmethod
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Write how attention is dealt out; returns the numbers of items and merges."""
 
     def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
         """Write one segment's tokens, positions, cache slots and block table into the state."""
@@ -185,6 +176,27 @@ class CpuRunner(PagedRunner):
         outputs = self._fill(self.program.state, segments)
         self.program.run()
         return self.program.logits[:outputs]
+
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Query tiles of long segments. If the sequences are few, the positions of a single token are dealt out in chunks."""
+        tokens = items = merges = partials = 0
+        split = len(segments) <= SPLIT_SEQUENCES
+        for row, segment in enumerate(segments):
+            count = len(segment.tokens)
+            chunks = -(-(segment.start + count) // ATTENTION_CHUNK)
+            if split and count == 1 and chunks > 1:
+                state.merges[merges] = (tokens, partials, chunks)
+                for chunk in range(chunks):
+                    state.items[items] = (tokens, 1, row, chunk, partials + chunk)
+                    items += 1
+                merges += 1
+                partials += chunks
+            else:
+                for first in range(0, count, state.query_tile):
+                    state.items[items] = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
+                    items += 1
+            tokens += count
+        return items, merges
 
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""

@@ -57,8 +57,9 @@ class State:
     All arrays lie in ``memory``, the block tables last, so that one copy of its first bytes brings a step to a device.
     """
 
-    def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None) -> None:
-        # attention: [first token, tokens, row of the block table, chunk or -1, partial result]; [token, first partial result, how many]
+    def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5) -> None:
+        # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind;
+        # merges, on the CPU: [token, first partial result, how many]
         self.max_partials = SPLIT_SEQUENCES * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
         self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
         per_token = (limits.max_tokens,)
@@ -67,8 +68,9 @@ class State:
             "tokens": per_token,
             "positions": per_token,
             "cache_slots": per_token,
+            "table_rows": per_token,
             "output_rows": (limits.max_outputs,),
-            "items": (limits.max_tokens + self.max_partials, 5),
+            "items": (limits.max_tokens + self.max_partials, item_words),
             "merges": (SPLIT_SEQUENCES, 3),
             "block_tables": (limits.max_sequences, self.table_width),
         }
@@ -86,10 +88,14 @@ class State:
         self.counts[_COUNTS.index("one")] = 1
         self.tokens, self.positions, self.cache_slots = part("tokens"), part("positions"), part("cache_slots")
         self.output_rows, self.items, self.merges = part("output_rows"), part("items"), part("merges")
-        self.block_tables = part("block_tables")
+        self.table_rows, self.block_tables = part("table_rows"), part("block_tables")
         self.ropes: list[Rope] = []
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most
+
+    def used_bytes(self, sequences: int) -> int:
+        """Of `memory`, for a step of so many sequences."""
+        return address(self.block_tables) - address(self.memory) + sequences * 4 * self.table_width
 
     def count(self, name: str) -> int:
         return int(self.counts[_COUNTS.index(name)])
