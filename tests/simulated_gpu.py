@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
 from pymistral.kernels.cuda.launch import Launch
+
 from pymistral.nn.cuda_gpu import Gpu, GpuLike
 
 sys.path.append(str(Path(__file__).parent / "kernels" / "cuda"))

@@ -20,8 +20,13 @@ from .token_source import TokenSource
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..engine.cuda_runner import CudaRunner
+    from ..engine.runner import CpuRunner
+    from ..kernels.cpu.compiler import Progress
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
+    from ..nn.cuda_devices import CudaDevice
+    from ..nn.graph import Graph
 
 _log = logging.getLogger("pymistral")
 
@@ -188,7 +193,6 @@ class Builder(ModelOptions):
 def load_model(builder: Builder) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
     from ..engine import Engine
-    from ..engine.runner import CpuRunner, cache_token_bytes
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
@@ -196,6 +200,8 @@ def load_model(builder: Builder) -> Model:
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
+    from ..quantization.floats import matrices_as
+    from ..quantization.types import GgmlType
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
@@ -204,6 +210,7 @@ def load_model(builder: Builder) -> Model:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
+    device, dtype = choose_device(builder), ModelDType.parse(builder.dtype)
     model_id, files = builder._source()
     path = resolve(
         model_id,
@@ -215,17 +222,11 @@ def load_model(builder: Builder) -> Model:
     checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
     chat_template = chat_template_source(builder, checkpoint)
-    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
+    graph = record(build_model(checkpoint.config, weights))
+    max_positions = int(checkpoint.config["max_position_embeddings"])
     with counting_bar("compiling kernels for this CPU (once)") as progress:
-        runner = CpuRunner(
-            graph,
-            max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
-            threads=threads,
-            max_num_seqs=builder.max_num_seqs,
-            block_size=builder.paged_attn.block_size if builder.paged_attn else None,
-            cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
-            progress=progress,
-        )
+        runner = make_runner(builder, graph, device, max_positions, threads, progress)
     engine = Engine(
         runner,
         checkpoint.tokenizer,
@@ -242,6 +243,60 @@ def load_model(builder: Builder) -> Model:
         config=checkpoint.config,
         chat_template=chat_template,
         generation_config=checkpoint.generation_config,
+    )
+
+
+def choose_device(options: ModelOptions) -> CudaDevice | None:
+    """The GPU to use; None: the CPU.
+
+    Raises
+    ------
+    ModelLoadError
+        A GPU was asked for, and something that it takes is missing.
+    """
+    from ..nn.cuda_devices import cuda_device, default_cuda_device
+
+    if options.device is None:
+        return None if options.force_cpu else default_cuda_device()
+    device = Device.parse(options.device)
+    if device.kind == "cpu":
+        return None
+    if options.force_cpu:
+        raise ModelLoadError(f"with_force_cpu and with_device({device}) contradict each other: drop one of them")
+    return cuda_device(device.index)
+
+
+def make_runner(
+    options: ModelOptions, graph: Graph, device: CudaDevice | None, max_positions: int, threads: int, progress: Progress | None
+) -> CpuRunner | CudaRunner:
+    """The recorded model on its device, with a KV cache of the size that was asked for."""
+    from ..engine.runner import CpuRunner, cache_token_bytes
+
+    block_size = options.paged_attn.block_size if options.paged_attn else None
+    if device is None:
+        return CpuRunner(
+            graph,
+            max_position_embeddings=max_positions,
+            threads=threads,
+            max_num_seqs=options.max_num_seqs,
+            block_size=block_size,
+            cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph)) if options.paged_attn else None,
+            progress=progress,
+        )
+    from ..engine.cuda_runner import CudaRunner, free_after_weights
+    from ..nn.cuda_gpu import Gpu
+
+    _log.info("computing on CUDA device %d, %s", device.index, device.name)
+    gpu = Gpu(device.index)
+    free = free_after_weights(graph, gpu)
+    return CudaRunner(
+        graph,
+        gpu,
+        max_position_embeddings=max_positions,
+        max_num_seqs=options.max_num_seqs,
+        block_size=block_size,
+        cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph), free) if options.paged_attn else None,
+        progress=progress,
     )
 
 

@@ -172,10 +172,14 @@ class _CudaLowering(Lowering):
         self.scales_of: dict[Array, Buffer] = {}
         self.bf16_of: dict[Array, Buffer] = {}
         self.forms += [self.q8_of, self.scales_of, self.bf16_of]
-        state = model.state
+        state, place = model.state, model.place
         self.places = Places(
-            *(model.place(array) for array in (state.positions, state.cache_slots, state.table_rows, state.items, state.block_tables)),
-            state.table_width,
+            positions=place(state.positions),
+            slots=place(state.cache_slots),
+            table_rows=place(state.table_rows),
+            items=place(state.items),
+            block_tables=place(state.block_tables),
+            table_width=state.table_width,
         )
         self.lower()
 
@@ -296,8 +300,8 @@ class _CudaLowering(Lowering):
         counted = self._counted(x)
         if self._max_rows(x) <= ops.MATVEC_TOKENS and tile_format(gate) is tile_format(up):
             source = self._in(x, self._form_for(gate, self._max_rows(x)))
-            matrices = [self.model.weights.matrix(tensor) for tensor in (gate, up)]
-            self.launches.append(ops.gated_matvec(*matrices, source, options["activation"], self._out(node.output), **counted))
+            first, second = self.model.weights.matrix(gate), self.model.weights.matrix(up)
+            self.launches.append(ops.gated_matvec(first, second, source, options["activation"], self._out(node.output), **counted))
             return
         columns = node.output.columns
         parts = [self._new((self._max_rows(x), stride_of(columns)), np.float32) for _ in range(2)]
@@ -482,10 +486,10 @@ class _CudaLowering(Lowering):
             self.launches.append(launch)
             return Rows(stride, f32=out.address)
 
-        products = [by_expert(name, self._in(x, self._form_for(options[name][0], tokens)), top_k) for name in ("gate", "up")]
+        gate, up = (by_expert(name, self._in(x, self._form_for(options[name][0], tokens)), top_k) for name in ("gate", "up"))
         columns = stacks["gate"].rows
         gated = self._scratch_form(self._form_for(options["down"][0], tokens), choices, columns, scratch)
-        self.launches.append(ops.gate_choices(*products, columns, activation, top_k, gated, **counted))
+        self.launches.append(ops.gate_choices(gate, up, columns, activation, top_k, gated, **counted))
         down = by_expert("down", gated, 1)
         self.launches.append(ops.combine(down, weights.address, top_k, x.columns, self._out(node.output), **counted))
         for buffer in taken:

@@ -1,4 +1,4 @@
-"""Weights in a GPU's memory: each matrix goes by way of the CPU's tiles, whose packing kernels check nothing that was not checked before."""
+"""Weights in a GPU's memory: each matrix goes by way of the CPU's tiles, which know every storage type."""
 
 from __future__ import annotations
 
