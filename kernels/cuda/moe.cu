@@ -8,7 +8,7 @@ extern "C" __global__ void route(
     const int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= *count) return;
     const float* own = logits + (i64)token * stride;
-    float peak = -INFINITY;
+    float peak = __uint_as_float(0xff800000u);  // minus infinity
     for (int e = lane; e < experts; e += 32) peak = fmaxf(peak, own[e]);
     peak = warp_max(peak);
     float total = 0.0f;

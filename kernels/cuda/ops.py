@@ -66,7 +66,7 @@ def _ceil(count: int, size: int) -> int:
 
 
 def _macros(**values: int) -> tuple[tuple[str, str], ...]:
-    return tuple((name, str(value)) for name, value in values.items())
+    return tuple((name, str(int(value))) for name, value in values.items())
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def norm(
     if bool(weight) != (out is not None):
         raise ValueError("a norm has both a weight and an output, or neither")
     out, branch = out or Rows(32), branch or Rows(32)
-    kernel = Kernel("norm", "rows.cu", f"pipipppif{_OUT}p")
+    kernel = Kernel("norm_rows", "rows.cu", f"pipipppif{_OUT}p")
     arguments = (x.f32, x.stride, branch.f32, branch.stride, branch_weight, weight, indices, columns, epsilon, *out.out, count)
     return Launch(kernel, (max_rows, 1, 1), 256 if columns > 512 else 128, 0, arguments)
 
