@@ -28,14 +28,24 @@ if TYPE_CHECKING:
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .quantization.isq import IsqBits, IsqType
+    from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
+    from .requests.web_search import (
+        ApproximateUserLocation,
+        SearchContextSize,
+        SearchFunctionParameters,
+        SearchResult,
+        WebSearchOptions,
+    )
     from .responses import (
         AgenticToolCallRecord,
         CalledFunction,
@@ -68,6 +78,7 @@ __all__ = [
     "AgentToolCalls",
     "AgentToolResult",
     "AgenticToolCallRecord",
+    "ApproximateUserLocation",
     "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
@@ -81,6 +92,9 @@ __all__ = [
     "Function",
     "FunctionDelta",
     "GgufModelBuilder",
+    "IsqBits",
+    "IsqType",
+    "LayerTopology",
     "Logprobs",
     "MbAmount",
     "McpClientConfig",
@@ -95,10 +109,15 @@ __all__ = [
     "ResponseLogprob",
     "ResponseMessage",
     "SamplingParams",
+    "SearchContextSize",
+    "SearchFunctionParameters",
+    "SearchResult",
+    "SpeculativeConfig",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
     "TextModelBuilder",
+    "TextSpeculativeBuilder",
     "TokenSource",
     "Tool",
     "ToolCallDelta",
@@ -107,8 +126,10 @@ __all__ = [
     "ToolResult",
     "ToolType",
     "TopLogprob",
+    "Topology",
     "Usage",
     "Utilization",
+    "WebSearchOptions",
     "blocking",
     "errors",
     "responses",
@@ -141,14 +162,24 @@ _HOMES = {
         "PagedAttentionMetaBuilder",
         "Utilization",
     ),
+    "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "quantization.isq": ("IsqBits", "IsqType"),
+    "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "requests.web_search": (
+        "ApproximateUserLocation",
+        "SearchContextSize",
+        "SearchFunctionParameters",
+        "SearchResult",
+        "WebSearchOptions",
+    ),
     "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -101,12 +101,15 @@ class Toolbox:
         the model: it is closed when nobody refers to it any longer.
     closing
         Closed with the model: connections, processes.
+    searches
+        Whether web search is among the sources.
     """
 
     def __init__(self, callbacks: Mapping[str, ToolCallback] | None = None) -> None:
         self.callbacks = dict(callbacks or {})
         self.sources: list[ToolSource] = []
         self.closing = ExitStack()
+        self.searches = False
 
     def for_request(self, request: RequestBuilder) -> dict[str, ToolCallback]:
         """The callbacks that a request may use. Later sources go before earlier ones, and all before the callbacks."""
@@ -148,6 +151,8 @@ class ToolRounds:
         # Tools and a constraint exclude each other, and what several answers call could not go into one conversation.
         if request.tool_choice is not ToolChoice.NONE and request.constraint is None and request.sampling.n_choices == 1:
             self._callbacks = toolbox.for_request(request)
+            if request.web_search_options is not None and not toolbox.searches:
+                raise RequestValidationError("the request has web search options, but the model's builder has no with_search()")
             offer_tools(request, self._callbacks)
             if url := request.tool_dispatch_url:
                 dispatched = dispatch_callback(url, request.tool_dispatch_private)

@@ -73,6 +73,8 @@ class AlphabetRunner:
     vocab_size, max_num_seqs, max_batch_tokens, max_output_rows = VOCAB_SIZE, 8, 256, 64
     block_size, num_blocks, max_sequence_length = 16, 256, 1024
 
+    prompts_apart = False
+
     def __init__(self, *, endless: bool = False, delay: float = 0.0) -> None:
         self.endless, self.delay = endless, delay
         self.steps = 0

@@ -12,6 +12,7 @@ from .constraint import Constraint
 from .messages import CustomRole, Message, TextMessageRole, TextMessages, checked_text, messages_from_dicts, role_name
 from .sampling import DrySamplingParams, SamplingParams, StopTokens
 from .tools import NamedToolChoice, Tool, ToolChoice, checked_tool_choice
+from .web_search import WebSearchOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,7 @@ class RequestBuilder(TextMessages):
         self.max_tool_rounds: int | None = None
         self.tool_dispatch_url: str | None = None
         self.tool_dispatch_private = False
+        self.web_search_options: WebSearchOptions | None = None
         self.constraint: Constraint | None = None
         self.sampling = SamplingParams.deterministic()
         self.logits_processors: list[CustomLogitsProcessor] = []
@@ -140,6 +142,14 @@ class RequestBuilder(TextMessages):
 
         checked_url(url, allow_private=allow_private)
         self.tool_dispatch_url, self.tool_dispatch_private = url, allow_private
+        return self
+
+    def with_web_search_options(self, web_search_options: WebSearchOptions | Mapping[str, Any]) -> Self:
+        """Let the model search the web for this request, where its builder has `with_search`.
+
+        The tools ``search_the_web`` and ``website_content_extractor`` are offered to it, and its calls of them are answered.
+        """
+        self.web_search_options = WebSearchOptions.of(web_search_options)
         return self
 
     def set_constraint(self, constraint: Constraint | None) -> Self:

@@ -45,6 +45,8 @@ VALUES = {
     "mcp_client": McpClientConfig(servers=[{"name": "files", "source": {"type": "Process", "command": "serve"}}]),
     "paged_attn": PagedAttentionMetaBuilder().with_block_size(32).build(),
     "prefix_cache_n": None,
+    "search": True,
+    "search_private": True,
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
@@ -56,7 +58,7 @@ def method_name(option: str) -> str:
 
 
 def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
-    options = {field.name: field for field in fields(common.ModelOptions) if field.name != "tool_callbacks"}
+    options = {field.name: field for field in fields(common.ModelOptions) if "callback" not in field.name}
     methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_")) and "callback" not in name}
     assert methods == {method_name(option) for option in options}
     assert options.keys() == VALUES.keys()
@@ -94,6 +96,7 @@ def test_flags_need_no_argument() -> None:
         ("token_source", "secret"),
         ("token_source", None),
         ("mcp_client", "server"),
+        ("search_callback", "no function"),
     ],
 )
 def test_a_bad_option_is_named_and_changes_nothing(option: str, value: object) -> None:
