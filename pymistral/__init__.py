@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
+    from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
@@ -88,6 +89,7 @@ __all__ = [
     "Constraint",
     "ContextSize",
     "Delta",
+    "Device",
     "DrySamplingParams",
     "Function",
     "FunctionDelta",
@@ -103,6 +105,7 @@ __all__ = [
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
+    "ModelDType",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
     "RequestBuilder",
@@ -152,6 +155,7 @@ _HOMES = {
     ),
     "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
+    "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
     "builders.paged_attn": (
