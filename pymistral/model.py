@@ -540,9 +540,9 @@ class _Inbox:
 
 def _close(engine: Engine, toolbox: Toolbox) -> None:
     try:
-        toolbox.close()
-    finally:
         engine.close()
+    finally:
+        toolbox.close()
 
 
 def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:
