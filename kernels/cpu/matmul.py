@@ -24,10 +24,12 @@ from .simd import (
     exp,
     fma_tile,
     load_bf16x16,
+    load_f8x16,
     load_f16x16,
     load_f32x16,
     load_i64,
     maximum,
+    multiply_tile,
     scale_tile,
     splat_f32,
     start_dot_tile,
@@ -240,10 +242,12 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
 
 def float_matmul(*, layout: str) -> Any:
     """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
-    item = FLOAT_FORMATS[layout].item_bytes
+    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
 
     @inline
     def weights_of(at):
+        if layout == "f8e4m3":
+            return load_f8x16(at)
         if layout == "f32":
             return load_f32x16(at)
         if layout == "f16":
@@ -254,11 +258,13 @@ def float_matmul(*, layout: str) -> Any:
         @inline
         def product(w, x, columns, row_bytes):
             tile = zero_tile(tokens)
+            scales = w
+            w += header_bytes
             for _ in range(columns):
                 tile = fma_tile(tile, weights_of(w), x, row_bytes)
                 w += 16 * item
                 x += 4
-            return tile
+            return multiply_tile(tile, load_f32x16(scales)) if header_bytes else tile
 
         return product
 

@@ -272,6 +272,25 @@ def load_bf16x16(b, address):
     return b.bitcast(b.shl(bits, _constant(i32x16.llvm, 16)), f32x16.llvm)
 
 
+@_operation(f32x16, types.intp)
+def load_f8x16(b, address):
+    """Sixteen FP8 (E4M3), widened to float32. There is no NaN among what we store."""
+    return _f8_to_float(b, b.zext(_load(b, address, ir.VectorType(_I8, 16)), i32x16.llvm))
+
+
+@_operation(types.float32, types.intp)
+def load_f8(b, address):
+    byte = b.zext(_load(b, address, _I8), _I32)
+    return b.extract_element(_f8_to_float(b, _splat(b, byte)), ir.Constant(_I32, 0))
+
+
+def _f8_to_float(b, bytes_):
+    """Sign, exponent and mantissa go where a float has them; one multiplication rebiases the exponent (subnormals come out right)."""
+    sign = b.shl(b.and_(bytes_, _constant(i32x16.llvm, 0x80)), _constant(i32x16.llvm, 24))
+    magnitude = b.shl(b.and_(bytes_, _constant(i32x16.llvm, 0x7F)), _constant(i32x16.llvm, 20))
+    return b.fmul(b.bitcast(b.or_(sign, magnitude), f32x16.llvm), _constant(f32x16.llvm, 2.0**120))
+
+
 @_operation(types.float32, types.intp)
 def load_f16(b, address):
     bits = _load(b, address, _I16)
@@ -886,6 +905,16 @@ def add_tiles(typing_context, x, y):
         return _each(b, values[0], lambda t, v: b.fadd(v, b.extract_value(values[1], t)))
 
     return x(x, y), codegen
+
+
+@intrinsic
+def multiply_tile(typing_context, tile, vector):
+    """Every vector of the tile times one."""
+
+    def codegen(context, b, sig, values):
+        return _each(b, values[0], lambda t, v: b.fmul(v, values[1]))
+
+    return tile(tile, f32x16), codegen
 
 
 @intrinsic

@@ -9,6 +9,7 @@ from ..errors import ModelLoadError
 from .common import Buildable, Builder, load_model, load_runner
 
 if TYPE_CHECKING:
+    from ..engine.cuda_runner import CudaRunner
     from ..engine.runner import CpuRunner
     from ..engine.speculative import Speculation
     from ..loading.checkpoint import Checkpoint
@@ -82,13 +83,13 @@ class TextSpeculativeBuilder(Buildable):
     def _load(self) -> Model:
         return load_model(self.target, self._speculation)
 
-    def _speculation(self, target: Checkpoint, runner: CpuRunner) -> Speculation:
+    def _speculation(self, target: Checkpoint, runner: CpuRunner | CudaRunner) -> Speculation:
         from ..engine.speculative import DraftModel, PromptLookup, Speculation
 
         if self.draft is None:
             assert self.config.ngram is not None
             return Speculation(PromptLookup(self.config.ngram), self.config.gamma)
-        checkpoint, draft = load_runner(self.draft)
+        checkpoint, draft, _ = load_runner(self.draft)
         check_same_tokens(target, checkpoint, self.draft._source()[0])
         return Speculation(DraftModel(draft, runner.vocab_size), self.config.gamma)
 
