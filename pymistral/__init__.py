@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .agents.tool import tool
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
+    from .builders.multi import MultiModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
     from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
@@ -57,6 +58,7 @@ __all__ = [
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
+    "MultiModelBuilder",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
     "RequestBuilder",
@@ -88,6 +90,7 @@ _HOMES = {
     "agents.tool": ("tool",),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
+    "builders.multi": ("MultiModelBuilder",),
     "builders.paged_attn": (
         "ContextSize",
         "MbAmount",

@@ -14,7 +14,7 @@ FLOORS = [
     {"kernels", "responses", "errors"},
     {"nn", "requests", "quantization"},
     {"engine", "models", "loading", "tool_calls"},
-    {"model", "answer"},
+    {"model", "model_group", "answer"},
     {"builders", "agents", "blocking"},
     {"cli", "__main__"},
 ]

@@ -113,7 +113,11 @@ class Engine:
             The engine has been closed.
         """
         self._check_open()
-        job = self._core.prepare(request, on_event)
+        try:
+            job = self._core.prepare(request, on_event)
+        except AttributeError:  # the runner is gone: it was closed meanwhile
+            self._check_open()
+            raise
 
         def add() -> None:
             self._core.add(job)
@@ -198,6 +202,7 @@ class Engine:
         self._core.fail_all(error)
         while self._posted:
             self._posted.popleft()()
+        self._core.release()
 
     def _loop(self) -> None:
         core, posted, log = self._core, self._posted, self._log
