@@ -174,12 +174,8 @@ class ModelGroup:
                 model, entry.model = entry.model, None
                 if how == "removed":
                     self._entries.pop(model_id, None)
-            if not loaded:
-                return
-            if model is not None:
-                model._close_all()
-            else:
-                self._drop()
+            if loaded:
+                (model or self)._drop()
 
     def _reload_model(self, model_id: str) -> None:
         entry = self._entry(model_id)
@@ -198,7 +194,7 @@ class ModelGroup:
 
     def _load(self, model_id: str, entry: Entry, source: ModelSource) -> None:
         model = source.load()
-        model._model_id = model_id
+        model._rename(model_id)
         with self._group_lock:
             if not self._closed:
                 if model_id == self._own_id:
@@ -217,6 +213,8 @@ class ModelGroup:
     def _drop(self) -> None:
         """Let go of the engine and all that belongs to it. Whoever asks for it from now on meets `__getattr__`."""
         self._close_engine()
+        if (own := self._entries.get(self._own_id)) is not None:
+            own.status = "unloaded"
         for name in vars(self).keys() - _KEPT:
             delattr(self, name)
 

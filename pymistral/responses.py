@@ -148,6 +148,18 @@ class Usage(_Response):
     total_completion_time_sec: float
 
 
+class AgenticToolCallRecord(_Response):
+    """A tool call that was answered while the request ran."""
+
+    round: int
+    """Which turn of the model asked for it; the first is 0."""
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+    result_content: str
+    """What the model was told."""
+
+
 class ChatCompletionResponse(_Response):
     """A whole answer."""
 
@@ -158,6 +170,9 @@ class ChatCompletionResponse(_Response):
     system_fingerprint: str = SYSTEM_FINGERPRINT
     object: Literal["chat.completion"] = "chat.completion"
     usage: Usage
+    """Of all turns, if tools were called in between."""
+    agentic_tool_calls: list[AgenticToolCallRecord] | None = None
+    """The calls that were answered while the request ran."""
 
 
 class ChatCompletionChunkResponse(_Response):

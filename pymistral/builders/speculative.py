@@ -91,7 +91,7 @@ class TextSpeculativeBuilder(Buildable):
         if self.draft is None:
             assert self.config.ngram is not None
             return Speculation(PromptLookup(self.config.ngram), self.config.gamma)
-        checkpoint, draft = load_runner(self.draft)
+        checkpoint, draft, _ = load_runner(self.draft)
         check_same_tokens(target, checkpoint, self.draft._source()[0])
         return Speculation(DraftModel(draft, runner.vocab_size), self.config.gamma)
 

@@ -79,10 +79,12 @@ class EngineCore:
             max_num_seqs=max(1, min(max_num_seqs, runner.max_num_seqs, runner.max_batch_tokens, runner.max_output_rows)),
             max_batch_tokens=runner.max_batch_tokens,
             prefix_cache=prefix_cache_n > 0,
+            prompts_apart=runner.prompts_apart,
             prefill_chunk=prefill_chunk,
         )
         self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)
         self.jobs: dict[Job, None] = {}
+        self._to_wake: dict[Callable[[], object], None] = {}
         self._arrivals = 0
         self._next_deadline = inf
 
@@ -90,7 +92,7 @@ class EngineCore:
     def busy(self) -> bool:
         return bool(self.jobs)
 
-    def prepare(self, request: EngineRequest, on_event: OnEvent) -> Job:
+    def prepare(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> Job:
         """Check a request and make all that it needs, so that the steps of others need not wait for it."""
         sampling = request.sampling
         prompt = self._fit(request)
@@ -100,7 +102,7 @@ class EngineCore:
             raise RequestValidationError(f"n_choices is {sampling.n_choices}; ask for at least 1")
         if sampling.max_len is not None and sampling.max_len < 1:
             raise RequestValidationError(f"max_len is {sampling.max_len}; ask for at least 1 token")
-        job = Job(request, on_event)
+        job = Job(request, on_event, wake)
         job.usage.prompt_tokens = len(prompt)
         # One token more than the cache holds: the last one is never looked at again.
         max_tokens = min(self.max_length + 1, len(prompt) + (sampling.max_len or self.max_length))
@@ -396,6 +398,15 @@ class EngineCore:
             logger.exception("The receiver of a request's events raised an exception; the request is canceled")
             job.on_event = ignore
             self.cancel(job)
+        if job.wake is not None:
+            self._to_wake[job.wake] = None
+
+    def wake(self) -> None:
+        """Wake those who have got events since the last time."""
+        if self._to_wake:
+            for wake in self._to_wake:
+                wake()
+            self._to_wake.clear()
 
     def _fail_batch(self, batch: list[Sequence], error: Exception) -> None:
         """The step failed: nothing that it wrote to the cache counts."""

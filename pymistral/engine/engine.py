@@ -102,8 +102,16 @@ class Engine:
         """How many tokens a prompt may have: what the model and the cache both hold."""
         return self._core.max_length
 
-    def submit(self, request: EngineRequest, on_event: OnEvent) -> RequestHandle:
+    def submit(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> RequestHandle:
         """Queue a request. Its events are passed to ``on_event`` on the engine's thread, which they should not keep busy.
+
+        Parameters
+        ----------
+        request, on_event
+            What to generate, and who gets it.
+        wake
+            Called on the engine's thread when all events of a step have been passed on: once a step for all requests that give the same
+            function, since to wake a thread for each token of each stream would take longer than to make it. It must not raise.
 
         Raises
         ------
@@ -114,7 +122,7 @@ class Engine:
         """
         self._check_open()
         try:
-            job = self._core.prepare(request, on_event)
+            job = self._core.prepare(request, on_event, wake)
         except AttributeError:  # the runner is gone: it was closed meanwhile
             self._check_open()
             raise
@@ -202,6 +210,7 @@ class Engine:
         self._core.fail_all(error)
         while self._posted:
             self._posted.popleft()()
+        self._core.wake()
         self._core.release()
 
     def _loop(self) -> None:
@@ -211,11 +220,13 @@ class Engine:
                 posted.popleft()()
             if core.jobs:
                 core.step()
+                core.wake()
                 if log is not None:
                     log.update()
                 continue
             if log is not None:
                 log.flush()
+            core.wake()
             with self._wake:
                 while not posted and not self._closing:
                     self._wake.wait()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.geometry import ATTENTION_CHUNK
-from ..nn.cpu import compile_graph
+from ..nn.cpu import compile_for_prompts
+from ..nn.cpu_program import CpuProgram
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
@@ -26,6 +27,10 @@ _MAX_TOKENS = 512  # in one step
 _MAX_OUTPUTS = 64  # rows of logits in one step
 _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
+
+
+Programs = tuple[CpuProgram, CpuProgram]
+"""For the tokens of prompts, and for those that are generated."""
 
 
 class CpuRunner:
@@ -73,7 +78,7 @@ class CpuRunner:
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max(_MAX_TOKENS, max_num_seqs)
         self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
-        limits = Limits(
+        self._limits = Limits(
             max_tokens=self.max_batch_tokens,
             max_outputs=self.max_output_rows,
             max_sequences=max_num_seqs,
@@ -82,13 +87,28 @@ class CpuRunner:
             max_blocks=-(-self.max_sequence_length // self.block_size),
         )
         self.threads = threads or available_threads()
-        self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
+        self.prompt_program, self.program = self.compile(graph, progress)
         self.vocab_size = self.program.logits.shape[1]
         # A model may give logits for more ids, or fewer, than it has embeddings for.
         self._embeddings = min(
             (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
         )
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
+
+    @property
+    def prompts_apart(self) -> bool:
+        return self.prompt_program is not self.program
+
+    def compile(self, graph: Graph, progress: Progress | None = None) -> Programs:
+        """Programs of these limits, for `use`. Another thread may run steps in the meantime."""
+        return compile_for_prompts(graph, self._limits, threads=self.threads, progress=progress)
+
+    def use(self, programs: Programs) -> None:
+        """Run these programs from now on: the same model with other weights, and an empty cache."""
+        shape, before = programs[0].logits.shape, self.program.logits.shape
+        if shape != before:
+            raise ValueError(f"logits {shape} in place of {before}: another model")
+        self.prompt_program, self.program = programs
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
@@ -98,7 +118,30 @@ class CpuRunner:
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        state = self.program.state
+        if not self.prompts_apart or all(segment.generated == len(segment.tokens) for segment in segments):
+            return self._run(self.program, segments)
+        for segment in segments:
+            count = len(segment.tokens)
+            if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
+                raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
+        prompts = [part for segment in segments if (part := _prompt_part(segment)).tokens]
+        generated = [part for segment in segments if (part := _generated_part(segment)).tokens]
+        of_prompts = self._run(self.prompt_program, prompts)
+        if not generated:
+            return of_prompts
+        of_generated = self._run(self.program, generated)
+        logits = np.empty((len(of_prompts) + len(of_generated), self.vocab_size), np.float32)
+        row = first = second = 0
+        for segment in segments:
+            for part, source, at in ((_prompt_part(segment), of_prompts, first), (_generated_part(segment), of_generated, second)):
+                logits[row : row + part.outputs] = source[at : at + part.outputs]
+                row += part.outputs
+            first += _prompt_part(segment).outputs
+            second += _generated_part(segment).outputs
+        return logits
+
+    def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        state = program.state
         tokens = outputs = items = merges = partials = 0
         split = len(segments) <= SPLIT_SEQUENCES  # few sequences: their chunks are dealt out to the threads
         longest = 0
@@ -132,8 +175,8 @@ class CpuRunner:
         for rope in state.ropes:
             rope.prepare(longest)
         state.counts[:4] = (tokens, outputs, items, merges)
-        self.program.run()
-        return self.program.logits[:outputs]
+        program.run()
+        return program.logits[:outputs]
 
     def _place(self, state: Any, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
         """Write one segment's tokens, positions, cache slots and block table into the state."""
@@ -160,6 +203,17 @@ class CpuRunner:
         positions = np.arange(start, end, dtype=np.int32)
         state.positions[place] = positions
         state.cache_slots[place] = used[positions // size] * size + positions % size
+
+
+def _prompt_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    return Segment(segment.tokens[:count], segment.start, segment.block_table, max(0, segment.outputs - segment.generated))
+
+
+def _generated_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    outputs = min(segment.outputs, segment.generated)
+    return Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
 
 
 def cache_token_bytes(graph: Graph) -> int:

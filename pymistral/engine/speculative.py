@@ -139,10 +139,12 @@ class DraftModel:
         for draft in drafts:
             tokens, cache = draft.sequence.tokens, draft.cache
             part = tokens[cache.computed : cache.computed + budget]
-            draft.segment = Segment(part, cache.computed, cache.block_table, int(cache.computed + len(part) == len(tokens)))
+            end = cache.computed + len(part)
+            generated = max(0, end - max(cache.computed, draft.sequence.prompt_length))
+            draft.segment = Segment(part, cache.computed, cache.block_table, int(end == len(tokens)), generated)
             if part:
                 segments.append(draft.segment)
-            cache.computed += len(part)
+            cache.computed = end
             budget -= len(part)
         return segments
 
@@ -188,7 +190,7 @@ class Draft:
         if len(self.guess) >= self.count:
             return False
         position = len(self.sequence.tokens) + len(self.guess) - 1
-        self.segment = Segment((token,), position, self.cache.block_table, 1)
+        self.segment = Segment((token,), position, self.cache.block_table, 1, 1)
         self.cache.guesses.append(token)
         return True
 

@@ -30,6 +30,8 @@ class Segment:
     """The physical block of each logical block; covers ``start + len(tokens)`` positions. An ``array('i')``, so a buffer too."""
     outputs: int
     """How many of the last tokens want logits: 0 for a part of a prompt, 1 as a rule, more for speculation and scoring."""
+    generated: int = 0
+    """How many of the last tokens were generated: they are not part of the prompt."""
 
 
 class Runner(Protocol):
@@ -37,6 +39,10 @@ class Runner(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def prompts_apart(self) -> bool:
+        """Prompts are computed in other numbers than what is generated: a prompt must not find a generated token in the prefix cache."""
+
     @property
     def max_num_seqs(self) -> int: ...
     @property
