@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
+    from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.multi import MultiModelBuilder
@@ -89,6 +90,7 @@ __all__ = [
     "Constraint",
     "ContextSize",
     "Delta",
+    "Device",
     "DrySamplingParams",
     "Function",
     "FunctionDelta",
@@ -104,6 +106,7 @@ __all__ = [
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
+    "ModelDType",
     "MultiModelBuilder",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
@@ -154,6 +157,7 @@ _HOMES = {
     ),
     "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
+    "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
     "builders.multi": ("MultiModelBuilder",),

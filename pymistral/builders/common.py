@@ -21,16 +21,20 @@ from ..quantization.topology import Topology
 from ..requests import Tool
 from ..requests.web_search import SearchCallback
 from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
+from .device import Device, ModelDType
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..engine.runner import CpuRunner, Programs
+    from ..engine.cuda_runner import CudaRunner
+    from ..engine.runner import CpuRunner
     from ..engine.speculative import Speculation
+    from ..kernels.cpu.compiler import Progress
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
+    from ..nn.cuda_devices import CudaDevice
     from ..nn.graph import Graph
     from ..responses import CalledFunction
 
@@ -47,6 +51,10 @@ class ModelOptions:
         A Jinja template, or the path of a ``.json`` or ``.jinja`` file that holds one; used instead of the model's own.
     jinja_explicit
         The path of a ``.jinja`` file; goes before every other template.
+    device
+        Where to compute: `Device` or its string. None: the first GPU if there is one and the extra for it is installed, else the CPU.
+    dtype
+        The floats of weights that are not quantised: `ModelDType` or its string.
     force_cpu
         Stay on the CPU, even where a GPU is available.
     hf_cache_path
@@ -86,6 +94,8 @@ class ModelOptions:
 
     chat_template: str | None = None
     jinja_explicit: str | os.PathLike[str] | None = None
+    device: Device | str | None = None
+    dtype: ModelDType | str = ModelDType.AUTO
     force_cpu: bool = False
     hf_cache_path: str | os.PathLike[str] | None = None
     hf_revision: str | None = None
@@ -112,6 +122,9 @@ class ModelOptions:
             _check_count("threads", self.threads, at_least=1)
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
+        if self.device is not None:
+            self.device = Device.parse(self.device)
+        self.dtype = ModelDType.parse(self.dtype)
         self.token_source = TokenSource(self.token_source)
         if self.isq is not None:
             self.isq = IsqType.of(self.isq)
@@ -133,6 +146,14 @@ class ModelOptions:
     def with_jinja_explicit(self, jinja_explicit: str | os.PathLike[str]) -> Self:
         """Use the template in this ``.jinja`` file before every other."""
         return self._set("jinja_explicit", jinja_explicit)
+
+    def with_device(self, device: Device | str | None) -> Self:
+        """Compute here. Building the model fails, and says what is missing, if that cannot be."""
+        return self._set("device", device)
+
+    def with_dtype(self, dtype: ModelDType | str) -> Self:
+        """Keep and multiply weights that are not quantised in these floats."""
+        return self._set("dtype", dtype)
 
     def with_force_cpu(self, force_cpu: bool = True) -> Self:
         """Stay on the CPU, even where a GPU is available."""
@@ -310,7 +331,7 @@ class Builder(ModelOptions, Buildable):
         return load_model(self)
 
 
-def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], Speculation] | None = None) -> Model:
+def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None) -> Model:
     """The model that a builder describes, with its tools.
 
     ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
@@ -332,7 +353,9 @@ def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner], 
         raise
 
 
-def _load_model(builder: Builder, toolbox: Toolbox, speculation: Callable[[Checkpoint, CpuRunner], Speculation] | None = None) -> Model:
+def _load_model(
+    builder: Builder, toolbox: Toolbox, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None
+) -> Model:
     """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain."""
     from ..engine import Engine
     from ..model import Model
@@ -361,8 +384,8 @@ def _load_model(builder: Builder, toolbox: Toolbox, speculation: Callable[[Check
         toolbox.sources.append(web_search.tools)
 
     def requantize(isq: IsqType) -> None:
-        programs = requantized(isq)
-        engine.call(lambda _: runner.use(programs), clear_cache=True).result()
+        use = requantized(isq)
+        engine.call(lambda _: use(), clear_cache=True).result()
 
     return Model(
         engine,
@@ -377,23 +400,25 @@ def _load_model(builder: Builder, toolbox: Toolbox, speculation: Callable[[Check
 
 
 class Loaded(NamedTuple):
-    """A model that an engine can run, and how to make its programs for weights of another type."""
+    """A model that an engine can run; and what quantises its weights anew, and returns what puts these to use between two steps."""
 
     checkpoint: Checkpoint
-    runner: CpuRunner
-    requantized: Callable[[IsqType], Programs]
+    runner: CpuRunner | CudaRunner
+    requantized: Callable[[IsqType], Callable[[], None]]
 
 
 def load_runner(builder: Builder) -> Loaded:
     """Model id -> files -> checkpoint -> runner."""
-    from ..engine.runner import CpuRunner, cache_token_bytes
+    from ..engine.runner import CpuRunner
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
+    from ..quantization.floats import matrices_as
     from ..quantization.plan import apply_isq
+    from ..quantization.types import GgmlType
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
@@ -402,6 +427,7 @@ def load_runner(builder: Builder) -> Loaded:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
+    device, dtype = choose_device(builder), ModelDType.parse(builder.dtype)
     model_id, files = builder._source()
     path = resolve(
         model_id,
@@ -415,25 +441,76 @@ def load_runner(builder: Builder) -> Loaded:
     chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
 
     def graph_of(checkpoint: Checkpoint, isq: IsqType | None) -> Graph:
-        return record(build_model(checkpoint.config, apply_isq(checkpoint.weights, isq, builder.topology)))
+        weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
+        return record(build_model(checkpoint.config, apply_isq(weights, isq, builder.topology)))
 
     graph = graph_of(checkpoint, None if builder.isq is None else IsqType.of(builder.isq))
+    max_positions = int(checkpoint.config["max_position_embeddings"])
     with counting_bar("compiling kernels for this CPU (once)") as progress:
-        runner = CpuRunner(
-            graph,
-            max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
-            threads=threads,
-            max_num_seqs=builder.max_num_seqs,
-            block_size=builder.paged_attn.block_size if builder.paged_attn else None,
-            cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
-            progress=progress,
-        )
+        runner = make_runner(builder, graph, device, max_positions, threads, progress)
 
-    def requantized(isq: IsqType) -> Programs:
+    def requantized(isq: IsqType) -> Callable[[], None]:
         """The weights come from the file again: what is in memory has been rounded once."""
-        return runner.compile(graph_of(load_checkpoint(path, files), isq))
+        if not isinstance(runner, CpuRunner):
+            raise ModelLoadError("weights are quantised anew on the CPU only; this model runs on a GPU")
+        programs = runner.compile(graph_of(load_checkpoint(path, files), isq))
+        return lambda: runner.use(programs)
 
     return Loaded(checkpoint, runner, requantized)
+
+
+def choose_device(options: ModelOptions) -> CudaDevice | None:
+    """The GPU to use; None: the CPU.
+
+    Raises
+    ------
+    ModelLoadError
+        A GPU was asked for, and something that it takes is missing.
+    """
+    from ..nn.cuda_devices import cuda_device, default_cuda_device
+
+    if options.device is None:
+        return None if options.force_cpu else default_cuda_device()
+    device = Device.parse(options.device)
+    if device.kind == "cpu":
+        return None
+    if options.force_cpu:
+        raise ModelLoadError(f"with_force_cpu and with_device({device}) contradict each other: drop one of them")
+    return cuda_device(device.index)
+
+
+def make_runner(
+    options: ModelOptions, graph: Graph, device: CudaDevice | None, max_positions: int, threads: int, progress: Progress | None
+) -> CpuRunner | CudaRunner:
+    """The recorded model on its device, with a KV cache of the size that was asked for."""
+    from ..engine.runner import CpuRunner, cache_token_bytes
+
+    block_size = options.paged_attn.block_size if options.paged_attn else None
+    if device is None:
+        return CpuRunner(
+            graph,
+            max_position_embeddings=max_positions,
+            threads=threads,
+            max_num_seqs=options.max_num_seqs,
+            block_size=block_size,
+            cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph)) if options.paged_attn else None,
+            progress=progress,
+        )
+    from ..engine.cuda_runner import CudaRunner, free_after_weights
+    from ..nn.cuda_gpu import Gpu
+
+    _log.info("computing on CUDA device %d, %s", device.index, device.name)
+    gpu = Gpu(device.index)
+    free = free_after_weights(graph, gpu)
+    return CudaRunner(
+        graph,
+        gpu,
+        max_position_embeddings=max_positions,
+        max_num_seqs=options.max_num_seqs,
+        block_size=block_size,
+        cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph), free) if options.paged_attn else None,
+        progress=progress,
+    )
 
 
 def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str | None:

@@ -9,6 +9,7 @@ from ..errors import ModelLoadError
 from .common import Buildable, Builder, load_model, load_runner
 
 if TYPE_CHECKING:
+    from ..engine.cuda_runner import CudaRunner
     from ..engine.runner import CpuRunner
     from ..engine.speculative import Speculation
     from ..loading.checkpoint import Checkpoint
@@ -85,7 +86,7 @@ class TextSpeculativeBuilder(Buildable):
     def _load(self) -> Model:
         return load_model(self.target, self._speculation)
 
-    def _speculation(self, target: Checkpoint, runner: CpuRunner) -> Speculation:
+    def _speculation(self, target: Checkpoint, runner: CpuRunner | CudaRunner) -> Speculation:
         from ..engine.speculative import DraftModel, PromptLookup, Speculation
 
         if self.draft is None:

@@ -455,7 +455,7 @@ class EngineCore:
         try:
             for start in range(0, len(tokens), chunk):
                 part = tokens[start : start + chunk]
-                result[start : start + len(part)] = runner.forward([Segment(part, start, table, len(part))])
+                result[start : start + len(part)] = runner.read_logits(runner.forward([Segment(part, start, table, len(part))]))
         finally:
             pool.release(table)
         return result

@@ -57,7 +57,14 @@ class Runner(Protocol):
     def max_sequence_length(self) -> int: ...
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
-        """Run one flat step; return logits ``[rows, vocab_size]`` in segment order, valid until the next call."""
+        """Run one flat step; return logits ``[rows, vocab_size]`` in segment order, valid until the next call.
+
+        They may still be on a device: `sample` knows them by their addresses; `read_logits` before Python does.
+        """
+        ...
+
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits that `forward` returned, for Python to read."""
         ...
 
     def sample(self, rows: Sequence[SamplingRow]) -> None:
