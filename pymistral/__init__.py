@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     )
     from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
+    from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .quantization.isq import IsqBits, IsqType
+    from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
@@ -85,10 +89,14 @@ __all__ = [
     "Constraint",
     "ContextSize",
     "Delta",
+    "Device",
     "DrySamplingParams",
     "Function",
     "FunctionDelta",
     "GgufModelBuilder",
+    "IsqBits",
+    "IsqType",
+    "LayerTopology",
     "Logprobs",
     "MbAmount",
     "McpClientConfig",
@@ -97,6 +105,7 @@ __all__ = [
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
+    "ModelDType",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
     "RequestBuilder",
@@ -106,10 +115,12 @@ __all__ = [
     "SearchContextSize",
     "SearchFunctionParameters",
     "SearchResult",
+    "SpeculativeConfig",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
     "TextModelBuilder",
+    "TextSpeculativeBuilder",
     "TokenSource",
     "Tool",
     "ToolCallDelta",
@@ -118,6 +129,7 @@ __all__ = [
     "ToolResult",
     "ToolType",
     "TopLogprob",
+    "Topology",
     "Usage",
     "Utilization",
     "WebSearchOptions",
@@ -143,6 +155,7 @@ _HOMES = {
     ),
     "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
+    "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
     "builders.paged_attn": (
@@ -153,9 +166,12 @@ _HOMES = {
         "PagedAttentionMetaBuilder",
         "Utilization",
     ),
+    "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "quantization.isq": ("IsqBits", "IsqType"),
+    "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),

@@ -238,6 +238,9 @@ def _usage(usage: Usage) -> responses.Usage:
         prompt_tokens=usage.prompt_tokens,
         total_tokens=total,
         prompt_tokens_details=responses.PromptTokensDetails(cached_tokens=usage.cached_prompt_tokens),
+        completion_tokens_details=responses.CompletionTokensDetails(
+            drafted_tokens=usage.drafted_tokens, accepted_tokens=usage.accepted_tokens
+        ),
         avg_tok_per_sec=_rate(total, usage.prompt_seconds + usage.completion_seconds),
         avg_prompt_tok_per_sec=_rate(computed, usage.prompt_seconds),
         avg_compl_tok_per_sec=_rate(decoded, usage.completion_seconds),

@@ -8,9 +8,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Answer, Completion
-from .builders.common import Builder, load_model
+from .builders.common import Buildable
 from .engine.types import Event
 from .model import Model, constrained, structured
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
@@ -47,7 +48,7 @@ class BlockingModel:
         self._model = model
 
     @classmethod
-    def from_builder(cls, builder: Builder) -> Self:
+    def from_builder(cls, builder: Buildable) -> Self:
         """Load the model that a builder describes.
 
         Raises
@@ -55,7 +56,7 @@ class BlockingModel:
         ModelLoadError
             The model cannot be found, fetched, parsed or built.
         """
-        return cls(load_model(builder))
+        return cls(builder._load())
 
     @property
     def inner(self) -> Model:
@@ -112,6 +113,10 @@ class BlockingModel:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """As `Model.logits`."""
         return self._model._engine.logits(list(map(int, tokens))).result()
+
+    def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """As `Model.re_isq_model`."""
+        self._model._re_isq(isq)
 
     def config(self) -> dict[str, Any]:
         """As `Model.config`."""

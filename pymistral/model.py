@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest, Event
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text
 from .requests.structured import StructuredOutput
@@ -60,6 +62,8 @@ class Model:
         The Jinja source of its chat template.
     generation_config
         What its author recommends, in the terms of ``generation_config.json``.
+    requantize
+        Quantises the weights anew, from their file, and returns when the engine uses them.
     toolbox
         The tools that are called for it while requests run. The model owns it, and closes it.
     """
@@ -73,9 +77,12 @@ class Model:
         config: Mapping[str, Any],
         chat_template: str | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        requantize: Callable[[IsqType], None] | None = None,
         toolbox: Toolbox | None = None,
     ) -> None:
         self._engine = engine
+        self._requantize = requantize
+        self._requantizing = threading.Lock()
         self._toolbox = toolbox or Toolbox()
         self._tokenizer = tokenizer
         self._model_id = model_id
@@ -83,6 +90,7 @@ class Model:
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
+        self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarm] = weakref.WeakKeyDictionary()
         self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
 
     async def chat(self, message: str) -> str:
@@ -229,6 +237,33 @@ class Model:
         """
         return await asyncio.wrap_future(self._engine.logits(list(map(int, tokens))))
 
+    async def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """Quantise the weights to another type, from the model's file.
+
+        The model keeps serving with the old weights until the new ones are complete, and then goes on with those: answers that are being
+        generated keep the text that they have. Both weights are in memory for that time, and the prefix cache starts anew.
+
+        Parameters
+        ----------
+        isq
+            An `IsqType`, its plain value, or a number of bits.
+
+        Raises
+        ------
+        ModelLoadError
+            There is no such type, it is not supported, or the file cannot be read any more.
+        EngineClosedError
+            The model has been closed.
+        """
+        await asyncio.to_thread(self._re_isq, isq)
+
+    def _re_isq(self, isq: IsqType | IsqBits | str | int) -> None:
+        type = IsqType.of(isq)
+        if self._requantize is None:
+            raise ModelLoadError(f"{self._model_id} was not loaded from a file: its weights cannot be quantised again")
+        with self._requantizing:  # one after the other: each takes as much memory as the model
+            self._requantize(type)
+
     def config(self) -> dict[str, Any]:
         """The model's configuration, in the terms of Hugging Face's ``config.json``."""
         return copy.deepcopy(self._config)
@@ -285,6 +320,9 @@ class Model:
         if quick and sum(len(message["content"]) for message in request.messages) <= _QUICK_CHARACTERS:
             return self._prepare(request)
         return await asyncio.to_thread(self._prepare, request)
+
+    def _alarm(self, loop: asyncio.AbstractEventLoop) -> _Alarm:
+        return self._alarms.setdefault(loop, _Alarm(loop))
 
     def _tool_rounds(self, request: RequestBuilder) -> ToolRounds:
         return ToolRounds(request, self._toolbox, self._cut, self.max_sequence_length())
@@ -412,8 +450,9 @@ class ChatStream:
 
     async def _start(self) -> tuple[_Inbox, Answer]:
         prepared = await self._model._prepare_async(self._rounds.request)
-        inbox = _Inbox(asyncio.get_running_loop())
-        self._handle = self._model._engine.submit(prepared.request, inbox.put)
+        alarm = self._model._alarm(asyncio.get_running_loop())
+        inbox = _Inbox(alarm)
+        self._handle = self._model._engine.submit(prepared.request, inbox.put, alarm.ring)
         return inbox, prepared.answer.continuing(self._answer)
 
     def whole(self) -> ChatCompletionResponse:
@@ -443,11 +482,31 @@ class ChatStream:
             self._handle.cancel()
 
 
+class _Alarm:
+    """Wakes the tasks of an event loop that wait for events: all that a step has something for, at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self.sleepers: deque[_Inbox] = deque()
+
+    def ring(self) -> None:
+        """Called on the engine's thread."""
+        loop = self._loop()
+        if self.sleepers and loop is not None:
+            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        while self.sleepers:
+            self.sleepers.popleft().wake()
+
+
 class _Inbox:
     """Events on their way from the engine's thread to a task. The engine never waits; a wake-up is scheduled only if the task does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, alarm: _Alarm) -> None:
+        self._alarm = alarm
+        self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._waiting = False
@@ -457,8 +516,7 @@ class _Inbox:
         self._events.append(event)
         if self._waiting:
             self._waiting = False
-            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
-                self._loop.call_soon_threadsafe(self._wake)
+            self._alarm.sleepers.append(self)
 
     async def get(self) -> Event:
         """The next event. Only one task may wait."""
@@ -474,16 +532,17 @@ class _Inbox:
                 self._waiter = None
         return self._events.popleft()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Called in the event loop."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 def _close(engine: Engine, toolbox: Toolbox) -> None:
     try:
-        toolbox.close()
-    finally:
         engine.close()
+    finally:
+        toolbox.close()
 
 
 def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:

@@ -123,6 +123,15 @@ class PromptTokensDetails(_Response):
     """How many were found in the prefix cache and cost nothing."""
 
 
+class CompletionTokensDetails(_Response):
+    """What speculative decoding contributed."""
+
+    drafted_tokens: int = 0
+    """How many tokens were guessed ahead."""
+    accepted_tokens: int = 0
+    """How many of the guesses were what the model itself says; these are among the completion tokens."""
+
+
 class Usage(_Response):
     """What a request took: tokens, seconds, tokens per second."""
 
@@ -130,6 +139,7 @@ class Usage(_Response):
     prompt_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     avg_tok_per_sec: float
     avg_prompt_tok_per_sec: float
     avg_compl_tok_per_sec: float

@@ -73,10 +73,15 @@ class AlphabetRunner:
     vocab_size, max_num_seqs, max_batch_tokens, max_output_rows = VOCAB_SIZE, 8, 256, 64
     block_size, num_blocks, max_sequence_length = 16, 256, 1024
 
+    prompts_apart = False
+
     def __init__(self, *, endless: bool = False, delay: float = 0.0) -> None:
         self.endless, self.delay = endless, delay
         self.steps = 0
         self.sample = SamplingProgram(VOCAB_SIZE, threads=1).run
+
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logits
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         self.steps += 1

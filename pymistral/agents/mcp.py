@@ -6,15 +6,17 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ModelLoadError
 from ..requests import Function, Tool
-from ..tool_rounds import Toolbox, ToolCallback
+from ..tool_rounds import Toolbox, ToolCallback, ToolFailure
 from .mcp_config import HttpSource, McpClientConfig, McpServerConfig, ProcessSource, WebSocketSource
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class McpClient:
     def close(self) -> None:
         """End the connections, and the processes behind them."""
         closing = self._submit(_close_all(self._connections))
-        with suppress(TimeoutError, asyncio.TimeoutError):
+        with suppress(FutureTimeoutError):
             closing.result(_CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECONDS)
@@ -236,8 +238,8 @@ class Session:
                 self._ready.set_exception(ConnectionError(_reason(error)))
 
 
-class McpToolError(Exception):
-    """A tool of an MCP server failed; the message is for the model."""
+class McpToolError(ToolFailure):
+    """A tool of an MCP server failed."""
 
 
 def _transport(server: McpServerConfig) -> AbstractAsyncContextManager[TransportStreams]:
@@ -245,11 +247,21 @@ def _transport(server: McpServerConfig) -> AbstractAsyncContextManager[Transport
 
     source = server.source
     if isinstance(source, ProcessSource):
-        return stdio_client(StdioServerParameters(command=source.command, args=list(source.args), env=source.env, cwd=source.work_dir))
+        parameters = StdioServerParameters(command=source.command, args=list(source.args), env=source.env, cwd=source.work_dir)
+        return stdio_client(parameters, errlog=_error_log())
     headers = dict(source.headers or {})
     if server.bearer_token:
         headers["Authorization"] = f"Bearer {server.bearer_token}"
     return _http(source, headers) if isinstance(source, HttpSource) else _web_socket(source, headers)
+
+
+def _error_log() -> TextIO:
+    """Where a server's standard error goes: to ours, unless something without a file stands in for that, as in notebooks."""
+    try:
+        sys.stderr.fileno()
+    except (OSError, AttributeError):
+        return sys.__stderr__ or sys.stderr
+    return sys.stderr
 
 
 @asynccontextmanager

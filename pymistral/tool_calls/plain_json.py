@@ -18,6 +18,9 @@ To call one, answer with nothing but JSON in this form, one line for each call:
 You are then told the result. If no function is needed, answer in plain text."""
 
 
+AFTER_RESULTS = "\n\nIf you need no further call, answer in plain words."  # else a small model repeats its call
+
+
 class PlainJson(Dialect):
     """``{"name": ..., "arguments": {...}}``, one after the other."""
 
@@ -87,9 +90,9 @@ def _as_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif message["role"] == "tool":
             text = f"Result of {names.get(message.get('tool_call_id', ''), 'the function')}: {message['content']}"
             if results:
-                turns[-1]["content"] += f"\n{text}"
+                turns[-1]["content"] = f"{turns[-1]['content'].removesuffix(AFTER_RESULTS)}\n{text}{AFTER_RESULTS}"
             else:
-                turns.append({"role": "user", "content": text})
+                turns.append({"role": "user", "content": text + AFTER_RESULTS})
         else:
             turns.append(message)
         results = message["role"] == "tool"

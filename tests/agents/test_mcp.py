@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 from fake_model import call, scripted_model
 
 from pymistral import AgentBuilder, McpClientConfig, McpServerConfig, McpServerSource, Model, ModelBuilder
-from pymistral.agents.mcp import connect
+from pymistral.agents.mcp import McpToolError, connect
 from pymistral.blocking import BlockingModel
 from pymistral.errors import ModelLoadError
 from pymistral.responses import CalledFunction
@@ -117,14 +117,14 @@ async def test_a_model_with_mcp_tools() -> None:
 
 
 def test_a_blocking_model_and_an_agent() -> None:
-    with tools(config()) as toolbox:
-        with BlockingModel(scripted_model(call("add", a=2, b=3), "5", call("fail", reason="why"), "Oh.", toolbox=toolbox)) as model:
-            assert model.chat("2 + 3?") == "5"
-            response = asyncio.run(AgentBuilder(model).build().run("Fail"))
-            (result,) = response.steps[0].tool_results
-            assert result.is_error
-            assert "why" in result.content
-            assert response.final_text == "Oh."
+    replies = call("add", a=2, b=3), "5", call("fail", reason="why"), "Oh."
+    with tools(config()) as toolbox, BlockingModel(scripted_model(*replies, toolbox=toolbox)) as model:
+        assert model.chat("2 + 3?") == "5"
+        response = asyncio.run(AgentBuilder(model).build().run("Fail"))
+        (result,) = response.steps[0].tool_results
+        assert result.is_error
+        assert "why" in result.content
+        assert response.final_text == "Oh."
 
 
 async def test_not_registered_means_not_offered() -> None:
@@ -136,19 +136,15 @@ async def test_not_registered_means_not_offered() -> None:
 async def test_a_server_that_dies_during_a_call_is_started_anew() -> None:
     with tools(config()) as toolbox:
         before = int(await ask(toolbox, "pid"))
-        with pytest.raises(Exception, match="the MCP server 'tests' failed during the call: .*[Cc]losed"):
+        with pytest.raises(Exception, match=r"the MCP server 'tests' failed during the call: .*[Cc]losed"):
             await ask(toolbox, "die")
         after = int(await ask(toolbox, "pid"))
         assert after != before
         os.kill(after, signal.SIGKILL)  # between two calls
         assert gone(after)
-        answers = []
-        for _ in range(2):
-            try:
-                answers.append(await ask(toolbox, "add", a=1, b=1))
-            except Exception as error:
-                assert "failed during the call" in str(error)
-        assert answers[-1:] == ["2"]
+        with suppress(McpToolError):  # it may notice only now
+            await ask(toolbox, "pid")
+        assert await ask(toolbox, "add", a=1, b=1) == "2"
 
 
 async def test_a_call_that_takes_too_long() -> None:
@@ -205,7 +201,7 @@ async def test_web_socket() -> None:
     source = McpServerSource.web_socket(f"ws://127.0.0.1:{port}/", timeout_secs=20)
     with serving("ws", port) as process, tools(config(source, bearer_token="secret")) as toolbox:
         assert await ask(toolbox, "add", a=2, b=3) == "5"
-        with pytest.raises(Exception, match="the MCP server 'tests' failed during the call: .*[Cc]losed"):
+        with pytest.raises(Exception, match=r"the MCP server 'tests' failed during the call: .*[Cc]losed"):
             await ask(toolbox, "die")
         process.wait(20)
         with pytest.raises(Exception, match="the MCP server 'tests' cannot be reached"):
@@ -235,7 +231,7 @@ async def test_a_server_that_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"ws://127.0.0.1:{silent.getsockname()[1]}/"
         with (
-            pytest.raises(ModelLoadError, match="the MCP server 'tests' cannot be used: .*"),
+            pytest.raises(ModelLoadError, match="the MCP server 'tests' cannot be used"),
             tools(config(McpServerSource.web_socket(url, timeout_secs=0.5))),
         ):
             pass
@@ -243,9 +239,9 @@ async def test_a_server_that_says_nothing() -> None:
 
 async def test_two_tools_with_one_name() -> None:
     servers = [McpServerConfig(name=name, source=STDIO) for name in ("a", "b")]
-    with pytest.raises(ModelLoadError, match="two MCP tools are named 'add'; give one of their servers a tool_prefix"):
-        with tools(McpClientConfig(servers=servers)):
-            pass
+    message = "two MCP tools are named 'add'; give one of their servers a tool_prefix"
+    with pytest.raises(ModelLoadError, match=message), tools(McpClientConfig(servers=servers)):
+        pass
     servers[1].enabled = False
     with tools(McpClientConfig(servers=servers)) as toolbox:
         assert "add" in toolbox.callbacks
@@ -254,7 +250,7 @@ async def test_two_tools_with_one_name() -> None:
 def test_builders_connect_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Toolbox] = []
 
-    def load(builder: Any, toolbox: Toolbox) -> Model:
+    def load(builder: Any, toolbox: Toolbox, *_: Any) -> Model:
         seen.append(toolbox)
         if len(seen) > 1:
             raise ModelLoadError("no such model")
@@ -277,7 +273,8 @@ def test_a_model_that_nobody_closes(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
         "from fake_model import call, scripted_model\nfrom test_mcp import config\n"
-        "from pymistral.agents.mcp import connect\nfrom pymistral.blocking import BlockingModel\nfrom pymistral.tool_rounds import Toolbox\n"
+        "from pymistral.agents.mcp import connect\nfrom pymistral.blocking import BlockingModel\n"
+        "from pymistral.tool_rounds import Toolbox\n"
         "toolbox = Toolbox()\nconnect(config(), toolbox)\n"
         "model = BlockingModel(scripted_model(call('pid'), 'done', toolbox=toolbox))\n"
         "print(model.send_chat_request('Who?').agentic_tool_calls[0].result_content)\n"
