@@ -1,8 +1,8 @@
 """Every kernel by tile format and shape: GB/s, GMAC/s, and per cent of what this machine can do.
 
-The limits come first (`limits`): memory bandwidth, int8 dot products and float FMAs, all threads together. A kernel's
-bound is the time that its bytes need at that bandwidth or its multiplications at that peak, whichever is longer; "% of
-bound" is the bound over the measured time.
+The limits come first (`limits`): memory bandwidth, int8 dot products, float FMAs, and tiles of bfloat16 where the CPU has
+them, all threads together. A kernel's bound is the time that its bytes need at that bandwidth or its multiplications at
+that peak, whichever is longer; "% of bound" is the bound over the measured time.
 
 Matrices are read cold, as a model's weights are: as many copies take turns as exceed the last-level cache four times.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,11 @@ class Work:
     bytes: float
     macs: float = 0.0
     floats: bool = False
+    tiles: bool = False
 
     def bound(self, limits: Limits) -> tuple[str, float]:
         """What bounds it, and the seconds that it needs at least."""
-        peak, name = (limits.fma, "float") if self.floats else (limits.int8, "int8")
+        peak, name = (limits.tiles, "tiles") if self.tiles else (limits.fma, "float") if self.floats else (limits.int8, "int8")
         memory, compute = self.bytes / limits.read / 1e9, self.macs / peak / 1e9
         return ("memory", memory) if memory >= compute else (name, compute)
 
@@ -115,11 +116,12 @@ def embedded(batch: Batch, columns: int) -> Array:
 
 
 def prepare(runner: CpuRunner, tokens: int, start: int = 0) -> None:
-    """Run the program on ``tokens`` tokens after ``start`` others; its inputs stay in place for more."""
+    """Run the programs on ``tokens`` tokens after ``start`` others; their inputs stay in place for more."""
     table = list(range(runner.num_blocks))
     for at in range(0, start, runner.max_batch_tokens):
         runner.forward([Segment([1] * min(runner.max_batch_tokens, start - at), at, table, 0)])
-    runner.forward([Segment([1] * tokens, start, table, 0)])
+    for generated in (0, tokens):
+        runner.forward([Segment([1] * tokens, start, table, 0, generated)])
 
 
 def launch_seconds(runner: CpuRunner, kernels: Sequence[str], settings: Settings, count: int | None = None) -> list[float]:
@@ -127,7 +129,7 @@ def launch_seconds(runner: CpuRunner, kernels: Sequence[str], settings: Settings
 
     The launches run in a row, as they stand in the program, each waiting for the one before it.
     """
-    program = runner.program
+    program = runner.program if kernels[0] in runner.program.names else runner.prompt_program
     table = [row.tolist() for name, row in zip(program.names, program._launches.table, strict=False) if name in kernels][:count]
     records = [[*row[:5], 1, *row[6:]] for row in table]
     repeats = count or program.names.count(kernels[0])
@@ -177,7 +179,12 @@ def matrices(
                 for n in tokens:
                     prepare(runner, n)
                     work = Work(each * size, each * rows * columns * n, is_float)
-                    add(report, limits, kernel, type.name, shape, n, work, launch_seconds(runner, [kernel], settings, launches))
+                    if kernel in runner.program.names:
+                        add(report, limits, kernel, type.name, shape, n, work, launch_seconds(runner, [kernel], settings, launches))
+                    wide = kernel.replace("matmul.float_", "amx.").replace("matmul.", "amx.")
+                    if n > 1 and wide in runner.prompt_program.names:
+                        work = replace(work, floats=False, tiles=True)
+                        add(report, limits, wide, type.name, shape, n, work, launch_seconds(runner, [wide], settings, launches))
 
 
 def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) -> None:
@@ -200,16 +207,17 @@ def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) 
             prepare(runner, tokens, start)
             shape = f"{heads}/{kv_heads} heads of {head_dim}, from {start}"
             seen = tokens * start + tokens * (tokens + 1) // 2
-            attention = Work(size, 2 * heads * head_dim * seen, floats=True)
+            kernel = next(name for name in runner.program.names if name.endswith("attention.attention"))
+            attention = Work(size, 2 * heads * head_dim * seen, floats=True, tiles=kernel.startswith("amx"))
             add(
                 report,
                 limits,
-                "attention.attention",
+                kernel,
                 "BF16",
                 shape,
                 tokens,
                 attention,
-                launch_seconds(runner, ["attention.attention", "attention.merge"], settings),
+                launch_seconds(runner, [kernel, "attention.merge"], settings),
             )
             seconds = launch_seconds(runner, ["rope.rope_and_cache"], settings)
             add(report, limits, "rope.rope_and_cache", "BF16", shape, tokens, None, seconds)
@@ -300,13 +308,20 @@ def plot_roofline(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     intensity = np.logspace(-1, 4, 200)
-    for key, label, style in (("int8", "int8 dot products", "-"), ("fma", "float FMAs", "--")):
+    roofs = (("tiles", "bfloat16 tiles", "-."), ("int8", "int8 dot products", "-"), ("fma", "float FMAs", "--"))
+    for key, label, style in (roof for roof in roofs if limits[roof[0]]):
         roof = np.minimum(limits["read"] * intensity, limits[key])
         axes.plot(intensity, roof, style, color="black", linewidth=1, label=f"{label}: {limits[key]:.0f} GMAC/s; {limits['read']:.0f} GB/s")
     for kind in sorted({(str(row["kernel"]), str(row["type"])) for row in report.rows if row.get("percent")}):
         points = [row for row in report.rows if (row["kernel"], row["type"]) == kind]
-        marker = {"matmul.matmul": "o", "matmul.gated_matmul": "s", "matmul.float_matmul": "^"}.get(kind[0], "x")
-        name = kind[0].partition(".")[2]
+        marker = {
+            "matmul.matmul": "o",
+            "matmul.gated_matmul": "s",
+            "matmul.float_matmul": "^",
+            "amx.matmul": "P",
+            "amx.gated_matmul": "D",
+        }.get(kind[0], "x")
+        name = kind[0].removeprefix("matmul.")
         axes.plot(
             [p["macs_per_byte"] for p in points], [p["gmac_per_sec"] for p in points], marker, markersize=5, label=f"{name} {kind[1]}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pymistral.kernels.cpu.compiler import load_kernels, spec
+from pymistral.kernels.cpu.isa import current_isa
 
 from pymistral.nn.memory import address, zeros
 from pymistral.nn.pool import Launches, thread_pool
@@ -35,6 +36,8 @@ class Limits:
     """Billion multiplications with addition of bytes in a second."""
     fma: float
     """Billion multiplications with addition of floats in a second."""
+    tiles: float
+    """Of bfloat16 on tile registers; 0 if the CPU has none."""
 
 
 def cold_bytes() -> int:
@@ -45,11 +48,12 @@ def cold_bytes() -> int:
 def measure_limits(threads: int, *, quick: bool = False) -> Limits:
     """The best of several passes, each long enough to see the clock settle."""
     # Only a kernel that needs Numba to compile imports it; the accumulators' number is part of the probe.
-    from pymistral.kernels.cpu import probes
+    from pymistral.kernels.cpu import amx, probes
 
     pool = thread_pool(threads)
     kernels = [spec(f"probes.{name}") for name in ("read", "copy", "int8_dots", "float_fmas")]
     read, copy, dots, fmas = load_kernels(kernels).values()
+    tiles = load_kernels([spec("amx.tile_products")]).popitem()[1] if current_isa().has_amx else None
     passes, seconds = (3, 0.02) if quick else (7, 0.2)
 
     def rate(kernel: int, slots: NDArray[Any], units: int, chunk: int, work: float) -> float:
@@ -61,7 +65,7 @@ def measure_limits(threads: int, *, quick: bool = False) -> Limits:
     memory, target = (zeros(size, np.uint8, huge_pages=True) for _ in range(2))
     memory.fill(1)
     target.fill(1)
-    scratch = zeros((threads, 64 * max(probes.dot_accumulators(), probes.fma_accumulators())), np.uint8)
+    scratch = zeros((threads, 1024 + 64 * max(probes.dot_accumulators(), probes.fma_accumulators())), np.uint8)
     reading = np.array([address(memory), address(scratch)], np.int64)
     copying = np.array([address(memory), address(target)], np.int64)
     computing = np.array([address(scratch), scratch.shape[1]], np.int64)
@@ -72,6 +76,7 @@ def measure_limits(threads: int, *, quick: bool = False) -> Limits:
         copy=rate(copy, copying, size // _STRETCH, 4, 2 * size),
         cached_read=rate(read, reading, threads * _CACHED // _STRETCH, _CACHED // _STRETCH, threads * _CACHED),
         int8=rate(dots, computing, units, 1, units * probes.DOTS_IN_UNIT * probes.dot_accumulators() * 64),
+        tiles=rate(tiles, computing, units, 1, units * amx.TILES_IN_UNIT * 4 * 16 * 16 * 32) if tiles else 0.0,
         fma=rate(fmas, computing, units, 1, units * probes.FMAS_IN_UNIT * probes.fma_accumulators() * 16),
     )
 

@@ -36,7 +36,7 @@ def main() -> None:
         def generate(runner: Any) -> None:
             table, token = array("i", range(runner.num_blocks)), 1
             for position in range(context, context + tokens):
-                token = int(runner.forward([Segment([token], position, table, 1)])[0].argmax())
+                token = int(runner.forward([Segment([token], position, table, 1, 1)])[0].argmax())
 
         if context:
             engine.call(lambda runner: fill(runner, context), clear_cache=True).result()

@@ -420,3 +420,37 @@ def widen() -> Any:
             widen_row(x + token * row_bytes, panels, token, columns)
 
     return kernel
+
+
+TILES_IN_UNIT = 4096
+
+
+def tile_products() -> Any:
+    """What the tile registers can do: `TILES_IN_UNIT` times four products of 16 by 16 by 32 for each unit, nothing loaded.
+
+    Slots: 0 scratch, 1 bytes of scratch for a thread, at least 1024.
+    """
+
+    def kernel(slots, begin, end, thread):
+        scratch = load_i64(slots) + thread * load_i64(slots + 8)
+        use_tiles(16)
+        clear_sums(2)
+        add_products(2, scratch, 64, 0, scratch, 64, 0, "left")
+        for _ in range((end - begin) * TILES_IN_UNIT):
+            repeat_products()
+        release_tiles()
+
+    return kernel
+
+
+@intrinsic
+def repeat_products(typing_context):
+    """Add the products of what is in the registers once more."""
+
+    def codegen(context, b, sig, values):
+        for half in range(2):
+            for tile in range(2):
+                _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _LEFT[half], _RIGHT[tile])))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
