@@ -16,11 +16,14 @@ import pytest
 from pymistral import (
     ContextSize,
     GgufModelBuilder,
+    IsqType,
+    LayerTopology,
     MbAmount,
     ModelBuilder,
     PagedAttentionMetaBuilder,
     TextModelBuilder,
     TokenSource,
+    Topology,
     Utilization,
 )
 from pymistral.builders import common
@@ -36,6 +39,7 @@ VALUES = {
     "force_cpu": True,
     "hf_cache_path": Path("cache"),
     "hf_revision": "main",
+    "isq": IsqType.Q4K,
     "logging": True,
     "max_num_seqs": 8,
     "paged_attn": PagedAttentionMetaBuilder().with_block_size(32).build(),
@@ -43,7 +47,9 @@ VALUES = {
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
+    "topology": Topology().with_range((0, 2), LayerTopology(isq="q8_0")),
 }
+ALSO = {"with_auto_isq", "with_topology_from_path"}  # other ways to the same options
 
 
 def method_name(option: str) -> str:
@@ -53,7 +59,7 @@ def method_name(option: str) -> str:
 def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
     options = {field.name: field for field in fields(common.ModelOptions)}
     methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_"))}
-    assert methods == {method_name(option) for option in options}
+    assert methods == {method_name(option) for option in options} | ALSO
     assert options.keys() == VALUES.keys()
     for option, field in options.items():
         method = getattr(common.ModelOptions, method_name(option))
