@@ -1,7 +1,8 @@
 """The table of ``benchmarks.accuracy --isq``: what each type of in-situ quantisation costs in accuracy, and what it saves.
 
-The float model is the golden's file, dequantised. What was quantised once lies on a grid, which the type of that grid finds again; so channels are
-scaled first, each by its own factor, in one matrix up and in the next one down. That leaves the function as it was, and the weights on no grid.
+The float model is the golden's file, dequantised. What was quantised once lies on a grid, which the type of that grid finds again; so
+channels are scaled first, each by its own factor, in one matrix up and in the next one down. That leaves the function as it was, and the
+weights on no grid.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def table(args: argparse.Namespace, models: Mapping[str, str]) -> Report:
                 seconds=seconds,
             )
     report.notes.append(
-        "Rows that are no whole number of blocks take a type of smaller blocks; embedding and head take a better one (docs/quantization.md)."
+        "Rows that are no whole number of blocks take a type of smaller blocks, embedding and head a better one: docs/quantization.md."
     )
     report.notes.append("Load s: quantising and packing; in a first run compiling kernels, too.")
     if args.quick:

@@ -15,6 +15,7 @@ SAYS = {
     "advanced/error_handling.py": "EngineClosedError: ",
     "advanced/paged_attn.py": "1024 tokens",
     "cookbook/multiturn.py": "of them cached",
+    "quantization/isq.py": "Q4K: ",
 }
 
 
