@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def blocks_of(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> 
     rows, columns = tensor.shape
     assert tensor.isq is not None
     source = tensor.data if _is_float(tensor) else _floats(tensor, kernels, pool)
-    blocks = zeros(quantized_bytes(tensor.isq, tensor.shape), np.uint8)
+    blocks: NDArray[Any] = zeros(quantized_bytes(tensor.isq, tensor.shape), np.uint8)
     scratch, flags = zeros(SCRATCH_BYTES * pool.threads, np.uint8), zeros(2, np.int64)
     slots = (address(source), address(blocks), rows, columns, address(scratch), SCRATCH_BYTES, address(flags))
     launch(pool, kernels[_quantizer(tensor)], slots, -(-rows // ROWS))

@@ -1,0 +1,213 @@
+"""Products and embeddings of every storage type against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy_reference as ref
+import pytest
+from conftest import Gpu, tensor_core_gpu
+from numpy.typing import NDArray
+from pymistral.kernels.cuda import ops
+from weights import random_weights
+
+from pymistral.quantization.types import BLOCK_SIZES, GgmlType
+
+KINDS = (*ref.QUANTIZED, *ref.FLOATS)
+COMMON = ("Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ2_XS", "MXFP4", "F16", "BF16", "F32")
+BF16 = 2.0**-9
+ACTIVATIONS = {"silu": ref.silu, "gelu": ref.gelu, "relu": ref.relu}
+
+
+def columns_for(kind: str, blocks: int) -> int:
+    return blocks * max(32, BLOCK_SIZES[GgmlType[kind]][0])
+
+
+def put(
+    gpu: Gpu, kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False
+) -> tuple[ops.Weights, ref.Floats, object]:
+    layout, planes, values = random_weights(kind, rows, columns, rng, edges=edges)
+    array = gpu.put(planes)
+    return ops.Weights(layout, array.address, rows, columns), values, array
+
+
+def inputs(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[np.float32]:
+    """Every token of a size of its own, with blocks of zeros here and there."""
+    x = rng.standard_normal((tokens, columns)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))
+    x.reshape(tokens, columns // 32, 32)[rng.random((tokens, columns // 32)) < 0.1] = 0
+    return x.astype(np.float32)
+
+
+def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[ref.Floats, ref.Floats]:
+    """The product of what a kernel is given, and how far float32 may be from it."""
+    if kind in ref.FLOATS:
+        bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
+        return x.astype(np.float64) @ weights.T, bound + 1e-30
+    used = ref.quantized(x).astype(np.float64)
+    return used @ weights.T, 3 * ref.product_bound(weights, used)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding(gpu: Gpu, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    columns = columns_for(kind, 3)
+    weights, values, _ = put(gpu, kind, 21, columns, rng, edges=True)
+    ids = np.array([3, 20, 0, 3, 9], np.int32)
+    out, arrays = gpu.rows(5, columns)
+    tokens = gpu.put(ids)
+    gpu.run(ops.embedding(weights, tokens.address, out, 1.5, count=gpu.count(4).address, max_rows=5))
+    found = arrays["f32"].get()
+    wanted = values[ids[:4]] * 1.5
+    scale = np.abs(values).reshape(21, -1, 32).max(axis=2)[ids[:4]].repeat(32, axis=1)
+    assert np.all(np.abs(found[:4] - wanted) <= 16 * ref.EPSILON * scale)
+    assert np.all(found[4] == 777)
+
+
+def test_a_token_that_does_not_exist_has_no_embedding(gpu: Gpu) -> None:
+    weights, _, _ = put(gpu, "Q8_0", 4, 64, np.random.default_rng(0))
+    out, arrays = gpu.rows(2, 64)
+    tokens = gpu.put(np.array([-1, 4], np.int32))
+    gpu.run(ops.embedding(weights, tokens.address, out, 1.0, count=gpu.count(2).address, max_rows=2))
+    assert np.all(arrays["f32"].get() == 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matvec(gpu: Gpu, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    columns = columns_for(kind, 5)
+    weights, values, _ = put(gpu, kind, 19, columns, rng, edges=True)
+    x = inputs(rng, 3, columns)
+    wanted, bound = expected(kind, values, x)
+    rows, arrays = gpu.activations(x)
+    out = gpu.put(np.full((4, 24), 777, np.float32))
+    gpu.run(ops.matvec(weights, rows, out.address, 24, accumulate=False, count=gpu.count(3).address, max_rows=4))
+    found = out.get()
+    assert np.all(np.abs(found[:3, :19] - wanted) <= bound)
+    assert np.all(found[3] == 777)
+    assert np.all(found[:, 19:] == 777)
+    del arrays
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 11])
+@pytest.mark.parametrize("kind", ["Q4_K", "F16"])
+def test_matvec_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    columns = columns_for(kind, 3) if kind != "F16" else 1088
+    weights, values, _ = put(gpu, kind, 33, columns, rng)
+    x = inputs(rng, tokens, columns)
+    wanted, bound = expected(kind, values, x)
+    rows, arrays = gpu.activations(x)
+    before = rng.standard_normal((12, 40)).astype(np.float32)
+    out = gpu.put(before)
+    most = max(tokens, 1)
+    gpu.run(ops.matvec(weights, rows, out.address, 40, accumulate=True, count=gpu.count(tokens).address, max_rows=most))
+    found = out.get()
+    allowed = bound + 2 * ref.EPSILON * (np.abs(before[:tokens, :33]) + np.abs(wanted))
+    assert np.all(np.abs(found[:tokens, :33] - before[:tokens, :33] - wanted) <= allowed)
+    assert np.array_equal(found[tokens:], before[tokens:])
+    del arrays
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "BF16"])
+def test_gated_matvec(gpu: Gpu, kind: str, activation: str) -> None:
+    rng = np.random.default_rng(2)
+    columns, ffn = columns_for(kind, 2), 70
+    gate, gate_values, _a = put(gpu, kind, ffn, columns, rng)
+    up, up_values, _b = put(gpu, kind, ffn, columns, rng)
+    x = (rng.standard_normal((3, columns)) / 4).astype(np.float32)
+    rows, arrays = gpu.activations(x)
+    out, made = gpu.rows(4, ffn, "f32 q8 bf16")
+    gpu.run(ops.gated_matvec(gate, up, rows, activation, out, count=gpu.count(3).address, max_rows=4))
+    wanted = ACTIVATIONS[activation](expected(kind, gate_values, x)[0]) * expected(kind, up_values, x)[0]
+    found = made["f32"].get()
+    assert np.allclose(found[:3, :ffn], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    assert np.all(found[:3, ffn:] == 0)
+    assert np.all(found[3] == 777)
+    check_forms(found[:3], made, 3)
+    del arrays
+
+
+def check_forms(floats: NDArray[np.float32], made: dict[str, object], rows: int) -> None:
+    """int8 and bfloat16 say what the floats say."""
+    scales = made["scales"].get()[:rows]  # type: ignore[attr-defined]
+    quants = made["q8"].get()[:rows].astype(np.float64).reshape(rows, -1, 32)  # type: ignore[attr-defined]
+    wanted = floats.reshape(rows, -1, 32)
+    assert np.all(np.abs(quants * scales[..., :1] - wanted) <= 0.501 * scales[..., :1])
+    assert np.allclose(scales[..., 1], (quants * scales[..., :1]).sum(axis=2), rtol=1e-5, atol=1e-6)
+    assert np.all(np.abs(quants).max(axis=2)[np.abs(wanted).max(axis=2) > 0] == 127)
+    halves = (made["bf16"].get()[:rows].astype(np.uint32) << 16).view(np.float32)  # type: ignore[attr-defined]
+    assert np.all(np.abs(halves - floats) <= BF16 * np.abs(floats))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(gpu: Gpu, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    columns = columns_for(kind, 2)
+    weights, values, _ = put(gpu, kind, 7, columns, rng, edges=True)
+    out = gpu.put(np.zeros((7, columns), np.uint16))
+    gpu.run(ops.dequantize(weights, out.address))
+    found = (out.get().astype(np.uint32) << 16).view(np.float32)
+    peak = np.abs(values).reshape(7, -1, 32).max(axis=2).repeat(32, axis=1)
+    assert np.all(np.abs(found - values) <= 1.001 * BF16 * np.abs(values) + 16 * ref.EPSILON * peak + 1e-38)
+
+
+def rounded(values: ref.Floats) -> ref.Floats:
+    """To bfloat16."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", COMMON)
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(70, 37, 64), (130, 33, 32)])
+def test_matmul_on_tensor_cores(gpu: Gpu, kind: str, rows: int, tokens: int, most: int) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(4)
+    columns = 256 if kind in ("Q4_K", "Q6_K", "IQ2_XS") else 96
+    weights, values, _ = put(gpu, kind, rows, columns, rng)
+    x = inputs(rng, tokens, columns)
+    acts, arrays = gpu.activations(x)
+    out = gpu.put(np.full((70, rows + 3), 777, np.float32))
+    live = min(tokens, most)
+    gpu.run(
+        ops.matmul(weights, acts, out.address, rows + 3, accumulate=False, count=gpu.count(live).address, max_rows=most, tensor_cores=True)
+    )
+    found = out.get()
+    left, right = rounded(x[:live].astype(np.float64)), rounded(values)
+    bound = (columns + 4) * ref.EPSILON * 4 * (np.abs(left) @ np.abs(right).T) + 2.0**-8 * 0.02 * (np.abs(left) @ np.abs(right).T)
+    assert np.all(np.abs(found[:live, :rows] - left @ right.T) <= bound)
+    assert np.all(found[live:] == 777)
+    assert np.all(found[:, rows:] == 777)
+    del arrays
+
+
+def test_matmul_of_large_tiles(gpu: Gpu) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(5)
+    weights, values, _ = put(gpu, "Q4_0", 2050, 64, rng)
+    x = inputs(rng, 140, 64)
+    acts, arrays = gpu.activations(x)
+    before = rng.standard_normal((140, 2050)).astype(np.float32)
+    out = gpu.put(before)
+    launch = ops.matmul(weights, acts, out.address, 2050, accumulate=True, count=gpu.count(140).address, max_rows=140, tensor_cores=True)
+    gpu.run(launch)
+    left, right = rounded(x.astype(np.float64)), rounded(values)
+    size = np.abs(left) @ np.abs(right).T + np.abs(before)
+    assert np.all(np.abs(out.get() - before - left @ right.T) <= 1e-4 * size)
+    del arrays
+
+
+@pytest.mark.parametrize("kind", COMMON)
+def test_matmul_in_float32(gpu: Gpu, kind: str) -> None:
+    rng = np.random.default_rng(6)
+    columns = columns_for(kind, 2) if kind not in ref.FLOATS else 96
+    weights, values, _ = put(gpu, kind, 70, columns, rng)
+    x = inputs(rng, 67, columns)
+    acts, arrays = gpu.activations(x)
+    out = gpu.put(np.full((70, 72), 777, np.float32))
+    gpu.run(ops.matmul(weights, acts, out.address, 72, accumulate=False, count=gpu.count(67).address, max_rows=70, tensor_cores=False))
+    found = out.get()
+    size = np.abs(x).astype(np.float64) @ np.abs(values).T
+    assert np.all(np.abs(found[:67, :70] - x.astype(np.float64) @ values.T) <= 4 * (columns + 4) * ref.EPSILON * size + 1e-30)
+    assert np.all(found[67:] == 777)
+    assert np.all(found[:, 70:] == 777)
+    del arrays
