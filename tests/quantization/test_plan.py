@@ -9,6 +9,8 @@ import pytest
 
 from pymistral import IsqBits, IsqType, LayerTopology, ModelBuilder, Topology
 from pymistral.errors import ModelLoadError
+from pymistral.nn.cuda_weights import gpu_layout
+from pymistral.quantization.isq import LAYOUTS
 from pymistral.quantization.plan import apply_isq
 from pymistral.quantization.types import GgmlType, Tensor, tensor_nbytes
 
@@ -102,6 +104,17 @@ def test_rows_that_nothing_fits(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_has_the_type_already_is_left_alone() -> None:
     name = "layers.0.self_attn.o_proj.weight"
     assert apply_isq({name: tensor(name, 16, 256, type=GgmlType.Q4_K)}, IsqType.Q4K)[name].isq is None
+
+
+def test_what_a_gpu_takes() -> None:
+    name = "layers.0.self_attn.o_proj.weight"
+    for isq, layout in LAYOUTS.items():
+        weight = apply_isq({name: tensor(name, 16, 256)}, isq)[name]
+        if isq == IsqType.F8E4M3:
+            with pytest.raises(ModelLoadError, match=rf"'{name}': F8E4M3 is not supported on a GPU; these are: .*Q4_K"):
+                gpu_layout(weight)
+        else:
+            assert gpu_layout(weight).name == layout
 
 
 # ---- topologies -----------------------------------------------------------------------------------------------------
