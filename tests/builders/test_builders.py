@@ -15,6 +15,7 @@ import pytest
 
 from pymistral import (
     ContextSize,
+    Device,
     Function,
     GgufModelBuilder,
     IsqType,
@@ -22,6 +23,7 @@ from pymistral import (
     MbAmount,
     McpClientConfig,
     ModelBuilder,
+    ModelDType,
     PagedAttentionMetaBuilder,
     TextModelBuilder,
     TokenSource,
@@ -40,6 +42,8 @@ BUILDERS = [lambda **o: ModelBuilder("m", **o), lambda **o: TextModelBuilder("m"
 VALUES = {
     "chat_template": "{{ messages }}",
     "jinja_explicit": "x.jinja",
+    "device": Device.cpu(),
+    "dtype": ModelDType.F32,
     "force_cpu": True,
     "hf_cache_path": Path("cache"),
     "hf_revision": "main",
