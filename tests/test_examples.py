@@ -27,6 +27,7 @@ SAYS = {
     "cookbook/agent.py": "12 plus 30 is 42.",
     "cookbook/multiturn.py": "of them cached",
     "cookbook/rag.py": "Ada Linden",
+    "quantization/isq.py": "Q4K: ",
 }
 
 

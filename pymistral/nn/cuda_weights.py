@@ -10,12 +10,21 @@ import numpy as np
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress, load_kernels
 from ..kernels.cuda.ops import Weights
-from ..kernels.cuda.planes import LAYOUTS
+from ..kernels.cuda.planes import LAYOUTS, Layout
 from ..quantization.types import Tensor
 from .cpu_weights import TiledWeights, tile_format
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
 from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
+
+
+def gpu_layout(tensor: Tensor) -> Layout:
+    """The planes that a tensor becomes. Raises ModelLoadError if there are none."""
+    name = tile_format(tensor).name
+    if name not in LAYOUTS:
+        known = ", ".join(sorted(layout.upper() for layout in LAYOUTS))
+        raise ModelLoadError(f"tensor {tensor.name!r}: {name.upper()} is not supported on a GPU; these are: {known}")
+    return LAYOUTS[name]
 
 
 class GpuWeights:
@@ -37,12 +46,12 @@ class GpuWeights:
         first = tensors[0]
         known = self._matrices.get(id(first))
         if known is None:
-            layout = LAYOUTS[tile_format(first).name]
+            layout = gpu_layout(first)
             rows, columns = first.shape
             size = layout.nbytes(rows, columns)
             start = self.gpu.allocate(size * len(tensors))
             for index, tensor in enumerate(tensors):
-                if tensor.shape != first.shape or tensor.type != first.type:
+                if tensor.shape != first.shape or tensor.layout != first.layout:
                     raise ModelLoadError(f"tensor {tensor.name!r} is not of the shape and type of {first.name!r}, which stands beside it")
                 self._upload(tensor, start + index * size)
             known = self._matrices[id(first)] = Weights(layout, start, rows, columns)
@@ -55,7 +64,7 @@ class GpuWeights:
         matrix = tiled[tensor]
         pool = thread_pool(available_threads())
         tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), pool)
-        planes = LAYOUTS[matrix.format.name].pack(matrix.tiles, *tensor.shape)
+        planes = gpu_layout(tensor).pack(matrix.tiles, *tensor.shape)
         self.gpu.copy_in(target, planes)
         self.gpu.synchronize()  # the planes are dropped
 
