@@ -8,19 +8,35 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ModelLoadError
+from ..agents.mcp_config import McpClientConfig, checked_mcp_config
+from ..errors import ModelLoadError, RequestValidationError
+from ..quantization.isq import IsqBits, IsqType
+from ..quantization.topology import Topology
+from ..requests import Tool
+from ..requests.web_search import SearchCallback
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
+from .device import Device, ModelDType
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..engine.cuda_runner import CudaRunner
+    from ..engine.runner import CpuRunner
+    from ..engine.speculative import Speculation
+    from ..kernels.cpu.compiler import Progress
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
+    from ..nn.cuda_devices import CudaDevice
+    from ..nn.graph import Graph
+    from ..responses import CalledFunction
 
 _log = logging.getLogger("pymistral")
 
@@ -35,40 +51,68 @@ class ModelOptions:
         A Jinja template, or the path of a ``.json`` or ``.jinja`` file that holds one; used instead of the model's own.
     jinja_explicit
         The path of a ``.jinja`` file; goes before every other template.
+    device
+        Where to compute: `Device` or its string. None: the first GPU if there is one and the extra for it is installed, else the CPU.
+    dtype
+        The floats of weights that are not quantised: `ModelDType` or its string.
     force_cpu
         Stay on the CPU, even where a GPU is available.
     hf_cache_path
         Where files from Hugging Face are kept. None: its usual cache.
     hf_revision
         Branch, tag or commit of the Hugging Face repository.
+    isq
+        Quantise the weights when they are loaded: an `IsqType` or its plain value, or a number of bits, for which the type that is fast and
+        accurate here is chosen.
     logging
         Log what happens to standard error.
     max_num_seqs
         How many sequences run at once; more wait.
+    mcp_client
+        MCP servers whose tools the model may call.
     paged_attn
         Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
         How many sequences the prefix cache may keep; None or 0 turns it off.
+    search
+        Let requests that have web search options search the web.
+    search_callback
+        What searches, instead of DuckDuckGo: see `with_search_callback`.
+    search_private
+        Let web search read pages on this machine and the local network.
     threads
         Threads that compute. None: one per physical core.
     throughput_logging
         Log tokens per second while the engine works.
     token_source
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
+    topology
+        Types of quantisation for some layers; they go before ``isq``.
+    tool_callbacks
+        What is called when the model calls a tool, by the tool's name: see `with_tool_callback`.
     """
 
     chat_template: str | None = None
     jinja_explicit: str | os.PathLike[str] | None = None
+    device: Device | str | None = None
+    dtype: ModelDType | str = ModelDType.AUTO
     force_cpu: bool = False
     hf_cache_path: str | os.PathLike[str] | None = None
     hf_revision: str | None = None
+    isq: IsqType | IsqBits | str | int | None = None
     logging: bool = False
     max_num_seqs: int = 32
+    mcp_client: McpClientConfig | None = None
     paged_attn: PagedAttentionConfig | None = None
     prefix_cache_n: int | None = 16
+    search: bool = False
+    search_callback: SearchCallback | None = None
+    search_private: bool = False
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
+    topology: Topology | None = None
+    tool_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("max_num_seqs", self.max_num_seqs, at_least=1)
@@ -78,7 +122,22 @@ class ModelOptions:
             _check_count("threads", self.threads, at_least=1)
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
+        if self.device is not None:
+            self.device = Device.parse(self.device)
+        self.dtype = ModelDType.parse(self.dtype)
         self.token_source = TokenSource(self.token_source)
+        if self.isq is not None:
+            self.isq = IsqType.of(self.isq)
+        if self.topology is not None and not isinstance(self.topology, Topology):
+            raise ModelLoadError(f"topology must be a Topology, got {self.topology!r:.80}; with_topology_from_path takes a file")
+        if self.mcp_client is not None:
+            self.mcp_client = checked_mcp_config(self.mcp_client)
+        if self.search_callback is not None and not callable(self.search_callback):
+            raise ModelLoadError(f"search_callback must be a function of SearchFunctionParameters, got {self.search_callback!r}")
+        if self.tool_callbacks:
+            from ..agents.tool import tool_callback
+
+            self.tool_callbacks = {name: tool_callback(callback) for name, callback in self.tool_callbacks.items()}
 
     def with_chat_template(self, chat_template: str) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
@@ -87,6 +146,14 @@ class ModelOptions:
     def with_jinja_explicit(self, jinja_explicit: str | os.PathLike[str]) -> Self:
         """Use the template in this ``.jinja`` file before every other."""
         return self._set("jinja_explicit", jinja_explicit)
+
+    def with_device(self, device: Device | str | None) -> Self:
+        """Compute here. Building the model fails, and says what is missing, if that cannot be."""
+        return self._set("device", device)
+
+    def with_dtype(self, dtype: ModelDType | str) -> Self:
+        """Keep and multiply weights that are not quantised in these floats."""
+        return self._set("dtype", dtype)
 
     def with_force_cpu(self, force_cpu: bool = True) -> Self:
         """Stay on the CPU, even where a GPU is available."""
@@ -99,6 +166,14 @@ class ModelOptions:
     def with_hf_revision(self, hf_revision: str) -> Self:
         """Take this branch, tag or commit of the Hugging Face repository."""
         return self._set("hf_revision", hf_revision)
+
+    def with_isq(self, isq: IsqType | IsqBits | str | int | None) -> Self:
+        """Quantise the weights to this type when they are loaded."""
+        return self._set("isq", isq)
+
+    def with_auto_isq(self, bits: IsqBits | int) -> Self:
+        """Quantise the weights to 2, 3, 4, 5, 6 or 8 bits: the type of that width that is fast and accurate here is chosen."""
+        return self._set("isq", IsqBits(bits))
 
     def with_logging(self, logging: bool = True) -> Self:
         """Log what happens to standard error."""
@@ -128,6 +203,71 @@ class ModelOptions:
         """Take the token for Hugging Face from here: a `TokenSource` or its plain string."""
         return self._set("token_source", token_source)
 
+    def with_topology(self, topology: Topology | None) -> Self:
+        """Quantise some layers as this says, whatever ``isq`` is."""
+        return self._set("topology", topology)
+
+    def with_topology_from_path(self, path: str | os.PathLike[str]) -> Self:
+        """Quantise some layers as this file of YAML says: see `Topology`."""
+        return self._set("topology", Topology.from_path(path))
+
+    def with_mcp_client(self, mcp_client: McpClientConfig) -> Self:
+        """Connect to MCP servers, and let the model call their tools. They are connected as long as the model lives."""
+        return self._set("mcp_client", mcp_client)
+
+    def with_tool_callback(
+        self, name: str, callback: Callable[[CalledFunction], Any], *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """Call this function when the model calls a tool of this name, and let the model go on with the result.
+
+        Requests that want the tool list it with `RequestBuilder.set_tools`.
+
+        Parameters
+        ----------
+        name
+            The tool's name.
+        callback
+            A function that takes the `CalledFunction` (name, and arguments as JSON text), or one with ``@tool``; async or not. It returns
+            text, or what has a JSON form. What it raises goes to the model as a message.
+        timeout
+            Seconds after which the model is told that it took too long; None for no limit.
+        """
+        return self._add_callback(name, callback, None, timeout)
+
+    def with_tool_callback_and_tool(
+        self, name: str, callback: Callable[[CalledFunction], Any], tool: Tool, *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """As `with_tool_callback`; the model is told of the tool in every request."""
+        if not isinstance(tool, Tool) or tool.function.name != name:
+            raise RequestValidationError(f"with_tool_callback_and_tool({name!r}, ...) takes the Tool of that name, got {tool!r}")
+        return self._add_callback(name, callback, tool, timeout)
+
+    def with_search(self, search: bool = True) -> Self:
+        """Let requests that have `RequestBuilder.with_web_search_options` search the web. Needs the extra ``search``.
+
+        DuckDuckGo is asked, the pages that it finds are fetched, and what of their text answers the query best, by BM25, goes to the model.
+        """
+        return self._set("search", search)
+
+    def with_search_callback(self, search_callback: SearchCallback) -> Self:
+        """Search with this function instead of DuckDuckGo; `with_search` is then implied.
+
+        Parameters
+        ----------
+        search_callback
+            Takes `SearchFunctionParameters`, gives `SearchResult` objects with their contents, the best first; async or not.
+        """
+        return self._set("search_callback", search_callback)
+
+    def with_search_private(self, search_private: bool = True) -> Self:
+        """Let web search read pages on this machine and the local network: refused otherwise, for a model's URLs may come from anyone."""
+        return self._set("search_private", search_private)
+
+    def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
+        from ..agents.tool import tool_callback
+
+        return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
+
     def _set(self, option: str, value: object) -> Self:
         before = getattr(self, option)
         setattr(self, option, value)
@@ -139,13 +279,12 @@ class ModelOptions:
         return self
 
 
-@dataclass(kw_only=True, eq=False)
-class Builder(ModelOptions):
-    """A builder of one model from one model id."""
+class Buildable(ABC):
+    """What every builder can do."""
 
-    def _source(self) -> tuple[str, list[str] | None]:
-        """The model id, and the files wanted of it (None: whatever it is made of)."""
-        raise TypeError(f"{type(self).__name__} names no model")
+    @abstractmethod
+    def _load(self) -> Model:
+        """Load the model here and now."""
 
     async def build(self) -> Model:
         """Find, fetch and load the model, in a thread of its own.
@@ -167,17 +306,106 @@ class Builder(ModelOptions):
             raise
 
 
-def load_model(builder: Builder) -> Model:
-    """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
+@dataclass(kw_only=True, eq=False)
+class Builder(ModelOptions, Buildable):
+    """A builder of one model from one model id."""
+
+    def _source(self) -> tuple[str, list[str] | None]:
+        """The model id, and the files wanted of it (None: whatever it is made of)."""
+        raise TypeError(f"{type(self).__name__} names no model")
+
+    def _load(self) -> Model:
+        return load_model(self)
+
+
+def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None) -> Model:
+    """The model that a builder describes, with its tools.
+
+    ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
+    """
+    toolbox = Toolbox(builder.tool_callbacks)
+    toolbox.searches = builder.search or builder.search_callback is not None
+    try:
+        if toolbox.searches:
+            from ..agents.web_pages import require_search_extra
+
+            require_search_extra()
+        if builder.mcp_client is not None:
+            from ..agents.mcp import connect
+
+            connect(builder.mcp_client, toolbox)
+        return _load_model(builder, toolbox, speculation)
+    except BaseException:
+        toolbox.close()
+        raise
+
+
+def _load_model(
+    builder: Builder, toolbox: Toolbox, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None
+) -> Model:
+    """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain."""
     from ..engine import Engine
-    from ..engine.runner import CpuRunner, cache_token_bytes
+    from ..model import Model
+
+    checkpoint, runner, requantized = load_runner(builder)
+    model_id, _ = builder._source()
+    engine = Engine(
+        runner,
+        checkpoint.tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        max_num_seqs=builder.max_num_seqs,
+        prefix_cache_n=builder.prefix_cache_n or 0,
+        name=model_id,
+        throughput_logging=builder.throughput_logging,
+        speculation=speculation(checkpoint, runner) if speculation else None,
+    )
+    if toolbox.searches:
+        from ..agents.web_search import WebSearch
+
+        web_search = WebSearch(
+            builder.search_callback,
+            allow_private=builder.search_private,
+            count_tokens=lambda text: len(checkpoint.tokenizer.encode(text, add_special_tokens=False)),
+            context=engine.max_sequence_length,
+        )
+        toolbox.sources.append(web_search.tools)
+
+    def requantize(isq: IsqType) -> None:
+        use = requantized(isq)
+        engine.call(lambda _: use(), clear_cache=True).result()
+
+    return Model(
+        engine,
+        checkpoint.tokenizer,
+        model_id=model_id,
+        config=checkpoint.config,
+        chat_template=chat_template_source(builder, checkpoint),
+        generation_config=checkpoint.generation_config,
+        requantize=requantize,
+        toolbox=toolbox,
+    )
+
+
+class Loaded(NamedTuple):
+    """A model that an engine can run; and what quantises its weights anew, and returns what puts these to use between two steps."""
+
+    checkpoint: Checkpoint
+    runner: CpuRunner | CudaRunner
+    requantized: Callable[[IsqType], Callable[[], None]]
+
+
+def load_runner(builder: Builder) -> Loaded:
+    """Model id -> files -> checkpoint -> runner."""
+    from ..engine.runner import CpuRunner
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
-    from ..model import Model
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
+    from ..quantization.floats import matrices_as
+    from ..quantization.plan import apply_isq
+    from ..quantization.types import GgmlType
 
     if builder.logging or builder.throughput_logging:
         _log_to_stderr()
@@ -186,6 +414,7 @@ def load_model(builder: Builder) -> Model:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
+    device, dtype = choose_device(builder), ModelDType.parse(builder.dtype)
     model_id, files = builder._source()
     path = resolve(
         model_id,
@@ -196,34 +425,78 @@ def load_model(builder: Builder) -> Model:
     )
     checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
-    chat_template = chat_template_source(builder, checkpoint)
-    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
+
+    def graph_of(checkpoint: Checkpoint, isq: IsqType | None) -> Graph:
+        weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
+        return record(build_model(checkpoint.config, apply_isq(weights, isq, builder.topology)))
+
+    graph = graph_of(checkpoint, None if builder.isq is None else IsqType.of(builder.isq))
+    max_positions = int(checkpoint.config["max_position_embeddings"])
     with counting_bar("compiling kernels for this CPU (once)") as progress:
-        runner = CpuRunner(
+        runner = make_runner(builder, graph, device, max_positions, threads, progress)
+
+    def requantized(isq: IsqType) -> Callable[[], None]:
+        """The weights come from the file again: what is in memory has been rounded once."""
+        if not isinstance(runner, CpuRunner):
+            raise ModelLoadError("weights are quantised anew on the CPU only; this model runs on a GPU")
+        programs = runner.compile(graph_of(load_checkpoint(path, files), isq))
+        return lambda: runner.use(programs)
+
+    return Loaded(checkpoint, runner, requantized)
+
+
+def choose_device(options: ModelOptions) -> CudaDevice | None:
+    """The GPU to use; None: the CPU.
+
+    Raises
+    ------
+    ModelLoadError
+        A GPU was asked for, and something that it takes is missing.
+    """
+    from ..nn.cuda_devices import cuda_device, default_cuda_device
+
+    if options.device is None:
+        return None if options.force_cpu else default_cuda_device()
+    device = Device.parse(options.device)
+    if device.kind == "cpu":
+        return None
+    if options.force_cpu:
+        raise ModelLoadError(f"with_force_cpu and with_device({device}) contradict each other: drop one of them")
+    return cuda_device(device.index)
+
+
+def make_runner(
+    options: ModelOptions, graph: Graph, device: CudaDevice | None, max_positions: int, threads: int, progress: Progress | None
+) -> CpuRunner | CudaRunner:
+    """The recorded model on its device, with a KV cache of the size that was asked for."""
+    from ..engine.runner import CpuRunner, cache_token_bytes
+
+    block_size = options.paged_attn.block_size if options.paged_attn else None
+    if device is None:
+        return CpuRunner(
             graph,
-            max_position_embeddings=int(checkpoint.config["max_position_embeddings"]),
+            max_position_embeddings=max_positions,
             threads=threads,
-            max_num_seqs=builder.max_num_seqs,
-            block_size=builder.paged_attn.block_size if builder.paged_attn else None,
-            cache_tokens=builder.paged_attn.tokens(cache_token_bytes(graph)) if builder.paged_attn else None,
+            max_num_seqs=options.max_num_seqs,
+            block_size=block_size,
+            cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph)) if options.paged_attn else None,
             progress=progress,
         )
-    engine = Engine(
-        runner,
-        checkpoint.tokenizer,
-        eos_token_ids=checkpoint.eos_token_ids,
-        max_num_seqs=builder.max_num_seqs,
-        prefix_cache_n=builder.prefix_cache_n or 0,
-        name=model_id,
-        throughput_logging=builder.throughput_logging,
-    )
-    return Model(
-        engine,
-        checkpoint.tokenizer,
-        model_id=model_id,
-        config=checkpoint.config,
-        chat_template=chat_template,
-        generation_config=checkpoint.generation_config,
+    from ..engine.cuda_runner import CudaRunner, free_after_weights
+    from ..nn.cuda_gpu import Gpu
+
+    _log.info("computing on CUDA device %d, %s", device.index, device.name)
+    gpu = Gpu(device.index)
+    free = free_after_weights(graph, gpu)
+    return CudaRunner(
+        graph,
+        gpu,
+        max_position_embeddings=max_positions,
+        max_num_seqs=options.max_num_seqs,
+        block_size=block_size,
+        cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph), free) if options.paged_attn else None,
+        progress=progress,
     )
 
 
@@ -273,9 +546,9 @@ def _check_count(option: str, value: object, *, at_least: int) -> None:
         raise ModelLoadError(f"{option} must be a whole number of at least {at_least}, got {value!r}")
 
 
-def _load_into(loading: concurrent.futures.Future[Model], builder: Builder) -> None:
+def _load_into(loading: concurrent.futures.Future[Model], builder: Buildable) -> None:
     try:
-        loading.set_result(load_model(builder))
+        loading.set_result(builder._load())
     except BaseException as error:
         loading.set_exception(error)
 

@@ -61,14 +61,17 @@ class PagedAttentionConfig:
     block_size: int | None
     memory: MemoryGpuConfig
 
-    def tokens(self, token_bytes: int) -> int:
-        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none."""
+    def tokens(self, token_bytes: int, free: int | None = None) -> int:
+        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none.
+
+        ``free`` bytes are left on the device once the weights are there; None: ask the machine.
+        """
         if isinstance(self.memory, ContextSize):
             return self.memory.tokens
         if isinstance(self.memory, MbAmount):
             tokens = self.memory.megabytes * 2**20 // token_bytes
         else:
-            tokens = int(self.memory.share * _free_memory()) // token_bytes
+            tokens = int(self.memory.share * (_free_memory() if free is None else free)) // token_bytes
         if tokens < 1:
             raise ModelLoadError(f"{self.memory} holds no token of this model: one takes {token_bytes} bytes of KV cache")
         return tokens

@@ -20,13 +20,13 @@ from ..loading.hub import cache_folder
 
 PACKAGES = ("pymistral", "numba", "llvmlite", "numpy", "tokenizers", "huggingface_hub", "pydantic", "jinja2", "llguidance", "pip")
 EXTRAS = {
-    "cuda12": ("cupy-cuda12x", "numba-cuda"),
-    "cuda13": ("cupy-cuda13x", "numba-cuda"),
+    "cuda12": ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"),
+    "cuda13": ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"),
     "vision": ("pillow",),
     "audio": ("soundfile",),
     "mcp": ("mcp",),
 }
-FEATURES = ("avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx2", "fma", "f16c", "dotprod", "i8mm", "sve")
+FEATURES = ("amx-int8", "amx-bf16", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx2", "fma", "f16c", "dotprod", "i8mm", "sve")
 GIB = 2**30
 
 
@@ -55,6 +55,7 @@ def examine() -> dict[str, Any]:
         "memory": memory(),
         "caches": caches(),
         "gpus": gpus(),
+        "cuda": cuda(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("PYMISTRAL_")},
     }
     report["problems"], report["ok"] = problems(report)
@@ -233,6 +234,18 @@ def gpus() -> list[dict[str, Any]]:
     return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=False)) for line in output.splitlines() if line.strip()]
 
 
+def cuda() -> dict[str, Any]:
+    """Whether models run on a GPU here, and if not, why."""
+    from ..errors import ModelLoadError
+    from ..nn.cuda_devices import cuda_device
+
+    try:
+        device = cuda_device(0)
+    except ModelLoadError as error:
+        return {"device": None, "reason": str(error)}
+    return {"device": device.name, "reason": None}
+
+
 # ---- what follows from it -------------------------------------------------------------------------
 
 
@@ -259,8 +272,8 @@ def problems(report: dict[str, Any]) -> tuple[list[str], bool]:
     ]
     if (limit := report["cpu"]["cgroup_limit"]) and limit < report["cpu"]["affinity"]:
         found.append(f"this container may use {limit:g} of {report['cpu']['affinity']} cores")
-    if report["gpus"] and not any(all(versions.values()) for extra, versions in report["extras"].items() if extra.startswith("cuda")):
-        found.append("there is a GPU, and the extra that uses it is not installed")
+    if report["gpus"] and report["cuda"]["device"] is None:
+        found.append(f"there is a GPU, and models run on the CPU: {report['cuda']['reason']}")
     return found, not fatal
 
 
@@ -296,6 +309,7 @@ def render(report: dict[str, Any]) -> str:
             for name, c in report["caches"].items()
         ),
         *(("gpu", ", ".join(gpu.values())) for gpu in report["gpus"] or [{"name": "none"}]),
+        ("cuda", report["cuda"]["device"] or f"not used: {report['cuda']['reason']}"),
         *(("environment", f"{name}={value}") for name, value in report["environment"].items()),
     ]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)

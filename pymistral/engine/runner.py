@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.geometry import ATTENTION_CHUNK
-from ..nn.cpu import compile_graph
+from ..nn.cpu import compile_for_prompts
+from ..nn.cpu_program import CpuProgram
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
-from ..nn.state import SPLIT_SEQUENCES, Limits
+from ..nn.state import SPLIT_SEQUENCES, Limits, State
 from .types import Segment
 
 logger = logging.getLogger("pymistral")
@@ -28,7 +29,101 @@ _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
-class CpuRunner:
+Programs = tuple[CpuProgram, CpuProgram]
+"""For the tokens of prompts, and for those that are generated."""
+
+
+class PagedRunner(ABC):
+    """What runners of all devices share: their sizes, and writing a step into the arrays that kernels read."""
+
+    @property
+    def prompts_apart(self) -> bool:
+        return False
+
+    def __init__(
+        self, graph: Graph, *, max_position_embeddings: int, max_num_seqs: int, block_size: int, cache_tokens: int, max_tokens: int
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = -(-cache_tokens // block_size)
+        self.max_sequence_length = min(max_position_embeddings, self.num_blocks * block_size)
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max(max_tokens, max_num_seqs)
+        self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
+        self.limits = Limits(
+            max_tokens=self.max_batch_tokens,
+            max_outputs=self.max_output_rows,
+            max_sequences=max_num_seqs,
+            block_size=block_size,
+            num_blocks=self.num_blocks,
+            max_blocks=-(-self.max_sequence_length // block_size),
+        )
+        # A model may give logits for more ids, or fewer, than it has embeddings for.
+        self.vocab_size = graph.nodes[-1].output.columns
+        self._embeddings = min(
+            (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
+        )
+
+    def _fill(self, state: State, segments: Sequence[Segment]) -> int:
+        """Write a step into the state; returns its rows of logits.
+
+        Raises
+        ------
+        ValueError
+            The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
+        """
+        tokens = outputs = longest = 0
+        for row, segment in enumerate(segments):
+            count, start = len(segment.tokens), segment.start
+            end = start + count
+            if tokens + count > self.max_batch_tokens or row >= self.max_num_seqs:
+                raise ValueError(f"a step holds {self.max_batch_tokens} tokens of {self.max_num_seqs} sequences at most")
+            if count < 1 or start < 0 or end > self.max_sequence_length or not 0 <= segment.outputs <= count:
+                raise ValueError(f"segment of {count} tokens from position {start} with {segment.outputs} outputs does not fit")
+            longest = max(longest, end)
+            self._place(state, segment, row, tokens, count, start, end)
+            tokens += count
+            if outputs + segment.outputs > self.max_output_rows:
+                raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
+            if segment.outputs:
+                state.output_rows[outputs : outputs + segment.outputs] = range(tokens - segment.outputs, tokens)
+                outputs += segment.outputs
+        for rope in state.ropes:
+            rope.prepare(longest)
+        state.counts[:4] = (tokens, outputs, *self._divide(state, segments))
+        return outputs
+
+    @abstractmethod
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Write how attention is dealt out; returns the numbers of items and merges."""
+
+    def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
+        """Write one segment's tokens, positions, cache slots and block table into the state."""
+        size = self.block_size
+        table = segment.block_table
+        blocks = -(-end // size)
+        if len(table) < blocks:
+            raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
+        used = state.block_tables[row, :blocks]
+        used[:] = table[:blocks]
+        if count == 1:
+            token, block = segment.tokens[0], int(used[-1])
+            if not 0 <= token < self._embeddings or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+                raise ValueError(f"token {token} or block {block} does not exist")
+            state.tokens[at] = token
+            state.positions[at] = start
+            state.cache_slots[at] = block * size + start % size
+            return
+        place = slice(at, at + count)
+        state.tokens[place] = segment.tokens
+        ids = state.tokens[place]
+        if ids.min() < 0 or ids.max() >= self._embeddings or used.min() < 0 or used.max() >= self.num_blocks:
+            raise ValueError("a token or block does not exist")
+        positions = np.arange(start, end, dtype=np.int32)
+        state.positions[place] = positions
+        state.cache_slots[place] = used[positions // size] * size + positions % size
+
+
+class CpuRunner(PagedRunner):
     """Runs a model on the CPU. It remembers nothing of sequences: segments say where their keys and values lie.
 
     Parameters
@@ -65,30 +160,34 @@ class CpuRunner:
         cache_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.block_size = block_size or _BLOCK_SIZE
         if cache_tokens is None:
             cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph))
-        self.num_blocks = -(-cache_tokens // self.block_size)
-        self.max_sequence_length = min(max_position_embeddings, self.num_blocks * self.block_size)
-        self.max_num_seqs = max_num_seqs
-        self.max_batch_tokens = max(_MAX_TOKENS, max_num_seqs)
-        self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
-        limits = Limits(
-            max_tokens=self.max_batch_tokens,
-            max_outputs=self.max_output_rows,
-            max_sequences=max_num_seqs,
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
-            max_blocks=-(-self.max_sequence_length // self.block_size),
+        super().__init__(
+            graph,
+            max_position_embeddings=max_position_embeddings,
+            max_num_seqs=max_num_seqs,
+            block_size=block_size or _BLOCK_SIZE,
+            cache_tokens=cache_tokens,
+            max_tokens=_MAX_TOKENS,
         )
         self.threads = threads or available_threads()
-        self.program = compile_graph(graph, limits, threads=self.threads, progress=progress)
-        self.vocab_size = self.program.logits.shape[1]
-        # A model may give logits for more ids, or fewer, than it has embeddings for.
-        self._embeddings = min(
-            (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
-        )
+        self.prompt_program, self.program = self.compile(graph, progress)
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
+
+    @property
+    def prompts_apart(self) -> bool:
+        return self.prompt_program is not self.program
+
+    def compile(self, graph: Graph, progress: Progress | None = None) -> Programs:
+        """Programs of these limits, for `use`. Another thread may run steps in the meantime."""
+        return compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
+
+    def use(self, programs: Programs) -> None:
+        """Run these programs from now on: the same model with other weights, and an empty cache."""
+        shape, before = programs[0].logits.shape, self.program.logits.shape
+        if shape != before:
+            raise ValueError(f"logits {shape} in place of {before}: another model")
+        self.prompt_program, self.program = programs
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
@@ -98,20 +197,40 @@ class CpuRunner:
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        state = self.program.state
-        tokens = outputs = items = merges = partials = 0
-        split = len(segments) <= SPLIT_SEQUENCES  # few sequences: their chunks are dealt out to the threads
-        longest = 0
+        if not self.prompts_apart or all(segment.generated == len(segment.tokens) for segment in segments):
+            return self._run(self.program, segments)
+        for segment in segments:
+            count = len(segment.tokens)
+            if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
+                raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
+        prompts = [part for segment in segments if (part := _prompt_part(segment)).tokens]
+        generated = [part for segment in segments if (part := _generated_part(segment)).tokens]
+        of_prompts = self._run(self.prompt_program, prompts)
+        if not generated:
+            return of_prompts
+        of_generated = self._run(self.program, generated)
+        logits = np.empty((len(of_prompts) + len(of_generated), self.vocab_size), np.float32)
+        row = first = second = 0
+        for segment in segments:
+            for part, source, at in ((_prompt_part(segment), of_prompts, first), (_generated_part(segment), of_generated, second)):
+                logits[row : row + part.outputs] = source[at : at + part.outputs]
+                row += part.outputs
+            first += _prompt_part(segment).outputs
+            second += _generated_part(segment).outputs
+        return logits
+
+    def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        outputs = self._fill(program.state, segments)
+        program.run()
+        return program.logits[:outputs]
+
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Query tiles of long segments. If the sequences are few, the positions of a single token are dealt out in chunks."""
+        tokens = items = merges = partials = 0
+        split = len(segments) <= SPLIT_SEQUENCES
         for row, segment in enumerate(segments):
-            count, start = len(segment.tokens), segment.start
-            end = start + count
-            if tokens + count > self.max_batch_tokens or row >= self.max_num_seqs:
-                raise ValueError(f"a step holds {self.max_batch_tokens} tokens of {self.max_num_seqs} sequences at most")
-            if count < 1 or start < 0 or end > self.max_sequence_length or not 0 <= segment.outputs <= count:
-                raise ValueError(f"segment of {count} tokens from position {start} with {segment.outputs} outputs does not fit")
-            longest = max(longest, end)
-            self._place(state, segment, row, tokens, count, start, end)
-            chunks = -(-end // ATTENTION_CHUNK)
+            count = len(segment.tokens)
+            chunks = -(-(segment.start + count) // ATTENTION_CHUNK)
             if split and count == 1 and chunks > 1:
                 state.merges[merges] = (tokens, partials, chunks)
                 for chunk in range(chunks):
@@ -124,42 +243,22 @@ class CpuRunner:
                     state.items[items] = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
                     items += 1
             tokens += count
-            if outputs + segment.outputs > self.max_output_rows:
-                raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
-            if segment.outputs:
-                state.output_rows[outputs : outputs + segment.outputs] = range(tokens - segment.outputs, tokens)
-                outputs += segment.outputs
-        for rope in state.ropes:
-            rope.prepare(longest)
-        state.counts[:4] = (tokens, outputs, items, merges)
-        self.program.run()
-        return self.program.logits[:outputs]
+        return items, merges
 
-    def _place(self, state: Any, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
-        """Write one segment's tokens, positions, cache slots and block table into the state."""
-        size = self.block_size
-        table = segment.block_table
-        blocks = -(-end // size)
-        if len(table) < blocks:
-            raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
-        used = state.block_tables[row, :blocks]
-        used[:] = table[:blocks]
-        if count == 1:
-            token, block = segment.tokens[0], int(used[-1])
-            if not 0 <= token < self._embeddings or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
-                raise ValueError(f"token {token} or block {block} does not exist")
-            state.tokens[at] = token
-            state.positions[at] = start
-            state.cache_slots[at] = block * size + start % size
-            return
-        place = slice(at, at + count)
-        state.tokens[place] = segment.tokens
-        ids = state.tokens[place]
-        if ids.min() < 0 or ids.max() >= self._embeddings or used.min() < 0 or used.max() >= self.num_blocks:
-            raise ValueError("a token or block does not exist")
-        positions = np.arange(start, end, dtype=np.int32)
-        state.positions[place] = positions
-        state.cache_slots[place] = used[positions // size] * size + positions % size
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of `forward`, for Python to read: they are as they should be."""
+        return logits
+
+
+def _prompt_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    return Segment(segment.tokens[:count], segment.start, segment.block_table, max(0, segment.outputs - segment.generated))
+
+
+def _generated_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    outputs = min(segment.outputs, segment.generated)
+    return Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
 
 
 def cache_token_bytes(graph: Graph) -> int:

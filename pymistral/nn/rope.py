@@ -22,6 +22,8 @@ class Rope:
     ----------
     table
         float32 ``[position, 2, pairs]``: cosines, then sines, times the attention factor of the scaling.
+    ready
+        How many positions are computed.
     """
 
     def __init__(self, inverse_frequencies: NDArray[np.float64], max_positions: int, factor: float = 1.0) -> None:
@@ -29,18 +31,18 @@ class Rope:
         self.pairs = len(inverse_frequencies)
         self.factor = factor
         self.table: NDArray[Any] = zeros((max_positions, 2, self.pairs), np.float32)
-        self._ready = 0
+        self.ready = 0
 
     def prepare(self, positions: int) -> None:
         """Make sure that positions ``0`` to ``positions - 1`` are in the table. Raises ValueError if it is too short."""
         if positions > len(self.table):
             raise ValueError(f"position {positions - 1} is beyond the {len(self.table)} that the rotations are made for")
-        while self._ready < positions:
-            stop = min(self._ready + _STEP, len(self.table))
-            angles = np.arange(self._ready, stop, dtype=np.float64)[:, None] * self.inverse_frequencies
-            self.table[self._ready : stop, 0] = np.cos(angles) * self.factor
-            self.table[self._ready : stop, 1] = np.sin(angles) * self.factor
-            self._ready = stop
+        while self.ready < positions:
+            stop = min(self.ready + _STEP, len(self.table))
+            angles = np.arange(self.ready, stop, dtype=np.float64)[:, None] * self.inverse_frequencies
+            self.table[self.ready : stop, 0] = np.cos(angles) * self.factor
+            self.table[self.ready : stop, 1] = np.sin(angles) * self.factor
+            self.ready = stop
 
     @classmethod
     def from_config(

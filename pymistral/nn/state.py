@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -50,24 +52,50 @@ class Limits:
 
 
 class State:
-    """The arrays, and the tables that grow with the longest sequence."""
+    """The arrays, and the tables that grow with the longest sequence.
 
-    def __init__(self, limits: Limits) -> None:
-        self.counts: NDArray[Any] = zeros(5, np.int64)  # in the order of _COUNTS
-        self.counts[_COUNTS.index("one")] = 1
-        self.tokens: NDArray[Any] = zeros(limits.max_tokens, np.int32)
-        self.positions: NDArray[Any] = zeros(limits.max_tokens, np.int32)
-        self.cache_slots: NDArray[Any] = zeros(limits.max_tokens, np.int32)
-        # attention: [first token, tokens, row of the block table, chunk or -1, partial result]; [token, first partial result, how many]
+    All arrays lie in ``memory``, the block tables last, so that one copy of its first bytes brings a step to a device.
+    """
+
+    def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5) -> None:
+        # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind;
+        # merges, on the CPU: [token, first partial result, how many]
         self.max_partials = SPLIT_SEQUENCES * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
-        self.items: NDArray[Any] = zeros((limits.max_tokens + self.max_partials, 5), np.int32)
-        self.merges: NDArray[Any] = zeros((SPLIT_SEQUENCES, 3), np.int32)
-        self.output_rows: NDArray[Any] = zeros(limits.max_outputs, np.int32)
         self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
-        self.block_tables: NDArray[Any] = zeros((limits.max_sequences, self.table_width), np.int32)
+        per_token = (limits.max_tokens,)
+        shapes: dict[str, tuple[int, ...]] = {
+            "counts": (2 * len(_COUNTS),),  # int64, in the order of _COUNTS
+            "tokens": per_token,
+            "positions": per_token,
+            "cache_slots": per_token,
+            "table_rows": per_token,
+            "output_rows": (limits.max_outputs,),
+            "items": (limits.max_tokens + self.max_partials, item_words),
+            "merges": (SPLIT_SEQUENCES, 3),
+            "block_tables": (limits.max_sequences, self.table_width),
+        }
+        starts, size = {}, 0
+        for name, shape in shapes.items():
+            starts[name] = size
+            size += -(-4 * prod(shape) // 64) * 64
+        self.memory: NDArray[Any] = allocate(size) if allocate else zeros(size, np.uint8)
+
+        def part(name: str) -> NDArray[Any]:
+            shape = shapes[name]
+            return self.memory[starts[name] :][: 4 * prod(shape)].view(np.int32).reshape(shape)
+
+        self.counts: NDArray[Any] = part("counts").view(np.int64)
+        self.counts[_COUNTS.index("one")] = 1
+        self.tokens, self.positions, self.cache_slots = part("tokens"), part("positions"), part("cache_slots")
+        self.output_rows, self.items, self.merges = part("output_rows"), part("items"), part("merges")
+        self.table_rows, self.block_tables = part("table_rows"), part("block_tables")
         self.ropes: list[Rope] = []
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most
+
+    def used_bytes(self, sequences: int) -> int:
+        """Of `memory`, for a step of so many sequences."""
+        return address(self.block_tables) - address(self.memory) + sequences * 4 * self.table_width
 
     def count(self, name: str) -> int:
         return int(self.counts[_COUNTS.index(name)])

@@ -22,12 +22,17 @@ class NoiseRunner:
     max_num_seqs, max_batch_tokens, max_output_rows = 32, 512, 64
     block_size, num_blocks, max_sequence_length = 32, 2048, 1024
 
+    prompts_apart = False
+
     def __init__(self, vocab_size: int, closing: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self._rng = np.random.default_rng(0)
         self._rows = (1.5 * self._rng.standard_normal((64, vocab_size))).astype(np.float32)
         self._rows[:, list(closing)] += 1.5
         self.sample = SamplingProgram(vocab_size, threads=1).run
+
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logits
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         return self._rows[self._rng.integers(0, len(self._rows), sum(segment.outputs for segment in segments))]

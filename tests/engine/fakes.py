@@ -45,6 +45,8 @@ class FakeRunner:
 
     vocab_size = VOCAB
 
+    prompts_apart = False
+
     def __init__(
         self,
         num_blocks: int = 64,
@@ -63,6 +65,9 @@ class FakeRunner:
         self.steps: list[list[tuple[int, int]]] = []
         self.computed = 0
         self.sample = SamplingProgram(VOCAB, threads=1).run
+
+    def read_logits(self, logits: np.ndarray) -> np.ndarray:
+        return logits
 
     def forward(self, segments: Sequence[Segment]) -> np.ndarray:
         if self.delay:

@@ -19,7 +19,8 @@ from pymistral.kernels.cpu.compiler import load_kernels, spec
 
 from pymistral.nn import functional as F
 from pymistral.nn import pool as pools
-from pymistral.nn.cpu import CpuProgram, compile_graph
+from pymistral.nn.cpu import compile_graph
+from pymistral.nn.cpu_program import CpuProgram
 from pymistral.nn.graph import Tokens, recording
 from pymistral.nn.memory import address, zeros
 from pymistral.nn.pool import Launches, ThreadPool, available_threads, thread_pool

@@ -1,0 +1,166 @@
+"""A model on an NVIDIA GPU, as the engine sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelLoadError
+from ..kernels.cpu.compiler import Progress
+from ..kernels.cuda.planes import LAYOUTS
+from ..nn.cpu_weights import tile_format
+from ..nn.cuda import CudaModel, CudaProgram, Size, stride_of
+from ..nn.cuda_gpu import GpuLike
+from ..nn.graph import Graph
+from ..nn.memory import address
+from ..nn.pool import available_threads
+from ..nn.sampling import SamplingProgram, SamplingRow
+from ..nn.state import State
+from .runner import PagedRunner, cache_token_bytes
+from .types import Segment
+
+_MAX_TOKENS = 2048  # in one step: enough for the tensor cores
+_BLOCK_SIZE = 32
+_DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
+_RESERVE = 1 << 30  # bytes for activations, graphs and the driver
+_FEW_OUTPUTS = 8  # rows of logits that a step with prompts is made for; with more, it is made for all
+
+
+class CudaRunner(PagedRunner):
+    """Runs a model on a GPU. As `CpuRunner`, it remembers nothing of sequences.
+
+    Parameters
+    ----------
+    graph
+        The model, recorded.
+    gpu
+        Where it runs.
+    max_position_embeddings
+        The longest sequence that the model was made for.
+    max_num_seqs
+        Sequences in one step.
+    block_size
+        Positions in a block of the KV cache: a multiple of 32.
+    cache_tokens
+        Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
+    max_tokens
+        Tokens in one step.
+    progress
+        Told how many kernels are compiled, if any must be.
+
+    Raises
+    ------
+    ModelLoadError
+        A weight's type or shape cannot be used, or the GPU's memory is too small.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        gpu: GpuLike,
+        *,
+        max_position_embeddings: int,
+        max_num_seqs: int = 32,
+        block_size: int | None = None,
+        cache_tokens: int | None = None,
+        max_tokens: int = _MAX_TOKENS,
+        progress: Progress | None = None,
+    ) -> None:
+        if cache_tokens is None:
+            cache_tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), free_after_weights(graph, gpu) // cache_token_bytes(graph))
+            if cache_tokens < 256:
+                raise ModelLoadError(f"the GPU has room for the weights and {max(0, cache_tokens)} tokens of KV cache: too few")
+        super().__init__(
+            graph,
+            max_position_embeddings=max_position_embeddings,
+            max_num_seqs=max_num_seqs,
+            block_size=block_size or _BLOCK_SIZE,
+            cache_tokens=cache_tokens,
+            max_tokens=max_tokens,
+        )
+        self.gpu = gpu
+        self.model = CudaModel(graph, self.limits, gpu, progress)
+        stride = stride_of(self.vocab_size)
+        self._logits = gpu.pinned(4 * self.max_output_rows * stride).view(np.float32).reshape(self.max_output_rows, stride)
+        self._sample = SamplingProgram(self.vocab_size, available_threads()).run
+        self._program: CudaProgram | None = None  # of the last step
+        self._waits = False  # whether the GPU may still read the state
+
+    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        """Start one flat step; returns where the logits ``[rows, vocab_size]`` will be, once `read_logits` or `sample` ask for them.
+
+        Raises
+        ------
+        ValueError
+            The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
+        """
+        if self._waits:
+            self.gpu.synchronize()
+            self._waits = False
+        outputs = self._fill(self.model.state, segments)
+        if segments:
+            self._program = self.model.program(self._size(segments, outputs))
+            self._waits = True
+            self.model.copy_state(len(segments))
+            self._program.run()
+        return self._logits[:outputs, : self.vocab_size]
+
+    def _size(self, segments: Sequence[Segment], outputs: int) -> Size:
+        """The smallest program that the step fits: powers of two, so that there are few."""
+        tokens = sum(len(segment.tokens) for segment in segments)
+        prefill = self.model.can_prefill and tokens > len(segments)
+        rows = min(1 << (tokens - 1).bit_length(), self.max_batch_tokens)
+        few = min(rows, _FEW_OUTPUTS) if prefill and outputs <= _FEW_OUTPUTS else rows
+        return Size(rows, min(few, self.max_output_rows), prefill)
+
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Query tiles for the attention of prompts, and the sequence of each token for that of single tokens."""
+        tokens = items = 0
+        tile = self.model.query_tile
+        for row, segment in enumerate(segments):
+            count = len(segment.tokens)
+            state.table_rows[tokens : tokens + count] = row
+            firsts = range(0, count, tile)
+            for item, first in enumerate(firsts, items):
+                state.items[item] = (tokens + first, min(tile, count - first), row)
+            items += len(firsts)
+            tokens += count
+        return items, 0
+
+    def _fetch(self, rows: Sequence[int]) -> None:
+        """Copy these rows of the last step's logits to the host."""
+        program = self._program
+        assert program is not None
+        for row in rows:
+            self.gpu.copy_out(self._logits[row], program.logits + 4 * row * program.stride)
+        self.gpu.synchronize()
+        self._waits = False
+
+    def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits that `forward` returned, with their values."""
+        if len(logits):
+            first = (address(logits) - address(self._logits)) // self._logits.strides[0]
+            self._fetch(range(first, first + len(logits)))
+        return logits
+
+    def sample(self, rows: Sequence[SamplingRow]) -> None:
+        """Choose a token for each row, from the logits that it names."""
+        self._fetch(sorted({row for row in map(self._row_of, rows) if row is not None}))
+        self._sample(rows)
+
+    def _row_of(self, row: SamplingRow) -> int | None:
+        """Which of the last step's rows a sampling row names; None: one that is in the host's memory already."""
+        offset = row.logits - address(self._logits)
+        return offset // self._logits.strides[0] if 0 <= offset < self._logits.nbytes else None
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Of all matrices, on a GPU."""
+    return sum(LAYOUTS[tile_format(tensor).name].nbytes(*tensor.shape) for tensor in graph.matrices())
+
+
+def free_after_weights(graph: Graph, gpu: GpuLike) -> int:
+    """Bytes that will be free for the KV cache."""
+    return max(0, gpu.free_memory() - weight_bytes(graph) - _RESERVE)

@@ -1,0 +1,83 @@
+"""A recorded model, lowered and compiled for the CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .pool import Launches, ThreadPool
+from .state import State
+
+
+@dataclass
+class Result:
+    """What a launch computes as floats."""
+
+    array: NDArray[Any]
+    rows: str
+    columns: int
+
+
+@dataclass
+class CpuProgram:
+    """A recorded model, ready to run.
+
+    Attributes
+    ----------
+    state
+        What changes between steps; fill it before `run`.
+    logits
+        float32 ``[max_outputs, vocab_size]``; the first ``outputs`` rows are those of the last run.
+    """
+
+    state: State
+    logits: NDArray[np.float32]
+    names: list[str]
+    labels: list[str]
+    weight_bytes: int
+    _launches: Launches
+    _pool: ThreadPool
+    _results: list[list[Result]] = field(repr=False)
+    _alive: list[Any] = field(repr=False)
+    _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
+
+    def run(self) -> None:
+        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        if self._eager:
+            self.run_checked()
+        else:
+            self._pool.run(self._launches)
+
+    def run_one_by_one(self) -> list[float]:
+        """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
+        from time import perf_counter
+
+        seconds = []
+        for row in self._launches.table:
+            single = Launches([[int(word) for word in row]], self._pool.threads)
+            start = perf_counter()
+            self._pool.run(single)
+            seconds.append(perf_counter() - start)
+        return seconds
+
+    def run_checked(self) -> None:
+        """Run each launch as a program of its own, and look at what it wrote.
+
+        Raises
+        ------
+        FloatingPointError
+            A launch computed what is no finite number; the message names it.
+        """
+        for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
+            self._pool.run(Launches([[int(word) for word in row]], self._pool.threads))
+            for result in results:
+                values = result.array[: self.state.count(result.rows), : result.columns]
+                wrong = np.argwhere(~np.isfinite(values))
+                if len(wrong):
+                    at = tuple(int(i) for i in wrong[0])
+                    where = f"launch {number} of {len(self.labels)}, {self.labels[number]}"
+                    raise FloatingPointError(f"{where}: {values[at]} in row {at[0]}, column {at[1]}")

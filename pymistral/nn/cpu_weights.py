@@ -1,0 +1,90 @@
+"""Weight matrices in tiles: which tiles a type becomes, where they lie, and how they are packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelLoadError
+from ..kernels.cpu.compiler import Spec
+from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
+from ..quantization.types import BLOCK_SIZES, Tensor, block_size
+from .memory import address, forget, zeros
+from .pool import ThreadPool
+from .quantize import blocks_of, kernels_for, launch, parts, repacker
+
+
+@dataclass
+class Matrix:
+    tensor: Tensor
+    format: TileFormat | FloatFormat
+    tiles: NDArray[Any]
+
+    @property
+    def tile_bytes(self) -> int:
+        return int(self.format.tile_bytes(self.tensor.shape[1]))
+
+    @property
+    def tile_count(self) -> int:
+        return int(-(-self.tensor.shape[0] // ROWS))
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(self.format, FloatFormat)
+
+
+def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
+    """The tiles that a tensor's type becomes. Raises ModelLoadError if there are none."""
+    name = tensor.layout
+    format = TILE_FORMATS.get(name) or FLOAT_FORMATS.get(name)
+    if format is None:
+        known = ", ".join(sorted(name.upper() for name in (*TILE_FORMATS, *FLOAT_FORMATS)))
+        raise ModelLoadError(f"tensor {tensor.name!r} is stored as {name.upper()}, which is not supported; these are: {known}")
+    if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
+        raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
+    return format
+
+
+class TiledWeights:
+    """The matrices of a program in one piece of memory, in the order in which they are asked for."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        nbytes = sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices)  # each in whole cache lines
+        self.arena: NDArray[Any] = zeros(nbytes, np.uint8, huge_pages=True)
+        self._used = 0
+        self._matrices: dict[int, Matrix] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.tiles.nbytes for matrix in self._matrices.values())
+
+    def __getitem__(self, tensor: Tensor) -> Matrix:
+        known = self._matrices.get(id(tensor))
+        if known is None:
+            format = tile_format(tensor)
+            size = format.nbytes(*tensor.shape)
+            tiles = self.arena[self._used : self._used + size]
+            self._used += -(-size // 64) * 64
+            known = self._matrices[id(tensor)] = Matrix(tensor, format, tiles)
+        return known
+
+    def packers(self) -> list[Spec]:
+        """The kernels that `pack` needs."""
+        return [kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor)]
+
+    def pack(self, kernels: dict[Spec, int], pool: ThreadPool) -> None:
+        """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
+        for matrix in self._matrices.values():
+            tensor = matrix.tensor
+            size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
+            repack = kernels[repacker(matrix.format.name, size[1] if size else 1)]
+            target = address(matrix.tiles)
+            for part in parts(tensor):
+                rows, columns = part.shape
+                blocks = part.data if part.isq is None else blocks_of(part, kernels, pool)
+                launch(pool, repack, (address(blocks), target, rows, columns), -(-rows // ROWS))
+                target += rows // ROWS * matrix.tile_bytes
+                forget(part.data)

@@ -1,0 +1,505 @@
+"""From a recorded graph to programs for an NVIDIA GPU: one for each size of step, all with the same weights, caches and state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import ModelLoadError
+from ..kernels.cpu.compiler import Progress
+from ..kernels.cpu.tiles import FloatFormat
+from ..kernels.cuda import ops
+from ..kernels.cuda.launch import Launch
+from ..kernels.cuda.ops import Heads, Places, Rows
+from ..quantization.types import Tensor
+from .cpu_weights import tile_format
+from .cuda_gpu import GpuLike
+from .cuda_weights import GpuWeights
+from .graph import TOKENS, Array, Graph, Node
+from .lowering import Buffer, Lowering
+from .memory import address
+from .rope import Rope
+from .state import Limits, State
+
+_LEAVE_REST = ("linear", "add", "embedding", "attention")  # operations whose kernels may not write what is behind the last column
+_ARENA_BYTES = 64 << 20  # taken from the device at a time
+
+
+def stride_of(columns: int) -> int:
+    """Columns from one row to the next."""
+    return -(-columns // 32) * 32
+
+
+class Size(NamedTuple):
+    """What a program is made for: rows at most, and whether tokens of one sequence share the work of attention."""
+
+    tokens: int
+    outputs: int
+    prefill: bool
+
+
+@dataclass
+class CudaProgram:
+    """A captured graph of launches.
+
+    Attributes
+    ----------
+    logits, stride
+        Address of the first row of logits, float32, and floats from one row to the next.
+    """
+
+    launches: list[Launch]
+    logits: int
+    stride: int
+    run: Callable[[], None]
+
+
+class CudaModel:
+    """A recorded model on a GPU. Programs are lowered and captured when a step of their size first comes.
+
+    Attributes
+    ----------
+    state
+        What changes between steps, in pinned memory; fill it, `copy_state`, and run a program.
+    query_tile
+        Tokens in an item of attention, at most.
+    """
+
+    def __init__(self, graph: Graph, limits: Limits, gpu: GpuLike, progress: Progress | None = None) -> None:
+        self.graph, self.limits, self.gpu = graph, limits, gpu
+        self.weights = GpuWeights(gpu, progress)
+        self.state = State(limits, gpu.pinned, item_words=3)
+        self._state_address = gpu.allocate(self.state.memory.nbytes)
+        self.arena = Arena(gpu)
+        self.rotations: dict[Rope, int] = {}
+        self._uploaded: dict[Rope, int] = {}
+        self._programs: dict[Size, CudaProgram] = {}
+        self.heads = {id(node): self._cache(node) for node in graph.nodes if node.op == "attention"}
+        self.can_prefill = all(ops.can_prefill(heads, gpu.arch) for heads in self.heads.values())
+        self.query_tile = min((ops.query_tile_tokens(heads) for heads in self.heads.values()), default=1) if self.can_prefill else 1
+        # Before the first program, so that memory that is too small shows when the model is built. With it come all weights.
+        self.program(Size(limits.max_tokens, limits.max_outputs, self.can_prefill))
+
+    def _cache(self, node: Node) -> Heads:
+        q, k, _ = node.inputs
+        head_dim = node.attributes["head_dim"]
+        if head_dim % 16 or head_dim > 256:
+            raise ModelLoadError(f"heads of {head_dim} dimensions are not supported on a GPU: they must be a multiple of 16, up to 256")
+        exact, limits = self.graph.exact, self.limits
+        nbytes = limits.num_blocks * limits.block_size * k.columns * (4 if exact else 2)
+        keys, values = self.gpu.allocate(nbytes), self.gpu.allocate(nbytes)
+        rope: Rope | None = node.attributes["rope"]
+        if rope is not None and rope not in self.rotations:
+            self.rotations[rope] = self.gpu.allocate(rope.table.nbytes)
+            self._uploaded[rope] = 0
+            self.state.ropes.append(rope)
+        return Heads(q.columns // head_dim, k.columns // head_dim, head_dim, keys, values, limits.block_size, exact)
+
+    def place(self, array: Any) -> int:
+        """Where the device has one of the state's arrays."""
+        return self._state_address + address(array) - address(self.state.memory)
+
+    def count(self, name: str) -> int:
+        return self._state_address + self.state.count_address(name) - address(self.state.memory)
+
+    def copy_state(self, sequences: int) -> None:
+        """Bring the state of so many sequences to the device, and rotations that are new."""
+        self.gpu.copy_in(self._state_address, self.state.memory[: self.state.used_bytes(sequences)])
+        for rope, done in self._uploaded.items():
+            if rope.ready > done:
+                row = rope.table[0].nbytes
+                self.gpu.copy_in(self.rotations[rope] + done * row, rope.table[done : rope.ready])
+                self._uploaded[rope] = rope.ready
+
+    def program(self, size: Size) -> CudaProgram:
+        """The program for steps up to a size."""
+        known = self._programs.get(size)
+        if known is None:
+            self.arena.reset()
+            lowering = _CudaLowering(self, size)
+            logits = self.graph.nodes[-1].output
+            run = self.gpu.capture(lowering.launches)
+            known = CudaProgram(lowering.launches, lowering.rows_of[logits].address, stride_of(logits.columns), run)
+            self._programs[size] = known
+        return known
+
+
+class Arena:
+    """Memory for what lives during one step only: all programs have the same."""
+
+    def __init__(self, gpu: GpuLike) -> None:
+        self.gpu = gpu
+        self._blocks: list[tuple[int, int]] = []  # address, bytes
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, for another program."""
+        self._left = list(self._blocks)
+
+    def take(self, nbytes: int) -> int:
+        """An address that is a multiple of 256."""
+        nbytes = -(-nbytes // 256) * 256
+        for index, (start, left) in enumerate(self._left):
+            if nbytes <= left:
+                self._left[index] = (start + nbytes, left - nbytes)
+                return start
+        size = max(nbytes, _ARENA_BYTES)
+        start = self.gpu.allocate(size)
+        self._blocks.append((start, size))
+        self._left.append((start + nbytes, size - nbytes))
+        return start
+
+
+@dataclass
+class _Span:
+    """The shape of device memory, as the free lists of `Lowering` want to know it."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+class _CudaLowering(Lowering):
+    """The launches of one size. An array is kept in the forms that its readers want: float32, int8 with scales, bfloat16."""
+
+    def __init__(self, model: CudaModel, size: Size) -> None:
+        super().__init__(model.graph, model.limits)
+        self.model, self.size = model, size
+        self.launches: list[Launch] = []
+        self.q8_of: dict[Array, Buffer] = {}
+        self.scales_of: dict[Array, Buffer] = {}
+        self.bf16_of: dict[Array, Buffer] = {}
+        self.forms += [self.q8_of, self.scales_of, self.bf16_of]
+        state, place = model.state, model.place
+        self.places = Places(
+            positions=place(state.positions),
+            slots=place(state.cache_slots),
+            table_rows=place(state.table_rows),
+            items=place(state.items),
+            block_tables=place(state.block_tables),
+            table_width=state.table_width,
+        )
+        self.lower()
+
+    # ---- buffers ----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
+        itemsize = np.dtype(dtype).itemsize
+        nbytes = int(np.prod(shape)) * itemsize
+        return Buffer(_Span(shape, itemsize), self.model.arena.take(nbytes))
+
+    def _max_rows(self, array: Array) -> int:
+        return self.size.tokens if array.rows == TOKENS else self.size.outputs
+
+    def _rows(self, array: Array) -> Buffer:
+        buffer = self._new((self._max_rows(array), stride_of(array.columns)), np.float32)
+        self.rows_of[array] = buffer
+        return buffer
+
+    def _vector(self, tensor: Tensor, offset: float = 0.0) -> Buffer:
+        return self.model.weights.vector(tensor, offset)
+
+    def _counted(self, array: Array) -> dict[str, int]:
+        """How many rows there are, and how many there may be."""
+        return {"count": self.model.count(array.rows), "max_rows": self._max_rows(array)}
+
+    # ---- forms ------------------------------------------------------------------------------------------------------
+
+    def _form_for(self, tensor: Tensor, rows: int) -> str:
+        """The form of x that a product of so many rows takes."""
+        format = tile_format(tensor)
+        if rows <= ops.MATVEC_TOKENS:
+            return "f32" if isinstance(format, FloatFormat) else "q8"
+        return "bf16" if self._tensor_cores(format.name) else "f32"
+
+    def _tensor_cores(self, format: str) -> bool:
+        return self.model.gpu.arch >= 80 and format != "f32"
+
+    def _wanted(self, array: Array) -> set[str]:
+        """The forms that all readers of the array take."""
+        rows = self._max_rows(array)
+        wanted = set() if self._only_multiplied(array) else {"f32"}
+        for user in self.users.get(array, []):
+            if user.op in ("linear", "gated_linear"):
+                matrices = [user.attributes[name] for name in ("weight", "gate", "up") if name in user.attributes]
+                wanted |= {self._form_for(matrix, rows) for matrix in matrices}
+            elif user.op == "mixture_of_experts" and array is user.inputs[0]:
+                wanted |= {self._form_for(user.attributes[name][0], rows) for name in ("gate", "up")}
+        return wanted or {"f32"}
+
+    def _form(self, array: Array) -> Rows:
+        """The forms that the array is kept in."""
+
+        def where(table: dict[Array, Buffer]) -> int:
+            return table[array].address if array in table else 0
+
+        addresses = [where(table) for table in (self.rows_of, self.q8_of, self.scales_of, self.bf16_of)]
+        return Rows(stride_of(array.columns), *addresses)
+
+    def _add_form(self, array: Array, form: str) -> None:
+        """Memory for one more form."""
+        rows, stride = self._max_rows(array), stride_of(array.columns)
+        if form == "f32":
+            self._rows(array)
+        elif form == "bf16":
+            self.bf16_of[array] = self._new((rows, stride), np.uint16)
+        else:
+            self.q8_of[array] = self._new((rows, stride), np.int8)
+            self.scales_of[array] = self._new((rows, stride // 32, 2), np.float32)
+
+    def _out(self, array: Array) -> Rows:
+        """Memory for all forms that are wanted of an array, which a kernel makes that can write them all."""
+        for form in sorted(self._wanted(array)):
+            if form != "f32" or array not in self.rows_of:
+                self._add_form(array, form)
+        return self._form(array)
+
+    def _in(self, array: Array, form: str) -> Rows:
+        """The array in a form, made now of its floats if it was not. Products leave what is behind their last column as it was."""
+        rows = self._form(array)
+        has = {"f32": rows.f32, "q8": rows.q8, "bf16": rows.bf16}[form]
+        if has and not (form == "f32" and array.columns % 32 and self.graph.nodes[self.makers[array]].op in _LEAVE_REST):
+            return rows
+        if not has:
+            self._add_form(array, form)
+            made = self._form(array)
+            target = Rows(
+                made.stride, **{"q8": {"q8": made.q8, "scales": made.scales}, "bf16": {"bf16": made.bf16}, "f32": {"f32": made.f32}}[form]
+            )
+        else:
+            target = Rows(rows.stride, f32=rows.f32)  # in place: fills up with zeros
+        self.launches.append(ops.scale(rows, 1.0, array.columns, target, **self._counted(array)))
+        return self._form(array)
+
+    # ---- products ---------------------------------------------------------------------------------------------------
+
+    def _product(self, x: Array, weight: Tensor, out: Buffer, *, accumulate: bool) -> None:
+        matrix = self.model.weights.matrix(weight)
+        rows, stride = self._max_rows(x), stride_of(weight.shape[0])
+        source = self._in(x, self._form_for(weight, rows))
+        counted = self._counted(x)
+        if rows <= ops.MATVEC_TOKENS:
+            launch = ops.matvec(matrix, source, out.address, stride, accumulate=accumulate, **counted)
+        else:
+            cores = self._tensor_cores(matrix.layout.name)
+            launch = ops.matmul(matrix, source, out.address, stride, accumulate=accumulate, tensor_cores=cores, **counted)
+        self.launches.append(launch)
+
+    def _embedding(self, node: Node) -> None:
+        matrix = self.model.weights.matrix(node.attributes["weight"])
+        self._rows(node.output)
+        tokens = self.model.place(self.model.state.tokens)
+        self.launches.append(ops.embedding(matrix, tokens, self._form(node.output), node.attributes["scale"], **self._counted(node.output)))
+
+    def _gated_linear(self, node: Node) -> None:
+        (x,) = node.inputs
+        options = node.attributes
+        gate, up = options["gate"], options["up"]
+        counted = self._counted(x)
+        if self._max_rows(x) <= ops.MATVEC_TOKENS and tile_format(gate) is tile_format(up):
+            source = self._in(x, self._form_for(gate, self._max_rows(x)))
+            first, second = self.model.weights.matrix(gate), self.model.weights.matrix(up)
+            self.launches.append(ops.gated_matvec(first, second, source, options["activation"], self._out(node.output), **counted))
+            return
+        columns = node.output.columns
+        parts = [self._new((self._max_rows(x), stride_of(columns)), np.float32) for _ in range(2)]
+        for tensor, part in zip((gate, up), parts, strict=True):
+            self._product(x, tensor, part, accumulate=False)
+        gated, raised = (Rows(stride_of(columns), f32=part.address) for part in parts)
+        self.launches.append(ops.gate(gated, raised, options["activation"], columns, self._out(node.output), **counted))
+        for part in parts:
+            self._give_back(part)
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def _norm(
+        self,
+        x: Array,
+        out: Array | None,
+        weight: Buffer | None,
+        epsilon: float,
+        *,
+        branch: Buffer | None = None,
+        branch_weight: Buffer | None = None,
+        picks_rows: bool = False,
+    ) -> None:
+        launch = ops.norm(
+            self._form(x),
+            x.columns,
+            epsilon,
+            weight=weight.address if weight else 0,
+            out=self._out(out) if out is not None else None,
+            branch=Rows(stride_of(x.columns), f32=branch.address) if branch else None,
+            branch_weight=branch_weight.address if branch_weight else 0,
+            indices=self.model.place(self.model.state.output_rows) if picks_rows else 0,
+            **self._counted(x if out is None else out),
+        )
+        self.launches.append(launch)
+
+    def _take_rows(self, node: Node) -> None:
+        (x,) = node.inputs
+        if self._left_to_norm(node):
+            return
+        rows = self.model.place(self.model.state.output_rows)
+        self.launches.append(ops.take_rows(self._form(x), rows, x.columns, self._out(node.output), **self._counted(node.output)))
+
+    def _copy(self, array: Array, target: Buffer) -> None:
+        out = Rows(stride_of(array.columns), f32=target.address)
+        self.launches.append(ops.scale(self._form(array), 1.0, array.columns, out, **self._counted(array)))
+
+    def _elementwise(self, node: Node, make: Callable[..., Launch], *parameters: Any) -> None:
+        x = self._form(node.inputs[0])
+        self.launches.append(make(x, *parameters, node.output.columns, self._out(node.output), **self._counted(node.output)))
+
+    def _add(self, node: Node) -> None:
+        self._elementwise(node, ops.add, self._form(node.inputs[1]))
+
+    def _multiply(self, node: Node) -> None:
+        self._elementwise(node, ops.multiply, self._form(node.inputs[1]))
+
+    def _sigmoid_gate(self, node: Node) -> None:
+        self._elementwise(node, ops.sigmoid_gate, self._form(node.inputs[1]))
+
+    def _scale(self, node: Node) -> None:
+        self._elementwise(node, ops.scale, node.attributes["factor"])
+
+    def _soft_cap(self, node: Node) -> None:
+        self._elementwise(node, ops.soft_cap, node.attributes["cap"])
+
+    def _activate(self, node: Node) -> None:
+        self._elementwise(node, ops.activate, node.attributes["activation"])
+
+    def _add_vector(self, node: Node) -> None:
+        (x,) = node.inputs
+        source = self._form(x)
+        vector = self._vector(node.attributes["vector"])
+        if "f32" in self._wanted(node.output):
+            self._in_place(node)
+        self.launches.append(ops.add_vector(source, vector.address, x.columns, self._out(node.output), **self._counted(x)))
+
+    # ---- attention --------------------------------------------------------------------------------------------------
+
+    def _attention(self, node: Node) -> None:
+        q, k, v = node.inputs
+        options, model = node.attributes, self.model
+        heads, limits = model.heads[id(node)], self.limits
+        rope: Rope | None = options["rope"]
+        norms = [options[name] for name in ("q_norm", "k_norm")]
+        weights = [self._vector(norm.weight, norm.offset).address if norm else 0 for norm in norms]
+        counted = self._counted(q)
+        stride = stride_of(q.columns)
+        buffer = self._to_overwrite(q, node)
+        queries = Rows(stride, f32=buffer.address)
+        self.launches.append(
+            ops.rope_and_cache(
+                queries,
+                self._form(k),
+                self._form(v),
+                heads,
+                self.places,
+                q_norm=weights[0],
+                k_norm=weights[1],
+                epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
+                rotations=model.rotations[rope] if rope else 0,
+                pairs=rope.pairs if rope else 0,
+                scale=options["scale"],
+                **counted,
+            )
+        )
+        window, cap = options["window"] or 0, options["soft_cap"] or 0.0
+        if self.size.prefill:
+            self._prefill(node, queries, heads, window, cap)
+        else:
+            splits = ops.decode_splits(heads, counted["max_rows"], limits.max_blocks * limits.block_size, model.gpu.multiprocessors)
+            partials = self._new((ops.partial_floats(heads, counted["max_rows"], splits),), np.float32)
+            shared = {"window": window, "partials": partials.address, "splits": splits, **counted}
+            self.launches.append(ops.attention_decode(queries, heads, self.places, soft_cap=cap, **shared))
+            self.launches.append(ops.attention_merge(heads, self.places, self._out(node.output), **shared))
+            self._give_back(partials)
+        self._give_back(buffer)  # if it is a copy
+
+    def _prefill(self, node: Node, queries: Rows, heads: Heads, window: int, cap: float) -> None:
+        """The kernel writes float32 and bfloat16; `_in` makes other forms when they are wanted."""
+        for form in sorted(self._wanted(node.output) & {"f32", "bf16"}) or ["f32"]:
+            self._add_form(node.output, form)
+        if "q8" in self._wanted(node.output) and node.output not in self.rows_of:
+            self._rows(node.output)
+        out, count = self._form(node.output), self.model.count("items")
+        items = min(self.size.tokens, self.size.tokens // self.model.query_tile + self.limits.max_sequences)
+        self.launches.append(
+            ops.attention_prefill(queries, heads, self.places, out, window=window, soft_cap=cap, count=count, max_items=items)
+        )
+
+    # ---- mixtures of experts ----------------------------------------------------------------------------------------
+
+    def _mixture_of_experts(self, node: Node) -> None:
+        x, router = node.inputs
+        options = node.attributes
+        top_k, experts, activation = options["top_k"], router.columns, options["activation"]
+        counted = self._counted(x)
+        tokens = counted["max_rows"]
+        choices = tokens * top_k
+        stacks = {name: self.model.weights.stack(options[name]) for name in ("gate", "up", "down")}
+        chosen, weights = (self._new((choices,), dtype) for dtype in (np.int32, np.float32))
+        self.launches.append(
+            ops.route(
+                self._form(router),
+                experts,
+                top_k,
+                normalize=options["normalize"],
+                chosen=chosen.address,
+                weights=weights.address,
+                **counted,
+            )
+        )
+        few = tokens <= ops.MATVEC_TOKENS
+        taken = [chosen, weights]
+
+        def scratch(shape: tuple[int, ...], dtype: Any) -> Buffer:
+            taken.append(self._new(shape, dtype))
+            return taken[-1]
+
+        groups: dict[int, dict[str, int]] = {}  # by the rows of a tile
+
+        def grouped(tile: int) -> dict[str, int]:
+            if tile not in groups:
+                most = ops.max_expert_tiles(tokens, top_k, experts, tile)
+                places, owners, tiles = (scratch(shape, np.int32).address for shape in ((most, tile), (most,), (1,)))
+                groups[tile] = {"places": places, "tile_experts": owners, "tiles": tiles, "tile": tile, "max_tiles": most}
+                where = {"places": places, "tile_experts": owners, "tiles": tiles}
+                self.launches.append(ops.group(chosen.address, top_k, experts, tile, count=counted["count"], **where))
+            return groups[tile]
+
+        def by_expert(name: str, source: Rows, per_row: int) -> Rows:
+            stack = stacks[name]
+            out = scratch((choices, stride_of(stack.rows)), np.float32)
+            stride = stride_of(stack.rows)
+            if few:
+                places = {"chosen": chosen.address, "top_k": top_k, "shared_x": per_row > 1, **counted}
+                launch = ops.expert_matvec(stack, source, out.address, stride, **places)
+            else:
+                cores = self._tensor_cores(stack.layout.name)
+                tile = ops.matmul_tile(choices) if cores else ops.MATMUL_FLOAT_TILE
+                launch = ops.expert_matmul(stack, source, out.address, stride, choices_per_row=per_row, tensor_cores=cores, **grouped(tile))
+            self.launches.append(launch)
+            return Rows(stride, f32=out.address)
+
+        gate, up = (by_expert(name, self._in(x, self._form_for(options[name][0], tokens)), top_k) for name in ("gate", "up"))
+        columns = stacks["gate"].rows
+        gated = self._scratch_form(self._form_for(options["down"][0], tokens), choices, columns, scratch)
+        self.launches.append(ops.gate_choices(gate, up, columns, activation, top_k, gated, **counted))
+        down = by_expert("down", gated, 1)
+        self.launches.append(ops.combine(down, weights.address, top_k, x.columns, self._out(node.output), **counted))
+        for buffer in taken:
+            self._give_back(buffer)
+
+    def _scratch_form(self, form: str, rows: int, columns: int, scratch: Callable[..., Buffer]) -> Rows:
+        stride = stride_of(columns)
+        if form == "q8":
+            quants, scales = scratch((rows, stride), np.int8), scratch((rows, stride // 32, 2), np.float32)
+            return Rows(stride, q8=quants.address, scales=scales.address)
+        if form == "bf16":
+            return Rows(stride, bf16=scratch((rows, stride), np.uint16).address)
+        return Rows(stride, f32=scratch((rows, stride), np.float32).address)

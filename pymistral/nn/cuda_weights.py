@@ -1,0 +1,71 @@
+"""Weights in a GPU's memory: each matrix goes by way of the CPU's tiles, which know every storage type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelLoadError
+from ..kernels.cpu.compiler import Progress, load_kernels
+from ..kernels.cuda.ops import Weights
+from ..kernels.cuda.planes import LAYOUTS
+from ..quantization.types import Tensor
+from .cpu_weights import TiledWeights, tile_format
+from .cuda_gpu import GpuLike
+from .lowering import Buffer, vector_values
+from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
+
+
+class GpuWeights:
+    """The matrices, stacks of matrices and vectors of a model, uploaded when they are first asked for."""
+
+    def __init__(self, gpu: GpuLike, progress: Progress | None = None) -> None:
+        self.gpu = gpu
+        self.progress = progress
+        self.nbytes = 0
+        self._matrices: dict[int, Weights] = {}
+        self._vectors: dict[tuple[int, float], Buffer] = {}
+        self._keep: list[Any] = []  # ids are of objects that live
+
+    def matrix(self, tensor: Tensor) -> Weights:
+        return self.stack((tensor,))
+
+    def stack(self, tensors: Sequence[Tensor]) -> Weights:
+        """The first of matrices of one shape and type, the others behind it."""
+        first = tensors[0]
+        known = self._matrices.get(id(first))
+        if known is None:
+            layout = LAYOUTS[tile_format(first).name]
+            rows, columns = first.shape
+            size = layout.nbytes(rows, columns)
+            start = self.gpu.allocate(size * len(tensors))
+            for index, tensor in enumerate(tensors):
+                if tensor.shape != first.shape or tensor.type != first.type:
+                    raise ModelLoadError(f"tensor {tensor.name!r} is not of the shape and type of {first.name!r}, which stands beside it")
+                self._upload(tensor, start + index * size)
+            known = self._matrices[id(first)] = Weights(layout, start, rows, columns)
+            self._keep += tensors
+            self.nbytes += size * len(tensors)
+        return known
+
+    def _upload(self, tensor: Tensor, target: int) -> None:
+        tiled = TiledWeights([tensor])
+        matrix = tiled[tensor]
+        pool = thread_pool(available_threads())
+        tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), pool)
+        planes = LAYOUTS[matrix.format.name].pack(matrix.tiles, *tensor.shape)
+        self.gpu.copy_in(target, planes)
+        self.gpu.synchronize()  # the planes are dropped
+
+    def vector(self, tensor: Tensor, offset: float) -> Buffer:
+        known = self._vectors.get((id(tensor), offset))
+        if known is None:
+            values = np.ascontiguousarray(vector_values(tensor, offset))
+            address = self.gpu.allocate(values.nbytes)
+            self.gpu.copy_in(address, values)
+            self.gpu.synchronize()
+            known = self._vectors[id(tensor), offset] = Buffer(values, address)
+            self._keep.append(tensor)
+        return known
