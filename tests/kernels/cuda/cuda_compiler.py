@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,8 @@ def library() -> Any:
     """NVRTC from its wheel or the system, or None."""
     wheels = [path for root in sys.path for path in Path(root).glob("nvidia/**/lib/libnvrtc.so.*")]
     for name in [*map(str, wheels), "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]:
-        try:
+        with suppress(OSError):
             return ctypes.CDLL(name)
-        except OSError:
-            continue
     return None
 
 
@@ -70,7 +69,18 @@ def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
-        command = [NVCC, f"-arch=sm_{arch}", "-std=c++17", "-Xptxas", "-v", *options, "-cubin", "-o", str(path.with_suffix(".cubin")), str(path)]
+        command = [
+            NVCC,
+            f"-arch=sm_{arch}",
+            "-std=c++17",
+            "-Xptxas",
+            "-v",
+            *options,
+            "-cubin",
+            "-o",
+            str(path.with_suffix(".cubin")),
+            str(path),
+        ]
         return subprocess.run(command, capture_output=True, text=True).stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cuda_compiler
 import pytest
-
 from pymistral.kernels.cuda import ops
 from pymistral.kernels.cuda.launch import Kernel, source_text
 from pymistral.kernels.cuda.planes import LAYOUTS
