@@ -158,12 +158,19 @@ inline const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, 
                     fiber.context.uc_link = nullptr;
                     makecontext(&fiber.context, (void (*)())run_fiber, 0);
                 }
-                for (unsigned running = threads; running;) {
+                // A warp goes on until all of it waits for the block, so that warps overtake each other where no barrier stops them; the
+                // order of the warps changes from round to round.
+                for (unsigned running = threads, round = 0; running; round++) {
                     const unsigned before = progress;
                     running = 0;
-                    for (unsigned i = 0; i < threads; i++) {
-                        if (!fibers[i].done) resume(i);
-                        running += !fibers[i].done;
+                    for (unsigned w = 0; w < threads / 32; w++) {
+                        const unsigned first = 32 * (round % 2 ? threads / 32 - 1 - w : w);
+                        for (unsigned so_far = progress - 1; so_far != progress;) {
+                            so_far = progress;
+                            for (unsigned i = first; i < first + 32; i++)
+                                if (!fibers[i].done) resume(i);
+                        }
+                        for (unsigned i = first; i < first + 32; i++) running += !fibers[i].done;
                     }
                     if (running && progress == before) {
                         free(dynamic_shared);

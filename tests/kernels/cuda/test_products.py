@@ -166,7 +166,7 @@ def rounded(values: ref.Floats) -> ref.Floats:
 def test_matmul_on_tensor_cores(gpu: Gpu, kind: str, rows: int, tokens: int, most: int) -> None:
     tensor_core_gpu(gpu)
     rng = np.random.default_rng(4)
-    columns = 256 if kind in ("Q4_K", "Q6_K", "IQ2_XS") else 96
+    columns = 256 if kind in ("Q4_K", "Q6_K", "IQ2_XS") else 224
     weights, values, _ = put(gpu, kind, rows, columns, rng)
     x = inputs(rng, tokens, columns)
     acts, arrays = gpu.activations(x)
