@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
+    from .builders.multi import MultiModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
     from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
@@ -106,6 +107,7 @@ __all__ = [
     "Model",
     "ModelBuilder",
     "ModelDType",
+    "MultiModelBuilder",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
     "RequestBuilder",
@@ -158,6 +160,7 @@ _HOMES = {
     "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
     "builders.model": ("ModelBuilder",),
+    "builders.multi": ("MultiModelBuilder",),
     "builders.paged_attn": (
         "ContextSize",
         "MbAmount",

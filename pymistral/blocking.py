@@ -11,6 +11,7 @@ from .answer import Answer, Completion
 from .builders.common import Buildable
 from .engine.types import Event
 from .model import Model, constrained, structured
+from .model_group import ModelSource, ModelStatus
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
 from .requests.structured import StructuredOutput
@@ -56,28 +57,29 @@ class BlockingModel:
         ModelLoadError
             The model cannot be found, fetched, parsed or built.
         """
-        return cls(builder._load())
+        return cls(builder.load())
 
     @property
     def inner(self) -> Model:
         """The asynchronous model behind it."""
         return self._model
 
-    def chat(self, message: str) -> str:
+    def chat(self, message: str, *, model_id: str | None = None) -> str:
         """As `Model.chat`."""
-        return self.send_chat_request(message).choices[0].message.content or ""
+        return self.send_chat_request(message, model_id=model_id).choices[0].message.content or ""
 
-    def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
+    def send_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> ChatCompletionResponse:
         """As `Model.send_chat_request`."""
-        rounds = self._model._tool_rounds(RequestBuilder.of(request))
-        while rounds.goes_on(response := self._turn(rounds.request)):
+        model = self._model._member(model_id)
+        rounds = model._tool_rounds(RequestBuilder.of(request))
+        while rounds.goes_on(response := self._turn(model, rounds.request)):
             run_to_end(rounds.run(response))
         return rounds.whole(response)
 
-    def _turn(self, request: RequestBuilder) -> ChatCompletionResponse:
-        prepared = self._model._prepare(request)
+    def _turn(self, model: Model, request: RequestBuilder) -> ChatCompletionResponse:
+        prepared = model._prepare(request)
         completion = Completion()
-        handle = self._model._engine.submit(prepared.request, completion.on_event)
+        handle = model._engine.submit(prepared.request, completion.on_event)
         try:
             completion.done.result()
         except BaseException:
@@ -85,14 +87,15 @@ class BlockingModel:
             raise
         return prepared.answer.response(completion.events)
 
-    def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest) -> T:
+    def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest, *, model_id: str | None = None) -> T:
         """As `Model.generate_structured`."""
         output = StructuredOutput[T](type)
-        return structured(output, self.send_chat_request(constrained(request, output)))
+        return structured(output, self.send_chat_request(constrained(request, output), model_id=model_id))
 
-    def stream_chat_request(self, request: ChatRequest) -> BlockingChatStream:
+    def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> BlockingChatStream:
         """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""
-        return BlockingChatStream(self._model, self._model._tool_rounds(RequestBuilder.of(request)))
+        model = self._model._member(model_id)
+        return BlockingChatStream(model, model._tool_rounds(RequestBuilder.of(request)))
 
     def tokenize(
         self,
@@ -102,34 +105,72 @@ class BlockingModel:
         add_special_tokens: bool = True,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
+        model_id: str | None = None,
     ) -> list[int]:
         """As `Model.tokenize`."""
-        return self._model._tokens_of(text_or_messages, tools, add_special_tokens, add_generation_prompt, enable_thinking)
+        model = self._model._member(model_id)
+        return model._tokens_of(text_or_messages, tools, add_special_tokens, add_generation_prompt, enable_thinking)
 
-    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True, model_id: str | None = None) -> str:
         """As `Model.detokenize`."""
-        return self._model._text_of(tokens, skip_special_tokens)
+        return self._model._member(model_id)._text_of(tokens, skip_special_tokens)
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], *, model_id: str | None = None) -> NDArray[np.float32]:
         """As `Model.logits`."""
-        return self._model._engine.logits(list(map(int, tokens))).result()
+        return self._model._member(model_id)._engine.logits(list(map(int, tokens))).result()
 
-    def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+    def re_isq_model(self, isq: IsqType | IsqBits | str | int, *, model_id: str | None = None) -> None:
         """As `Model.re_isq_model`."""
-        self._model._re_isq(isq)
+        self._model._member(model_id)._re_isq(isq)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, *, model_id: str | None = None) -> dict[str, Any]:
         """As `Model.config`."""
-        return self._model.config()
+        return self._model.config(model_id=model_id)
 
-    def max_sequence_length(self) -> int:
+    def max_sequence_length(self, *, model_id: str | None = None) -> int:
         """As `Model.max_sequence_length`."""
-        return self._model.max_sequence_length()
+        return self._model.max_sequence_length(model_id=model_id)
 
     @property
     def generation_defaults(self) -> SamplingParams:
         """As `Model.generation_defaults`."""
         return self._model.generation_defaults
+
+    def list_models(self) -> list[str]:
+        """As `Model.list_models`."""
+        return self._model.list_models()
+
+    def list_models_with_status(self) -> list[tuple[str, ModelStatus]]:
+        """As `Model.list_models_with_status`."""
+        return self._model.list_models_with_status()
+
+    def is_model_loaded(self, model_id: str) -> bool:
+        """As `Model.is_model_loaded`."""
+        return self._model.is_model_loaded(model_id)
+
+    def get_default_model_id(self) -> str:
+        """As `Model.get_default_model_id`."""
+        return self._model.get_default_model_id()
+
+    def set_default_model_id(self, model_id: str) -> None:
+        """As `Model.set_default_model_id`."""
+        self._model.set_default_model_id(model_id)
+
+    def add_model(self, model_id: str, builder: ModelSource) -> None:
+        """As `Model.add_model`."""
+        self._model._add_model(model_id, builder)
+
+    def remove_model(self, model_id: str) -> None:
+        """As `Model.remove_model`."""
+        self._model._remove_model(model_id)
+
+    def unload_model(self, model_id: str) -> None:
+        """As `Model.unload_model`."""
+        self._model._unload_model(model_id)
+
+    def reload_model(self, model_id: str) -> None:
+        """As `Model.reload_model`."""
+        self._model._reload_model(model_id)
 
     def close(self) -> None:
         """As `Model.close`."""

@@ -19,6 +19,7 @@ from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest, Event
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
+from .model_group import ModelGroup
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text
@@ -43,7 +44,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _QUICK_CHARACTERS = 20_000  # tokenizing more than this would hold up an event loop noticeably
 
 
-class Model:
+class Model(ModelGroup):
     """A loaded model. Builders make it; it can be used from any number of tasks, event loops and threads at once.
 
     Use it as ``async with await ModelBuilder(...).build() as model:``, or `close` it in the end.
@@ -92,19 +93,22 @@ class Model:
         self._generation_defaults = _generation_defaults(generation_config or {})
         self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarm] = weakref.WeakKeyDictionary()
         self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
+        self._start_group()
 
-    async def chat(self, message: str) -> str:
+    async def chat(self, message: str, *, model_id: str | None = None) -> str:
         """Send one user message and return the text of the answer. `send_chat_request` gives more control.
 
         Parameters
         ----------
         message
             What the user says.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
         """
-        response = await self.send_chat_request(message)
+        response = await self.send_chat_request(message, model_id=model_id)
         return response.choices[0].message.content or ""
 
-    async def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
+    async def send_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> ChatCompletionResponse:
         """Send a request and wait for the whole answer. Cancelling the task that waits cancels the request at once.
 
         Calls of tools that have a callback are made, and the model goes on with their results, up to `max_tool_rounds` times; the response
@@ -114,6 +118,8 @@ class Model:
         ----------
         request
             A string, `TextMessages`, a `RequestBuilder`, or a list of ``{"role": ..., "content": ...}`` dicts.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
 
         Raises
         ------
@@ -121,9 +127,13 @@ class Model:
             The request is malformed, or the model cannot serve it.
         ModelError
             Generation failed midway; `partial_response` holds what there was.
+        ModelManagementError
+            There is no model ``model_id``, or it is not loaded.
         EngineClosedError
-            The model was closed.
+            The model was closed, or unloaded while it worked on the request.
         """
+        if (model := self._member(model_id)) is not self:
+            return await model.send_chat_request(request)
         rounds = self._tool_rounds(RequestBuilder.of(request))
         while rounds.goes_on(response := await self._turn(rounds.request)):
             await rounds.run(response)
@@ -140,7 +150,7 @@ class Model:
             raise
         return prepared.answer.response(completion.events)
 
-    async def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest) -> T:
+    async def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest, *, model_id: str | None = None) -> T:
         """Send a request whose answer is an object: the model is constrained to JSON that the type allows, which is then validated.
 
         Parameters
@@ -149,6 +159,8 @@ class Model:
             A pydantic model, dataclass, TypedDict, or anything else that pydantic's `TypeAdapter` takes.
         request
             A string, `TextMessages`, a `RequestBuilder`, or a list of ``{"role": ..., "content": ...}`` dicts.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
 
         Raises
         ------
@@ -158,9 +170,9 @@ class Model:
             The answer was cut by `max_len`, or a validator of the type did not accept it; `partial_response` holds it.
         """
         output = StructuredOutput[T](type)
-        return structured(output, await self.send_chat_request(constrained(request, output)))
+        return structured(output, await self.send_chat_request(constrained(request, output), model_id=model_id))
 
-    def stream_chat_request(self, request: ChatRequest) -> ChatStream:
+    def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> ChatStream:
         """Send a request and get the answer in pieces, as they are generated.
 
         Use it as ``async for chunk in model.stream_chat_request(...)``. Leaving the loop cancels the request. If the stream is kept in a
@@ -170,13 +182,16 @@ class Model:
         ----------
         request
             A string, `TextMessages`, a `RequestBuilder`, or a list of ``{"role": ..., "content": ...}`` dicts.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
 
         Raises
         ------
         RequestValidationError
             The request is malformed. What only the model can tell, and the other errors of `send_chat_request`, come from the stream.
         """
-        return ChatStream(self, self._tool_rounds(RequestBuilder.of(request)))
+        model = self._member(model_id)
+        return ChatStream(model, model._tool_rounds(RequestBuilder.of(request)))
 
     async def tokenize(
         self,
@@ -186,6 +201,7 @@ class Model:
         add_special_tokens: bool = True,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
+        model_id: str | None = None,
     ) -> list[int]:
         """The tokens of a text, or of messages in the model's chat template.
 
@@ -201,16 +217,19 @@ class Model:
             End with the opening of the model's turn.
         enable_thinking
             Switch the model's thinking on or off, if its chat template knows such a switch.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
         """
+        model = self._member(model_id)
 
         def encode() -> list[int]:
-            return self._tokens_of(text_or_messages, tools, add_special_tokens, add_generation_prompt, enable_thinking)
+            return model._tokens_of(text_or_messages, tools, add_special_tokens, add_generation_prompt, enable_thinking)
 
         if isinstance(text_or_messages, str) and len(text_or_messages) <= _QUICK_CHARACTERS:
             return encode()
         return await asyncio.to_thread(encode)
 
-    async def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    async def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = True, model_id: str | None = None) -> str:
         """The text of tokens.
 
         Parameters
@@ -219,25 +238,29 @@ class Model:
             Token ids.
         skip_special_tokens
             Leave special tokens out of the text.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
         """
-        return self._text_of(tokens, skip_special_tokens)
+        return self._member(model_id)._text_of(tokens, skip_special_tokens)
 
-    async def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    async def logits(self, tokens: Sequence[int], *, model_id: str | None = None) -> NDArray[np.float32]:
         """The model's logits at each position of a text: for perplexity, and for comparing models.
 
         Parameters
         ----------
         tokens
             At least one token id, at most `max_sequence_length`.
+        model_id
+            Which of several models answers; None: the default one (see `add_model`).
 
         Returns
         -------
         float32 array ``[len(tokens), vocab_size]``
             Row ``i`` predicts ``tokens[i + 1]``.
         """
-        return await asyncio.wrap_future(self._engine.logits(list(map(int, tokens))))
+        return await asyncio.wrap_future(self._member(model_id)._engine.logits(list(map(int, tokens))))
 
-    async def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+    async def re_isq_model(self, isq: IsqType | IsqBits | str | int, *, model_id: str | None = None) -> None:
         """Quantise the weights to another type, from the model's file.
 
         The model keeps serving with the old weights until the new ones are complete, and then goes on with those: answers that are being
@@ -247,6 +270,8 @@ class Model:
         ----------
         isq
             An `IsqType`, its plain value, or a number of bits.
+        model_id
+            Which of several models; None: the default one (see `add_model`).
 
         Raises
         ------
@@ -255,7 +280,7 @@ class Model:
         EngineClosedError
             The model has been closed.
         """
-        await asyncio.to_thread(self._re_isq, isq)
+        await asyncio.to_thread(self._member(model_id)._re_isq, isq)
 
     def _re_isq(self, isq: IsqType | IsqBits | str | int) -> None:
         type = IsqType.of(isq)
@@ -264,26 +289,26 @@ class Model:
         with self._requantizing:  # one after the other: each takes as much memory as the model
             self._requantize(type)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, *, model_id: str | None = None) -> dict[str, Any]:
         """The model's configuration, in the terms of Hugging Face's ``config.json``."""
-        return copy.deepcopy(self._config)
+        return copy.deepcopy(self._member(model_id)._config)
 
-    def max_sequence_length(self) -> int:
+    def max_sequence_length(self, *, model_id: str | None = None) -> int:
         """The most tokens that a prompt and its answer have together."""
-        return self._engine.max_sequence_length
+        return self._member(model_id)._engine.max_sequence_length
 
     @property
     def generation_defaults(self) -> SamplingParams:
         """The sampling that the model's author recommends, for `RequestBuilder.with_sampling`; greedy if nothing is recommended."""
-        return self._generation_defaults
+        return self._member(None)._generation_defaults
 
     async def close(self) -> None:
-        """End the engine. Requests that still run end with `EngineClosedError`. Closing again does nothing."""
-        await asyncio.to_thread(self._close_engine)
+        """End the engine, of all models if there are several; running requests end with `EngineClosedError`. Closing again does nothing."""
+        await asyncio.to_thread(self._close_all)
 
     def close_now(self) -> None:
         """`close` for code without an event loop: blocks until the engine's thread has ended."""
-        self._close_engine()
+        self._close_all()
 
     async def __aenter__(self) -> Self:
         return self
@@ -540,9 +565,9 @@ class _Inbox:
 
 def _close(engine: Engine, toolbox: Toolbox) -> None:
     try:
-        toolbox.close()
-    finally:
         engine.close()
+    finally:
+        toolbox.close()
 
 
 def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:

@@ -78,6 +78,10 @@ class ToolResult:
         return f"Error: {self.content}" if self.is_error else self.content
 
 
+class ToolFailure(Exception):
+    """Raised by a callback whose message is written for the model, and goes to it as it is."""
+
+
 ToolSource = Callable[[RequestBuilder], Mapping[str, ToolCallback]]
 """Gives the tools that one request comes with, by their names."""
 
@@ -93,7 +97,8 @@ class Toolbox:
     Attributes
     ----------
     sources
-        Asked with every request for further tools; built-in tools that options of a request switch on register here.
+        Asked with every request for further tools; built-in tools that options of a request switch on register here. They must not refer to
+        the model: it is closed when nobody refers to it any longer.
     closing
         Closed with the model: connections, processes.
     searches
@@ -285,7 +290,7 @@ async def _outcome(callback: ToolCallback, function: CalledFunction) -> tuple[st
             return result_text(await callback.function(function)), False
         result = await in_thread(callback.function, function)
         return result_text(await result if inspect.isawaitable(result) else result), False
-    except ToolArgumentsError as error:  # written for the model to read
+    except (ToolArgumentsError, ToolFailure) as error:
         return _encodable(str(error)), True
     except (Exception, SystemExit) as error:
         return f"{function.name} failed: {_encodable(_described(error))}"[:_MAX_ERROR_CHARACTERS], True

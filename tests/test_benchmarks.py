@@ -98,3 +98,11 @@ def test_scaling_counts_the_bytes() -> None:
 @pytest.mark.parametrize(("value", "text"), [(None, ""), (3, "3"), (1234.5, "1234"), (12.34, "12.3"), (0.01234, "0.0123"), ("x", "x")])
 def test_shown(value: str | float | None, text: str) -> None:
     assert shown(value) == text
+
+
+def test_speculative(smollm2_path: Path) -> None:
+    result = json.loads(run("benchmarks.speculative", "--quick", "--json", "-m", str(smollm2_path), "-d", str(smollm2_path)))
+    assert {row["kind"] for row in result["rows"]} == {"plain", "prompt lookup", "draft model"}
+    assert all(row["answer"] == "the same" for row in result["rows"])
+    assert all(row["accepted"] <= row["drafted"] for row in result["rows"])
+    assert all(row["accepted"] > 0 for row in result["rows"] if row["kind"] == "draft model" and row["temperature"] == 0)

@@ -30,7 +30,7 @@ def endless() -> Iterator[BlockingModel]:
 
 def test_it_has_the_methods_of_model() -> None:
     def public(cls: type) -> set[str]:
-        return {name for name in vars(cls) if not name.startswith("_")}
+        return {name for name in dir(cls) if not name.startswith("_")}
 
     assert public(BlockingModel) == public(Model) - {"close_now"} | {"from_builder", "inner"}
     for name in public(Model) & public(BlockingModel):

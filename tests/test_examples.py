@@ -13,6 +13,7 @@ SAYS = {
     "getting_started/text_generation.py": "Paris",
     "getting_started/streaming.py": "tok/s",
     "advanced/error_handling.py": "EngineClosedError: ",
+    "advanced/multi_model.py": "ModelManagementError: ",
     "advanced/paged_attn.py": "1024 tokens",
     "advanced/speculative.py": "the same text",
     "advanced/tools.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',

@@ -14,7 +14,7 @@ FLOORS = [
     {"kernels", "responses", "errors", "threads", "public_http"},
     {"nn", "requests", "quantization"},
     {"engine", "models", "loading", "tool_calls"},
-    {"model", "answer", "tool_rounds"},
+    {"model", "model_group", "answer", "tool_rounds"},
     {"builders", "agents", "blocking"},
     {"cli", "__main__"},
 ]

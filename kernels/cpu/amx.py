@@ -126,9 +126,10 @@ def store_sums(typing_context, count, address, stride):
 
 
 @intrinsic(prefer_literal=True)
-def add_products(typing_context, count, left, left_stride, left_next, right, right_stride, right_next):
+def add_products(typing_context, count, left, left_stride, left_next, right, right_stride, right_next, passing):
     """Add ``left[count][16 rows][32] . right[2][16 pairs][16][2]``: 16 ``count`` rows by 32 columns. All but the addresses are literals:
-    bytes from row to row, and from one tile to the next.
+    bytes from row to row, from one tile to the next, and which side ("left" or "right") passes through the first-level cache, for the other
+    to stay.
     """
 
     def codegen(context, b, sig, values):
@@ -138,17 +139,17 @@ def add_products(typing_context, count, left, left_stride, left_next, right, rig
         def load(instruction, register, address, stride):
             _call(b, instruction, _register(register), simd._pointer(b, address, _I8), ir.Constant(_I64, stride))
 
+        instructions = {"left": ("tileloaddt164", "tileloadd64"), "right": ("tileloadd64", "tileloaddt164")}[sig.args[7].literal_value]
         for half in range(halves):
-            # what is on the right is to stay in the first-level cache; what is on the left passes through it
-            load("tileloaddt164", _LEFT[half], simd._row(b, values[1], left_next, half), left_stride)
+            load(instructions[0], _LEFT[half], simd._row(b, values[1], left_next, half), left_stride)
         for tile in range(2):
-            load("tileloadd64", _RIGHT[tile], simd._row(b, values[4], right_next, tile), right_stride)
+            load(instructions[1], _RIGHT[tile], simd._row(b, values[4], right_next, tile), right_stride)
         for half in range(halves):
             for tile in range(2):
                 _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _LEFT[half], _RIGHT[tile])))
         return context.get_dummy_value()
 
-    return types.void(count, types.intp, left_stride, left_next, types.intp, right_stride, right_next), codegen
+    return types.void(count, types.intp, left_stride, left_next, types.intp, right_stride, right_next, passing), codegen
 
 
 # ---- unpacking ------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def fetch_for_sums(typing_context, address, stride):
 @inline
 def _add_segment(activations, weights, blocks):
     for _ in range(blocks):
-        add_products(2, activations, 64, _TILE, weights, 64, _TILE)
+        add_products(2, activations, 64, _TILE, weights, 64, _TILE, "left")
         activations += _STEP
         weights += _STEP
 

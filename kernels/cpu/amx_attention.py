@@ -12,12 +12,15 @@ from typing import Any
 from .amx import add_products, clear_sums, release_tiles, store_32, store_sums, use_tiles
 from .attention import clear, merge_chunk, soft_cap, write_out
 from .geometry import ATTENTION_CHUNK as CHUNK
+from .geometry import QUERY_TILES as TILES
 from .geometry import partial_floats
 from .helpers import inline
 from .simd import (
     bits_to_f32,
     both,
     exp2,
+    fma,
+    greater,
     lane_numbers,
     less_i32,
     load_f32x16,
@@ -36,6 +39,7 @@ from .simd import (
 _LOWEST = -1.0e30  # of a masked score
 _VISIBLE = -1.0e29
 _LOG2_E = 1.4426950408889634
+_MINUS_LOG2_E = -_LOG2_E
 _LINE = 4 * CHUNK + 64  # bytes of a row of scores: rows do not compete for the same lines of the cache
 _NEXT_LINES = 16 * _LINE
 
@@ -64,16 +68,23 @@ def _chunk_attention(head_dim: int, group: int, tiles: int) -> Any:
                 store_f32x16(line + 4 * at, s)
                 peak = maximum(peak, s)
         top = max_lanes(maximum(peak, peak2))
-        shift = splat_f32(top * _LOG2_E)
-        if top < _VISIBLE:  # nothing is visible: all become 0
-            shift = splat_f32(0.0)
+        shift = splat_f32(top * _MINUS_LOG2_E)
         total, total2 = splat_f32(0.0), splat_f32(0.0)
-        for at in range(0, width, 32):
-            low = exp2(load_f32x16(line + 4 * at) * splat_f32(_LOG2_E) - shift)
-            high = exp2(load_f32x16(line + 4 * at + 64) * splat_f32(_LOG2_E) - shift)
-            store_32(line + 2 * at, low, high)  # behind what is still to be read
-            total = total + low
-            total2 = total2 + high
+        if whole:
+            for at in range(0, width, 32):
+                low = exp2(fma(load_f32x16(line + 4 * at), splat_f32(_LOG2_E), shift))
+                high = exp2(fma(load_f32x16(line + 4 * at + 64), splat_f32(_LOG2_E), shift))
+                store_32(line + 2 * at, low, high)  # behind what is still to be read
+                total = total + low
+                total2 = total2 + high
+        else:  # what is masked becomes exactly 0
+            for at in range(0, width, 32):
+                low, high = load_f32x16(line + 4 * at), load_f32x16(line + 4 * at + 64)
+                low = select(greater(low, splat_f32(_VISIBLE)), exp2(fma(low, splat_f32(_LOG2_E), shift)), splat_f32(0.0))
+                high = select(greater(high, splat_f32(_VISIBLE)), exp2(fma(high, splat_f32(_LOG2_E), shift)), splat_f32(0.0))
+                store_32(line + 2 * at, low, high)
+                total = total + low
+                total2 = total2 + high
         store_f32(maximum_at, top)
         store_f32(sum_at, sum_lanes(total + total2))
 
@@ -88,7 +99,7 @@ def _chunk_attention(head_dim: int, group: int, tiles: int) -> Any:
             k += at % block_size // 16 * positions_bytes
             clear_sums(tiles)
             for step in range(head_dim // 32):
-                add_products(tiles, queries + step * (tiles * 1024), 64, 1024, k + step * 1024, 64, positions_bytes)
+                add_products(tiles, queries + step * (tiles * 1024), 64, 1024, k + step * 1024, 64, positions_bytes, "right")
             store_sums(tiles, scores + (at - start) * 4, _LINE)
         width = (stop - start + 31) // 32 * 32
         for row in range(rows):
@@ -100,77 +111,120 @@ def _chunk_attention(head_dim: int, group: int, tiles: int) -> Any:
             for at in range(start, stop, 32):
                 v = load_i64(slots + 40) + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
                 v += (at % block_size * head_dim + 2 * i) * 2
-                add_products(tiles, scores + (at - start) * 2, _LINE, _NEXT_LINES, v, pair_bytes, 64)
+                add_products(tiles, scores + (at - start) * 2, _LINE, _NEXT_LINES, v, pair_bytes, 64, "right")
             store_sums(tiles, outputs + 4 * i, head_dim * 4)
 
     return attend
 
 
 def attention(*, head_dim: int, group: int) -> Any:
-    """Slots as `attention.attention`'s."""
+    """Slots as `attention.attention`'s.
+
+    The tokens of an item make up to `TILES` pairs of tiles of query rows, which all take a chunk of keys and values before the next one.
+    """
     one_token, all_tokens = _chunk_attention(head_dim, group, 1), _chunk_attention(head_dim, group, 2)
     partial_bytes = partial_floats(group, head_dim) * 4
+    pair_tokens = 32 // group  # whose rows fill a pair of tiles
+    steps = head_dim // 32
+    queries_bytes, outputs_bytes = 64 * head_dim, 128 * head_dim + 256  # of a pair of tiles; the latter with its maxima and sums
+
+    @inline
+    def load_queries(q, q_row, tokens, queries, tiles):
+        for row in range(tokens * group):
+            source = q + row // group * q_row + row % group * head_dim * 4
+            for step in range(steps):
+                tile = tiles * step + row // 16
+                store_32(queries + tile * 1024 + row % 16 * 64, load_f32x16(source + 128 * step), load_f32x16(source + 128 * step + 64))
 
     def kernel(slots, begin, end, thread):
         q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
         kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
         window = load_i64(slots + 96)
-        queries = load_i64(slots + 112) + thread * load_i64(slots + 120)
-        scores = queries + 64 * head_dim
+        scores = load_i64(slots + 112) + thread * load_i64(slots + 120)
         chunk_outputs = scores + 32 * _LINE
         chunk_maxima = chunk_outputs + 128 * head_dim
         chunk_sums = chunk_maxima + 128
-        outputs = chunk_sums + 128
-        maxima = outputs + 128 * head_dim
-        sums = maxima + 128
-        shaped_for_one = False
-        use_tiles(16)
+        all_queries = chunk_sums + 128
+        all_outputs = all_queries + TILES * queries_bytes
+        shaped_for = 0
         for unit in range(begin, end):
             item = items + unit // kv_heads * 20
             head = unit % kv_heads
             first, tokens, only = load_i32(item), load_i32(item + 4), load_i32(item + 12)
             table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
             position = load_i32(positions + 4 * first)
-            single = tokens == 1
-            if single and not shaped_for_one:
-                use_tiles(group)
-                shaped_for_one = True
-            if shaped_for_one and not single:
-                use_tiles(16)
-                shaped_for_one = False
-            rows = tokens * group
             q = load_i64(slots) + first * q_row + head * group * head_dim * 4
-            for row in range(rows):
-                source = q + row // group * q_row + row % group * head_dim * 4
-                for step in range(head_dim // 32):
-                    # of one token there is one tile, of more there are two
-                    tile = step if single else 2 * step + row // 16
-                    store_32(queries + tile * 1024 + row % 16 * 64, load_f32x16(source + 128 * step), load_f32x16(source + 128 * step + 64))
-            last = position + tokens
-            oldest = max(0, position - window + 1) if window else 0
-            if only >= 0:
-                partial = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
-                partial_maxima = partial + rows * head_dim * 4
-                partial_sums = partial_maxima + rows * 4
-                start = only * CHUNK
-                if start + CHUNK <= oldest:
-                    clear(partial, partial_maxima, partial_sums, rows, head_dim)
-                else:
-                    stop = min(last, start + CHUNK)
-                    one_token(slots, queries, table, head, position, rows, start, stop, scores, chunk_outputs, partial_maxima, partial_sums)
-                    for at in range(0, rows * head_dim * 4, 64):
-                        store_f32x16(partial + at, load_f32x16(chunk_outputs + at))
-                continue
-            clear(outputs, maxima, sums, rows, head_dim)
-            for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
-                stop = min(last, start + CHUNK)
-                if single:
-                    one_token(slots, queries, table, head, position, rows, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
-                else:
-                    all_tokens(slots, queries, table, head, position, rows, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
-                merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
             out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
-            write_out(out, out_row, outputs, sums, rows, group, head_dim)
+            oldest = max(0, position - window + 1) if window else 0
+            last = position + tokens
+            if tokens == 1:
+                if shaped_for != 1:
+                    use_tiles(group)
+                    shaped_for = 1
+                load_queries(q, q_row, 1, all_queries, 1)
+                if only >= 0:
+                    outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
+                    maxima = outputs + group * head_dim * 4
+                    sums = maxima + group * 4
+                    start = only * CHUNK
+                    if start + CHUNK <= oldest:
+                        clear(outputs, maxima, sums, group, head_dim)
+                    else:
+                        stop = min(last, start + CHUNK)
+                        one_token(slots, all_queries, table, head, position, group, start, stop, scores, outputs, maxima, sums)
+                    continue
+                maxima = all_outputs + 128 * head_dim
+                sums = maxima + 128
+                clear(all_outputs, maxima, sums, group, head_dim)
+                for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
+                    stop = min(last, start + CHUNK)
+                    one_token(
+                        slots, all_queries, table, head, position, group, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums
+                    )
+                    merge_chunk(all_outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, group, head_dim)
+                write_out(out, out_row, all_outputs, sums, group, group, head_dim)
+                continue
+            if shaped_for != 2:
+                use_tiles(16)
+                shaped_for = 2
+            pairs = (tokens + pair_tokens - 1) // pair_tokens
+            for pair in range(pairs):
+                token = pair * pair_tokens
+                outputs = all_outputs + pair * outputs_bytes
+                maxima = outputs + 128 * head_dim
+                count = min(pair_tokens, tokens - token)
+                load_queries(q + token * q_row, q_row, count, all_queries + pair * queries_bytes, 2)
+                clear(outputs, maxima, maxima + 128, count * group, head_dim)
+            for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
+                for pair in range(pairs):
+                    token = pair * pair_tokens
+                    count = min(pair_tokens, tokens - token)
+                    stop = min(position + token + count, start + CHUNK)
+                    if stop <= start or (window and start + CHUNK <= position + token - window + 1):
+                        continue
+                    rows = count * group
+                    all_tokens(
+                        slots,
+                        all_queries + pair * queries_bytes,
+                        table,
+                        head,
+                        position + token,
+                        rows,
+                        start,
+                        stop,
+                        scores,
+                        chunk_outputs,
+                        chunk_maxima,
+                        chunk_sums,
+                    )
+                    outputs = all_outputs + pair * outputs_bytes
+                    maxima = outputs + 128 * head_dim
+                    merge_chunk(outputs, maxima, maxima + 128, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
+            for pair in range(pairs):
+                token = pair * pair_tokens
+                outputs = all_outputs + pair * outputs_bytes
+                rows = min(pair_tokens, tokens - token) * group
+                write_out(out + token * out_row, out_row, outputs, outputs + 128 * head_dim + 128, rows, group, head_dim)
         release_tiles()
 
     return kernel

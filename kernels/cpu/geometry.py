@@ -6,6 +6,7 @@ from .isa import current_isa
 from .tiles import panel_bytes
 
 ATTENTION_CHUNK = 256
+QUERY_TILES = 4  # pairs of tiles of query rows in an item of `amx_attention`
 WIDE_TOKENS = 32  # in a panel of `amx`
 WIDE_GROUP = 4  # pairs of weight tiles that share a pass over the activations
 WIDE_SEGMENT = 18  # times 32 columns of a pair of weight tiles, unpacked, stay in the first-level cache
@@ -35,13 +36,16 @@ def attends_by_tiles(group: int, head_dim: int) -> bool:
 
 def query_tile_tokens(group: int, head_dim: int) -> int:
     """Tokens in a query tile of `attention`, so that its ``tokens * group`` rows fit the registers."""
-    return max(1, (32 if attends_by_tiles(group, head_dim) else current_isa().tokens) // group)
+    if attends_by_tiles(group, head_dim):
+        return QUERY_TILES * (32 // group)
+    return max(1, current_isa().tokens // group)
 
 
 def attention_scratch_bytes(group: int, head_dim: int) -> int:
     """Scratch of one thread in `attention`: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
     if attends_by_tiles(group, head_dim):
-        return 32 * (head_dim // 2 + ATTENTION_CHUNK + 16 + 2 * head_dim + 4) * 4
+        pair = 32 * (head_dim // 2 + head_dim + 2) * 4  # queries, outputs, maxima and sums
+        return 32 * (ATTENTION_CHUNK + 16 + head_dim + 2) * 4 + QUERY_TILES * pair
     rows = query_tile_tokens(group, head_dim) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 

@@ -10,12 +10,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ModelLoadError
 from ..requests import Function, Tool
-from ..tool_rounds import Toolbox, ToolCallback
+from ..tool_rounds import Toolbox, ToolCallback, ToolFailure
 from .mcp_config import HttpSource, McpClientConfig, McpServerConfig, ProcessSource, WebSocketSource
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class McpClient:
     def close(self) -> None:
         """End the connections, and the processes behind them."""
         closing = self._submit(_close_all(self._connections))
-        with suppress(TimeoutError, asyncio.TimeoutError):
+        with suppress(FutureTimeoutError):
             closing.result(_CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECONDS)
@@ -237,8 +238,8 @@ class Session:
                 self._ready.set_exception(ConnectionError(_reason(error)))
 
 
-class McpToolError(Exception):
-    """A tool of an MCP server failed; the message is for the model."""
+class McpToolError(ToolFailure):
+    """A tool of an MCP server failed."""
 
 
 def _transport(server: McpServerConfig) -> AbstractAsyncContextManager[TransportStreams]:

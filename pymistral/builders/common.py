@@ -283,8 +283,18 @@ class Buildable(ABC):
     """What every builder can do."""
 
     @abstractmethod
+    def _name(self) -> str:
+        """The id of the model, unless it is given another."""
+
+    @abstractmethod
     def _load(self) -> Model:
         """Load the model here and now."""
+
+    def load(self) -> Model:
+        """As `build`, for code without an event loop: blocks until the model is loaded."""
+        model = self._load()
+        model._built_by(self)
+        return model
 
     async def build(self) -> Model:
         """Find, fetch and load the model, in a thread of its own.
@@ -313,6 +323,9 @@ class Builder(ModelOptions, Buildable):
     def _source(self) -> tuple[str, list[str] | None]:
         """The model id, and the files wanted of it (None: whatever it is made of)."""
         raise TypeError(f"{type(self).__name__} names no model")
+
+    def _name(self) -> str:
+        return self._source()[0]
 
     def _load(self) -> Model:
         return load_model(self)
@@ -548,7 +561,7 @@ def _check_count(option: str, value: object, *, at_least: int) -> None:
 
 def _load_into(loading: concurrent.futures.Future[Model], builder: Buildable) -> None:
     try:
-        loading.set_result(builder._load())
+        loading.set_result(builder.load())
     except BaseException as error:
         loading.set_exception(error)
 

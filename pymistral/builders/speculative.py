@@ -80,6 +80,9 @@ class TextSpeculativeBuilder(Buildable):
         if draft is not None and self.config.ngram is not None:
             raise ModelLoadError("give a draft model or SpeculativeConfig.prompt_lookup(n), not both")
 
+    def _name(self) -> str:
+        return self.target._name()
+
     def _load(self) -> Model:
         return load_model(self.target, self._speculation)
 

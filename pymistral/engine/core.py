@@ -429,6 +429,11 @@ class EngineCore:
         for job in list(self.jobs):
             self.fail(job, make_error())
 
+    def release(self) -> None:
+        """Let go of the model, once all is over: whoever still holds a request must not hold its weights."""
+        del self.runner
+        self.speculation = None
+
     def clear_cache(self) -> None:
         """Forget all keys and values; running sequences compute theirs again."""
         for sequence in list(reversed(self.scheduler.running)):

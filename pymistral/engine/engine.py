@@ -121,7 +121,11 @@ class Engine:
             The engine has been closed.
         """
         self._check_open()
-        job = self._core.prepare(request, on_event, wake)
+        try:
+            job = self._core.prepare(request, on_event, wake)
+        except AttributeError:  # the runner is gone: it was closed meanwhile
+            self._check_open()
+            raise
 
         def add() -> None:
             self._core.add(job)
@@ -207,6 +211,7 @@ class Engine:
         while self._posted:
             self._posted.popleft()()
         self._core.wake()
+        self._core.release()
 
     def _loop(self) -> None:
         core, posted, log = self._core, self._posted, self._log

@@ -250,7 +250,7 @@ async def test_two_tools_with_one_name() -> None:
 def test_builders_connect_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Toolbox] = []
 
-    def load(builder: Any, toolbox: Toolbox) -> Model:
+    def load(builder: Any, toolbox: Toolbox, *_: Any) -> Model:
         seen.append(toolbox)
         if len(seen) > 1:
             raise ModelLoadError("no such model")

@@ -24,6 +24,7 @@ from pymistral import (
     TextModelBuilder,
     TokenSource,
     Tool,
+    Topology,
     Utilization,
     tool,
 )
@@ -37,9 +38,12 @@ BUILDERS = [lambda **o: ModelBuilder("m", **o), lambda **o: TextModelBuilder("m"
 VALUES = {
     "chat_template": "{{ messages }}",
     "jinja_explicit": "x.jinja",
+    "device": "cpu",
+    "dtype": "bf16",
     "force_cpu": True,
     "hf_cache_path": Path("cache"),
     "hf_revision": "main",
+    "isq": "q4k",
     "logging": True,
     "max_num_seqs": 8,
     "mcp_client": McpClientConfig(servers=[{"name": "files", "source": {"type": "Process", "command": "serve"}}]),
@@ -50,7 +54,9 @@ VALUES = {
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
+    "topology": Topology(),
 }
+SHORTHANDS = {"with_auto_isq", "with_topology_from_path"}  # other ways to set the same
 
 
 def method_name(option: str) -> str:
@@ -59,7 +65,7 @@ def method_name(option: str) -> str:
 
 def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
     options = {field.name: field for field in fields(common.ModelOptions) if "callback" not in field.name}
-    methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_")) and "callback" not in name}
+    methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_")) and "callback" not in name} - SHORTHANDS
     assert methods == {method_name(option) for option in options}
     assert options.keys() == VALUES.keys()
     for option, field in options.items():
