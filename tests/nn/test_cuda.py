@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from pymistral.loading.huggingface import load_folder
 from pymistral.models.registry import build_model
 from pymistral.nn import record
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from simulated_gpu import SimulatedGpu, make_gpu
 from test_parity import GOLDENS, golden
 from tiny import write_folder
@@ -33,7 +35,7 @@ def runner_of(checkpoint: Checkpoint, kind: str) -> CudaRunner:
 
 def logits_in_steps(runner: CudaRunner, tokens: list[int], cuts: list[int], blocks: list[int]) -> NDArray[np.float32]:
     rows = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         logits = runner.forward([Segment(tokens[start:end], start, blocks, end - start)])
         rows.append(runner.read_logits(logits).copy())
     return np.concatenate(rows)[:, ::4]
