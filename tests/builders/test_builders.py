@@ -15,9 +15,11 @@ import pytest
 
 from pymistral import (
     ContextSize,
+    Device,
     GgufModelBuilder,
     MbAmount,
     ModelBuilder,
+    ModelDType,
     PagedAttentionMetaBuilder,
     TextModelBuilder,
     TokenSource,
@@ -33,6 +35,8 @@ BUILDERS = [lambda **o: ModelBuilder("m", **o), lambda **o: TextModelBuilder("m"
 VALUES = {
     "chat_template": "{{ messages }}",
     "jinja_explicit": "x.jinja",
+    "device": Device.cpu(),
+    "dtype": ModelDType.F32,
     "force_cpu": True,
     "hf_cache_path": Path("cache"),
     "hf_revision": "main",
