@@ -444,3 +444,16 @@ def combine(rows: Rows, weights: int, top_k: int, columns: int, out: Rows, *, co
     kernel = Kernel("combine", "moe.cu", f"pipii{_OUT}p")
     arguments = (rows.f32, rows.stride, weights, top_k, columns, *out.out, count)
     return Launch(kernel, (_ceil(columns, 128), max_rows, 1), 128, 0, arguments)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sampling_scratch_floats(vocab_size: int, max_rows: int) -> int:
+    """float32 of scratch that `sample` needs."""
+    return 2 * vocab_size * max_rows
+
+
+def sample(descriptions: int, vocab_size: int, scratch: int, *, count: int, max_rows: int) -> Launch:
+    """Sample rows: ``descriptions`` int64 ``[rows][ROW_WORDS]`` as `kernels.cpu.sampling_layout` states, with device addresses in them."""
+    return Launch(Kernel("sample", "sampling.cu", "pipp"), (max_rows, 1, 1), 512, 0, (descriptions, vocab_size, scratch, count))

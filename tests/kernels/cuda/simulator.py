@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -41,44 +42,52 @@ class Simulator:
     def __init__(self, arch: int = 90, multiprocessors: int = 4) -> None:
         self.arch = arch
         self.multiprocessors = multiprocessors
-        self._libraries: dict[Kernel, Any] = {}
+        self._functions: dict[Kernel, Any] = {}
 
     def load(self, kernel: Kernel) -> Any:
-        known = self._libraries.get(kernel)
+        known = self._functions.get(kernel)
         if known is None:
-            known = self._libraries[kernel] = ctypes.CDLL(str(compiled(kernel)))
-            known.gpu_launch.restype = known.gpu_signature.restype = ctypes.c_char_p
-            signature = known.gpu_signature().decode()
-            if signature != kernel.arguments:
-                raise TypeError(f"{kernel.name} in {kernel.source} takes {signature}, and is declared as {kernel.arguments}")
+            library = ctypes.CDLL(str(compiled(kernel)))
+            signature = getattr(library, f"signature_of_{kernel.name}")
+            known = getattr(library, f"launch_{kernel.name}")
+            known.restype = signature.restype = ctypes.c_char_p
+            if signature() != kernel.arguments.encode():
+                raise TypeError(f"{kernel.name} in {kernel.source} takes {signature().decode()}, and is declared as {kernel.arguments}")
+            self._functions[kernel] = known
         return known
 
     def launch(self, launch: Launch) -> None:
         """Run to the end. Raises RuntimeError if its threads wait for what never comes."""
         kernel = launch.kernel
-        library = self.load(kernel)
+        function = self.load(kernel)
         values = [_TYPES[kind](value) for kind, value in zip(kernel.arguments, launch.arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        error = library.gpu_launch(pointers, *launch.grid, launch.block, launch.shared)
+        error = function(pointers, *launch.grid, launch.block, launch.shared)
         if error:
             raise RuntimeError(f"{kernel.name}: {error.decode()}")
 
 
+def entry_points(source: str) -> list[str]:
+    """The names of a source's kernels; ``ELEMENT`` is the macro that makes some in rows.cu."""
+    return re.findall(r'^(?:extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?|ELEMENT\()(\w+)[(,]', source, re.MULTILINE)
+
+
 def compiled(kernel: Kernel) -> Path:
-    """The shared library of a kernel, from the cache folder if it is there."""
+    """The shared library of all kernels of a source with the same macros, from the cache folder if it is there."""
     assert COMPILER is not None
-    source = source_text(kernel.source) + f"GPU_ENTRY({kernel.name})\n"
-    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-include", str(HEADER), *kernel.options, *_sanitizers()]
+    text = source_text(kernel.source)
+    source = "\n".join([text, *(f"GPU_ENTRY({name})" for name in entry_points(text)), ""])
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-include", str(HEADER), *kernel.options, *_sanitizers()]
     key = hashlib.sha256("\0".join([source, HEADER.read_text(), *flags]).encode()).hexdigest()[:24]
     folder = Path(os.environ["PYMISTRAL_CACHE"]) / "cuda-simulator"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kernel.name}-{key}.so"
+    path = folder / f"{kernel.source}-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             file, library = Path(temporary) / "kernel.cpp", Path(temporary) / "kernel.so"
             file.write_text(source)
             done = subprocess.run([COMPILER, *flags, "-o", str(library), str(file)], capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{COMPILER} does not compile {kernel.name} in {kernel.source}:\n{done.stderr[:4000]}")
+                raise RuntimeError(f"{COMPILER} does not compile {kernel.source} {kernel.options}:\n{done.stderr[:4000]}")
             library.replace(path)
     return path

@@ -14,7 +14,7 @@ from pymistral.quantization.types import BLOCK_SIZES, GgmlType
 
 KINDS = (*ref.QUANTIZED, *ref.FLOATS)
 COMMON = ("Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ2_XS", "MXFP4", "F16", "BF16", "F32")
-BF16 = 2.0**-9
+BF16 = 2.0**-8
 ACTIVATIONS = {"silu": ref.silu, "gelu": ref.gelu, "relu": ref.relu}
 
 
@@ -37,6 +37,8 @@ def inputs(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[np.fl
 
 def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[ref.Floats, ref.Floats]:
     """The product of what a kernel is given, and how far float32 may be from it."""
+    if not len(x):
+        return np.zeros((0, len(weights))), np.zeros((0, len(weights)))
     if kind in ref.FLOATS:
         bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
         return x.astype(np.float64) @ weights.T, bound + 1e-30
@@ -127,6 +129,8 @@ def test_gated_matvec(gpu: Gpu, kind: str, activation: str) -> None:
 
 def check_forms(floats: NDArray[np.float32], made: dict[str, object], rows: int) -> None:
     """int8 and bfloat16 say what the floats say."""
+    if not rows:
+        return
     scales = made["scales"].get()[:rows]  # type: ignore[attr-defined]
     quants = made["q8"].get()[:rows].astype(np.float64).reshape(rows, -1, 32)  # type: ignore[attr-defined]
     wanted = floats.reshape(rows, -1, 32)
