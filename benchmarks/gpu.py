@@ -252,7 +252,16 @@ def random_llama(config: dict[str, Any], type: GgmlType) -> Graph:
 
 
 def model_rows(
-    gpu: GpuLike, limits: Limits, report: Report, name: str, type: str, graph: Graph, context: int, batches: Any, prefill: int
+    gpu: GpuLike,
+    limits: Limits,
+    report: Report,
+    name: str,
+    type: str,
+    graph: Graph,
+    context: int,
+    batches: Any,
+    prefill: int,
+    passes: int = 20,
 ) -> None:
     """Prefill of a text, and decoding of several sequences after a short one and a long one, with greedy sampling."""
     most = max(batches)

@@ -10,20 +10,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import blocking, errors, responses
+    from .agents.agent import (
+        Agent,
+        AgentBuilder,
+        AgentComplete,
+        AgentEvent,
+        AgentResponse,
+        AgentStep,
+        AgentStopReason,
+        AgentStream,
+        AgentTextDelta,
+        AgentToolCalls,
+        AgentToolResult,
+    )
+    from .agents.mcp_config import McpClientConfig, McpServerConfig, McpServerSource
     from .agents.tool import tool
     from .builders.device import Device, ModelDType
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
     from .model import ChatStream, Model
+    from .quantization.isq import IsqBits, IsqType
+    from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
     from .requests.messages import TextMessageRole, TextMessages
     from .requests.request import RequestBuilder
     from .requests.sampling import DrySamplingParams, SamplingParams, StopTokens
     from .requests.tools import Function, Tool, ToolChoice, ToolType
+    from .requests.web_search import (
+        ApproximateUserLocation,
+        SearchContextSize,
+        SearchFunctionParameters,
+        SearchResult,
+        WebSearchOptions,
+    )
     from .responses import (
+        AgenticToolCallRecord,
+        CalledFunction,
         ChatCompletionChunkResponse,
         ChatCompletionResponse,
         Choice,
@@ -38,8 +64,23 @@ if TYPE_CHECKING:
         TopLogprob,
         Usage,
     )
+    from .tool_rounds import ToolResult
 
 __all__ = [
+    "Agent",
+    "AgentBuilder",
+    "AgentComplete",
+    "AgentEvent",
+    "AgentResponse",
+    "AgentStep",
+    "AgentStopReason",
+    "AgentStream",
+    "AgentTextDelta",
+    "AgentToolCalls",
+    "AgentToolResult",
+    "AgenticToolCallRecord",
+    "ApproximateUserLocation",
+    "CalledFunction",
     "ChatCompletionChunkResponse",
     "ChatCompletionResponse",
     "ChatStream",
@@ -53,8 +94,14 @@ __all__ = [
     "Function",
     "FunctionDelta",
     "GgufModelBuilder",
+    "IsqBits",
+    "IsqType",
+    "LayerTopology",
     "Logprobs",
     "MbAmount",
+    "McpClientConfig",
+    "McpServerConfig",
+    "McpServerSource",
     "MemoryGpuConfig",
     "Model",
     "ModelBuilder",
@@ -65,19 +112,27 @@ __all__ = [
     "ResponseLogprob",
     "ResponseMessage",
     "SamplingParams",
+    "SearchContextSize",
+    "SearchFunctionParameters",
+    "SearchResult",
+    "SpeculativeConfig",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
     "TextModelBuilder",
+    "TextSpeculativeBuilder",
     "TokenSource",
     "Tool",
     "ToolCallDelta",
     "ToolCallResponse",
     "ToolChoice",
+    "ToolResult",
     "ToolType",
     "TopLogprob",
+    "Topology",
     "Usage",
     "Utilization",
+    "WebSearchOptions",
     "blocking",
     "errors",
     "responses",
@@ -85,6 +140,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "agents.agent": (
+        "Agent",
+        "AgentBuilder",
+        "AgentComplete",
+        "AgentEvent",
+        "AgentResponse",
+        "AgentStep",
+        "AgentStopReason",
+        "AgentStream",
+        "AgentTextDelta",
+        "AgentToolCalls",
+        "AgentToolResult",
+    ),
+    "agents.mcp_config": ("McpClientConfig", "McpServerConfig", "McpServerSource"),
     "agents.tool": ("tool",),
     "builders.device": ("Device", "ModelDType"),
     "builders.gguf": ("GgufModelBuilder",),
@@ -97,14 +166,25 @@ _HOMES = {
         "PagedAttentionMetaBuilder",
         "Utilization",
     ),
+    "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
     "model": ("ChatStream", "Model"),
+    "quantization.isq": ("IsqBits", "IsqType"),
+    "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),
     "requests.messages": ("TextMessageRole", "TextMessages"),
     "requests.request": ("RequestBuilder",),
     "requests.sampling": ("DrySamplingParams", "SamplingParams", "StopTokens"),
     "requests.tools": ("Function", "Tool", "ToolChoice", "ToolType"),
+    "requests.web_search": (
+        "ApproximateUserLocation",
+        "SearchContextSize",
+        "SearchFunctionParameters",
+        "SearchResult",
+        "WebSearchOptions",
+    ),
+    "tool_rounds": ("ToolResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("blocking", "errors", "responses")

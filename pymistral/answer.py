@@ -107,7 +107,14 @@ class Answer:
         self.messages = [Message() for _ in range(n_choices)]
         self.logprobs: list[list[responses.ResponseLogprob]] = [[] for _ in range(n_choices)]
         self.finished: dict[int, ChoiceFinished] = {}
+        self.usage = Usage()
         self.complete = False
+
+    def continuing(self, before: Answer | None) -> Answer:
+        """This answer under the id of the one before it in the same stream, if any."""
+        if before is not None:
+            self.id, self.created = before.id, before.created
+        return self
 
     def chunk(self, event: Event) -> ChatCompletionChunkResponse | None:
         """The chunk to show for an event, if any: the end of the last choice waits for the usage, so that no chunk is without a choice.
@@ -131,6 +138,7 @@ class Answer:
         if isinstance(event, RequestFailed):
             raise self._failure(event)
         self.complete = True
+        self.usage = event.usage
         *_, last = self.finished.values()
         reason = self.messages[last.choice].reason(last.reason)
         return self._chunk(last.choice, finish_reason=reason, usage=_usage(event.usage))
@@ -149,6 +157,11 @@ class Answer:
                 usage = event.usage
         return self._response([(choice.text, choice.reason) for _, choice in sorted(self.finished.items())], usage)
 
+    def whole(self) -> ChatCompletionResponse:
+        """The whole answer, once it is complete, from the events that `chunk` saw."""
+        choices = [self._choice_of(index, message, self.finished[index].reason) for index, message in enumerate(self.messages)]
+        return self._response_of(choices, self.usage)
+
     def _failure(self, event: RequestFailed) -> PymistralError:
         """The exception to raise: what says all by itself goes on as it is, the rest gets what was generated so far."""
         if isinstance(event.error, RequestValidationError | EngineClosedError):
@@ -162,18 +175,18 @@ class Answer:
         return error
 
     def _response(self, choices: Sequence[tuple[str, FinishReason]], usage: Usage) -> ChatCompletionResponse:
-        return ChatCompletionResponse(
-            id=self.id,
-            choices=[self._choice(index, text, reason) for index, (text, reason) in enumerate(choices)],
-            created=self.created,
-            model=self.model_id,
-            usage=_usage(usage),
-        )
+        return self._response_of([self._choice(index, text, reason) for index, (text, reason) in enumerate(choices)], usage)
+
+    def _response_of(self, choices: list[responses.Choice], usage: Usage) -> ChatCompletionResponse:
+        return ChatCompletionResponse(id=self.id, choices=choices, created=self.created, model=self.model_id, usage=_usage(usage))
 
     def _choice(self, index: int, text: str, reason: FinishReason) -> responses.Choice:
         reader, message = self.new_reader(), Message()
         message.add(reader.push(text))
         message.add(reader.finish())
+        return self._choice_of(index, message, reason)
+
+    def _choice_of(self, index: int, message: Message, reason: FinishReason) -> responses.Choice:
         return responses.Choice(
             index=index,
             finish_reason=message.reason(reason),
@@ -225,6 +238,9 @@ def _usage(usage: Usage) -> responses.Usage:
         prompt_tokens=usage.prompt_tokens,
         total_tokens=total,
         prompt_tokens_details=responses.PromptTokensDetails(cached_tokens=usage.cached_prompt_tokens),
+        completion_tokens_details=responses.CompletionTokensDetails(
+            drafted_tokens=usage.drafted_tokens, accepted_tokens=usage.accepted_tokens
+        ),
         avg_tok_per_sec=_rate(total, usage.prompt_seconds + usage.completion_seconds),
         avg_prompt_tok_per_sec=_rate(computed, usage.prompt_seconds),
         avg_compl_tok_per_sec=_rate(decoded, usage.completion_seconds),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .answer import Completion
-from .builders.common import Builder, load_model
+from .answer import Answer, Completion
+from .builders.common import Buildable
 from .engine.types import Event
 from .model import Model, constrained, structured
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
+from .threads import Pumped, run_to_end
+from .tool_rounds import ToolRounds
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from typing_extensions import Self
 
+    from .agents.agent import Agent, AgentBuilder, AgentEvent, AgentResponse, AgentStream
     from .engine import RequestHandle
 
 T = TypeVar("T")
@@ -43,7 +48,7 @@ class BlockingModel:
         self._model = model
 
     @classmethod
-    def from_builder(cls, builder: Builder) -> Self:
+    def from_builder(cls, builder: Buildable) -> Self:
         """Load the model that a builder describes.
 
         Raises
@@ -51,7 +56,7 @@ class BlockingModel:
         ModelLoadError
             The model cannot be found, fetched, parsed or built.
         """
-        return cls(load_model(builder))
+        return cls(builder._load())
 
     @property
     def inner(self) -> Model:
@@ -64,7 +69,13 @@ class BlockingModel:
 
     def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
         """As `Model.send_chat_request`."""
-        prepared = self._model._prepare(RequestBuilder.of(request))
+        rounds = self._model._tool_rounds(RequestBuilder.of(request))
+        while rounds.goes_on(response := self._turn(rounds.request)):
+            run_to_end(rounds.run(response))
+        return rounds.whole(response)
+
+    def _turn(self, request: RequestBuilder) -> ChatCompletionResponse:
+        prepared = self._model._prepare(request)
         completion = Completion()
         handle = self._model._engine.submit(prepared.request, completion.on_event)
         try:
@@ -81,7 +92,7 @@ class BlockingModel:
 
     def stream_chat_request(self, request: ChatRequest) -> BlockingChatStream:
         """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""
-        return BlockingChatStream(self._model, RequestBuilder.of(request))
+        return BlockingChatStream(self._model, self._model._tool_rounds(RequestBuilder.of(request)))
 
     def tokenize(
         self,
@@ -102,6 +113,10 @@ class BlockingModel:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """As `Model.logits`."""
         return self._model._engine.logits(list(map(int, tokens))).result()
+
+    def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """As `Model.re_isq_model`."""
+        self._model._re_isq(isq)
 
     def config(self) -> dict[str, Any]:
         """As `Model.config`."""
@@ -136,40 +151,54 @@ class BlockingChatStream:
     The request is sent when the first chunk is asked for.
     """
 
-    def __init__(self, model: Model, request: RequestBuilder) -> None:
+    def __init__(self, model: Model, rounds: ToolRounds) -> None:
         self._model = model
-        self._request = request
-        self._inbox: SimpleQueue[Event] = SimpleQueue()
+        self._rounds = rounds
+        self._answer: Answer | None = None
+        self._inbox: SimpleQueue[Event] | None = None
         self._handle: RequestHandle | None = None
+        self._chunks: deque[ChatCompletionChunkResponse] = deque()
         self._closed = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> ChatCompletionChunkResponse:
-        if self._closed:
-            raise StopIteration
         try:
-            if self._handle is None:
-                self._start()
-            while True:
-                chunk = self._answer.chunk(self._inbox.get())
-                if self._answer.complete:
-                    self._closed = True
-                if chunk is not None:
-                    return chunk
+            while not self._chunks:
+                if self._closed:
+                    raise StopIteration
+                self._next_event()
         except BaseException:
             self.close()
             raise
+        return self._chunks.popleft()
 
-    def _start(self) -> None:
-        prepared = self._model._prepare(self._request)
-        self._answer = prepared.answer
-        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
+    def _next_event(self) -> None:
+        if self._inbox is None or self._answer is None:
+            self._inbox, self._answer = self._start()
+        chunk = self._answer.chunk(self._inbox.get())
+        if chunk is None:
+            return
+        if not self._answer.complete:
+            self._chunks.extend(self._rounds.shown(chunk))
+        elif self._rounds.goes_on(response := self._answer.whole()):
+            run_to_end(self._rounds.run(response))
+            self._inbox = None  # the next turn has one of its own
+        else:
+            self._chunks.extend(self._rounds.last_shown(chunk))
+            self._closed = True
+
+    def _start(self) -> tuple[SimpleQueue[Event], Answer]:
+        prepared = self._model._prepare(self._rounds.request)
+        inbox: SimpleQueue[Event] = SimpleQueue()
+        self._handle = self._model._engine.submit(prepared.request, inbox.put)
+        return inbox, prepared.answer.continuing(self._answer)
 
     def close(self) -> None:
         """Stop: cancel the request if it still runs."""
         self._closed = True
+        self._chunks.clear()
         if self._handle is not None:
             self._handle.cancel()
 
@@ -180,4 +209,80 @@ class BlockingChatStream:
         self.close()
 
     def __del__(self) -> None:
+        self.close()
+
+
+class BlockingAgent:
+    """An agent whose methods wait for their results: `Agent` without ``await``.
+
+    Parameters
+    ----------
+    agent
+        The agent to use.
+
+    Examples
+    --------
+    >>> agent = BlockingAgent.from_builder(AgentBuilder(model).with_tool(get_weather))
+    >>> print(agent.run("What's the weather in NYC?").final_text)
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    @classmethod
+    def from_builder(cls, builder: AgentBuilder) -> Self:
+        """The agent that a builder describes; its model may be a `BlockingModel`."""
+        return cls(builder.build())
+
+    @property
+    def inner(self) -> Agent:
+        """The asynchronous agent behind it."""
+        return self._agent
+
+    @property
+    def model(self) -> Model:
+        """As `Agent.model`."""
+        return self._agent.model
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As `Agent.messages`."""
+        return self._agent.messages
+
+    def reset(self) -> None:
+        """As `Agent.reset`."""
+        self._agent.reset()
+
+    def run(self, prompt: str) -> AgentResponse:
+        """As `Agent.run`."""
+        return run_to_end(self._agent.run(prompt))
+
+    def run_stream(self, prompt: str) -> BlockingAgentStream:
+        """As `Agent.run_stream`, with a plain ``for`` and ``with``."""
+        return BlockingAgentStream(self._agent.run_stream(prompt))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._agent!r})"
+
+
+class BlockingAgentStream:
+    """A run as it happens: an iterator of events, and a context manager that ends what is left of it."""
+
+    def __init__(self, stream: AgentStream) -> None:
+        self._events: Pumped[AgentEvent] = Pumped(lambda: stream)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> AgentEvent:
+        return next(self._events)
+
+    def close(self) -> None:
+        """End the run."""
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,11 +19,13 @@ from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest, Event
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
+from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
+from .tool_rounds import Toolbox, ToolRounds, cut_to_tokens
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,6 +62,10 @@ class Model:
         The Jinja source of its chat template.
     generation_config
         What its author recommends, in the terms of ``generation_config.json``.
+    requantize
+        Quantises the weights anew, from their file, and returns when the engine uses them.
+    toolbox
+        The tools that are called for it while requests run. The model owns it, and closes it.
     """
 
     def __init__(
@@ -70,15 +77,21 @@ class Model:
         config: Mapping[str, Any],
         chat_template: str | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        requantize: Callable[[IsqType], None] | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
         self._engine = engine
+        self._requantize = requantize
+        self._requantizing = threading.Lock()
+        self._toolbox = toolbox or Toolbox()
         self._tokenizer = tokenizer
         self._model_id = model_id
         self._config = dict(config)
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
-        self._close_engine = weakref.finalize(self, engine.close)
+        self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarm] = weakref.WeakKeyDictionary()
+        self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
 
     async def chat(self, message: str) -> str:
         """Send one user message and return the text of the answer. `send_chat_request` gives more control.
@@ -94,6 +107,9 @@ class Model:
     async def send_chat_request(self, request: ChatRequest) -> ChatCompletionResponse:
         """Send a request and wait for the whole answer. Cancelling the task that waits cancels the request at once.
 
+        Calls of tools that have a callback are made, and the model goes on with their results, up to `max_tool_rounds` times; the response
+        lists them under `agentic_tool_calls`. A turn with any other call ends the request: its calls are the caller's.
+
         Parameters
         ----------
         request
@@ -108,7 +124,13 @@ class Model:
         EngineClosedError
             The model was closed.
         """
-        prepared = await self._prepare_async(RequestBuilder.of(request))
+        rounds = self._tool_rounds(RequestBuilder.of(request))
+        while rounds.goes_on(response := await self._turn(rounds.request)):
+            await rounds.run(response)
+        return rounds.whole(response)
+
+    async def _turn(self, request: RequestBuilder) -> ChatCompletionResponse:
+        prepared = await self._prepare_async(request)
         completion = Completion()
         handle = self._engine.submit(prepared.request, completion.on_event)
         try:
@@ -154,7 +176,7 @@ class Model:
         RequestValidationError
             The request is malformed. What only the model can tell, and the other errors of `send_chat_request`, come from the stream.
         """
-        return ChatStream(self, RequestBuilder.of(request))
+        return ChatStream(self, self._tool_rounds(RequestBuilder.of(request)))
 
     async def tokenize(
         self,
@@ -215,6 +237,33 @@ class Model:
         """
         return await asyncio.wrap_future(self._engine.logits(list(map(int, tokens))))
 
+    async def re_isq_model(self, isq: IsqType | IsqBits | str | int) -> None:
+        """Quantise the weights to another type, from the model's file.
+
+        The model keeps serving with the old weights until the new ones are complete, and then goes on with those: answers that are being
+        generated keep the text that they have. Both weights are in memory for that time, and the prefix cache starts anew.
+
+        Parameters
+        ----------
+        isq
+            An `IsqType`, its plain value, or a number of bits.
+
+        Raises
+        ------
+        ModelLoadError
+            There is no such type, it is not supported, or the file cannot be read any more.
+        EngineClosedError
+            The model has been closed.
+        """
+        await asyncio.to_thread(self._re_isq, isq)
+
+    def _re_isq(self, isq: IsqType | IsqBits | str | int) -> None:
+        type = IsqType.of(isq)
+        if self._requantize is None:
+            raise ModelLoadError(f"{self._model_id} was not loaded from a file: its weights cannot be quantised again")
+        with self._requantizing:  # one after the other: each takes as much memory as the model
+            self._requantize(type)
+
     def config(self) -> dict[str, Any]:
         """The model's configuration, in the terms of Hugging Face's ``config.json``."""
         return copy.deepcopy(self._config)
@@ -259,10 +308,10 @@ class Model:
             constraint=self._constraint(request, tools, reasons),
             keep=dialect.keep(bool(tools)) if dialect else (),
         )
-        names = [tool.function.name for tool in tools]
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
 
         def new_reader() -> MessageReader:
-            return MessageReader(plain_reader) if dialect is None else dialect.reader(names, reasons=reasons)
+            return MessageReader(plain_reader) if dialect is None else dialect.reader(schemas, reasons=reasons)
 
         return Prepared(engine_request, Answer(self._model_id, self._tokenizer, request.sampling.n_choices, new_reader))
 
@@ -271,6 +320,19 @@ class Model:
         if quick and sum(len(message["content"]) for message in request.messages) <= _QUICK_CHARACTERS:
             return self._prepare(request)
         return await asyncio.to_thread(self._prepare, request)
+
+    def _alarm(self, loop: asyncio.AbstractEventLoop) -> _Alarm:
+        return self._alarms.setdefault(loop, _Alarm(loop))
+
+    def _tool_rounds(self, request: RequestBuilder) -> ToolRounds:
+        return ToolRounds(request, self._toolbox, self._cut, self.max_sequence_length())
+
+    def _stream_turn(self, request: RequestBuilder) -> ChatStream:
+        """One turn, whatever it calls."""
+        return ChatStream(self, ToolRounds(request, Toolbox(), self._cut, self.max_sequence_length()))
+
+    def _cut(self, text: str, tokens: int) -> str:
+        return cut_to_tokens(self._tokenizer, text, tokens)
 
     def _constraint(self, request: RequestBuilder, tools: Sequence[Tool], reasons: bool) -> EngineConstraint | None:
         """What the answer must follow: the request's constraint, a call that it demands, or the grammar of any call that begins."""
@@ -348,38 +410,56 @@ class ChatStream:
     The request is sent when the first chunk is asked for.
     """
 
-    def __init__(self, model: Model, request: RequestBuilder) -> None:
+    def __init__(self, model: Model, rounds: ToolRounds) -> None:
         self._model = model
-        self._request = request
+        self._rounds = rounds
+        self._answer: Answer | None = None
         self._inbox: _Inbox | None = None
         self._handle: RequestHandle | None = None
+        self._chunks: deque[ChatCompletionChunkResponse] = deque()
         self._closed = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> ChatCompletionChunkResponse:
-        if self._closed:
-            raise StopAsyncIteration
         try:
-            if self._inbox is None:
-                await self._start()
-            assert self._inbox is not None
-            while True:
-                chunk = self._answer.chunk(await self._inbox.get())
-                if self._answer.complete:
-                    self._closed = True
-                if chunk is not None:
-                    return chunk
+            while not self._chunks:
+                if self._closed:
+                    raise StopAsyncIteration
+                await self._next_event()
         except BaseException:
             self._cancel()
             raise
+        return self._chunks.popleft()
 
-    async def _start(self) -> None:
-        prepared = await self._model._prepare_async(self._request)
-        self._answer = prepared.answer
-        self._inbox = _Inbox(asyncio.get_running_loop())
-        self._handle = self._model._engine.submit(prepared.request, self._inbox.put)
+    async def _next_event(self) -> None:
+        if self._inbox is None or self._answer is None:
+            self._inbox, self._answer = await self._start()
+        chunk = self._answer.chunk(await self._inbox.get())
+        if chunk is None:
+            return
+        if not self._answer.complete:
+            self._chunks.extend(self._rounds.shown(chunk))
+        elif self._rounds.goes_on(response := self._answer.whole()):
+            await self._rounds.run(response)
+            self._inbox = None  # the next turn has one of its own
+        else:
+            self._chunks.extend(self._rounds.last_shown(chunk))
+            self._closed = True
+
+    async def _start(self) -> tuple[_Inbox, Answer]:
+        prepared = await self._model._prepare_async(self._rounds.request)
+        alarm = self._model._alarm(asyncio.get_running_loop())
+        inbox = _Inbox(alarm)
+        self._handle = self._model._engine.submit(prepared.request, inbox.put, alarm.ring)
+        return inbox, prepared.answer.continuing(self._answer)
+
+    def whole(self) -> ChatCompletionResponse:
+        """The last turn as one response, once the stream has ended."""
+        if self._answer is None or not self._answer.complete:
+            raise RequestValidationError("the stream has not ended; read it to its end first")
+        return self._answer.whole()
 
     async def aclose(self) -> None:
         """Stop: cancel the request if it still runs."""
@@ -397,15 +477,36 @@ class ChatStream:
 
     def _cancel(self) -> None:
         self._closed = True
+        self._chunks.clear()
         if self._handle is not None:
             self._handle.cancel()
+
+
+class _Alarm:
+    """Wakes the tasks of an event loop that wait for events: all that a step has something for, at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self.sleepers: deque[_Inbox] = deque()
+
+    def ring(self) -> None:
+        """Called on the engine's thread."""
+        loop = self._loop()
+        if self.sleepers and loop is not None:
+            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
+                loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        while self.sleepers:
+            self.sleepers.popleft().wake()
 
 
 class _Inbox:
     """Events on their way from the engine's thread to a task. The engine never waits; a wake-up is scheduled only if the task does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, alarm: _Alarm) -> None:
+        self._alarm = alarm
+        self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._waiting = False
@@ -415,8 +516,7 @@ class _Inbox:
         self._events.append(event)
         if self._waiting:
             self._waiting = False
-            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
-                self._loop.call_soon_threadsafe(self._wake)
+            self._alarm.sleepers.append(self)
 
     async def get(self) -> Event:
         """The next event. Only one task may wait."""
@@ -432,9 +532,17 @@ class _Inbox:
                 self._waiter = None
         return self._events.popleft()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Called in the event loop."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _close(engine: Engine, toolbox: Toolbox) -> None:
+    try:
+        toolbox.close()
+    finally:
+        engine.close()
 
 
 def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:

@@ -123,6 +123,15 @@ class PromptTokensDetails(_Response):
     """How many were found in the prefix cache and cost nothing."""
 
 
+class CompletionTokensDetails(_Response):
+    """What speculative decoding contributed."""
+
+    drafted_tokens: int = 0
+    """How many tokens were guessed ahead."""
+    accepted_tokens: int = 0
+    """How many of the guesses were what the model itself says; these are among the completion tokens."""
+
+
 class Usage(_Response):
     """What a request took: tokens, seconds, tokens per second."""
 
@@ -130,12 +139,25 @@ class Usage(_Response):
     prompt_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     avg_tok_per_sec: float
     avg_prompt_tok_per_sec: float
     avg_compl_tok_per_sec: float
     total_time_sec: float
     total_prompt_time_sec: float
     total_completion_time_sec: float
+
+
+class AgenticToolCallRecord(_Response):
+    """A tool call that was answered while the request ran."""
+
+    round: int
+    """Which turn of the model asked for it; the first is 0."""
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+    result_content: str
+    """What the model was told."""
 
 
 class ChatCompletionResponse(_Response):
@@ -148,6 +170,9 @@ class ChatCompletionResponse(_Response):
     system_fingerprint: str = SYSTEM_FINGERPRINT
     object: Literal["chat.completion"] = "chat.completion"
     usage: Usage
+    """Of all turns, if tools were called in between."""
+    agentic_tool_calls: list[AgenticToolCallRecord] | None = None
+    """The calls that were answered while the request ran."""
 
 
 class ChatCompletionChunkResponse(_Response):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import time
 from collections.abc import Sequence
 
@@ -72,6 +73,8 @@ class AlphabetRunner:
     vocab_size, max_num_seqs, max_batch_tokens, max_output_rows = VOCAB_SIZE, 8, 256, 64
     block_size, num_blocks, max_sequence_length = 16, 256, 1024
 
+    prompts_apart = False
+
     def __init__(self, *, endless: bool = False, delay: float = 0.0) -> None:
         self.endless, self.delay = endless, delay
         self.steps = 0
@@ -108,3 +111,46 @@ def wait_until_idle(model: Model, seconds: float = 5.0) -> None:
     while (stats := model._engine.stats()).running or stats.waiting:
         assert time.monotonic() < end, f"the engine is still busy: {stats}"
         time.sleep(0.002)
+
+
+SCRIPT_TEMPLATE = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\x01{% endif %}"
+)
+
+
+class ScriptedRunner(AlphabetRunner):
+    """Says the next of its replies after each prompt, letter by letter; prompts end with ``\\x01``. Serves one request at a time."""
+
+    max_sequence_length = 4096
+
+    def __init__(self, replies: Sequence[str], *, delay: float = 0.0) -> None:
+        super().__init__(delay=delay)
+        self.replies = [list(reply.encode()) for reply in replies]
+        self._begin = 0
+        self._reply: list[int] = []
+
+    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        time.sleep(self.delay)
+        logits = np.zeros((sum(segment.outputs for segment in segments), VOCAB_SIZE), np.float32)
+        for segment in segments:
+            if segment.outputs:
+                end = segment.start + len(segment.tokens)
+                if list(segment.tokens)[-1] == 1:
+                    self._begin, self._reply = end, self.replies.pop(0)
+                said = end - self._begin
+                logits[:, self._reply[said] if said < len(self._reply) else EOS] = 20.0
+        return logits
+
+
+def scripted_model(*replies: str, delay: float = 0.0, **more: object) -> Model:
+    """A model that says these replies, one for each prompt. It calls tools as Hermes does; `call` writes such a call."""
+    engine = Engine(ScriptedRunner(replies, delay=delay), ByteTokenizer(), eos_token_ids=(EOS,), name="scripted")
+    return Model(engine, ByteTokenizer(), model_id="scripted", config={}, chat_template=SCRIPT_TEMPLATE, **more)  # type: ignore[arg-type]
+
+
+def call(name: str, **arguments: object) -> str:
+    """How the scripted model calls a tool."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'

@@ -52,6 +52,20 @@ def test_engines(smollm2_path: Path) -> None:
     assert all(row["low"] <= row["tokens_per_sec"] <= row["high"] for row in result["rows"])
 
 
+def test_serving(smollm2_path: Path) -> None:
+    result = json.loads(
+        run("benchmarks.serving", "--quick", "--json", "-t", "1", "-m", str(smollm2_path), "--python", "llama_cpp=/nowhere")
+    )
+    rows = {(row["test"], row["streams"]): row for row in result["rows"]}
+    assert {("decode", 1), ("decode", 4), ("arrival: before", 2), ("arrival: 150 tokens", 2), ("first token, cached prefix", 1)} <= set(
+        rows
+    )
+    assert all(row["gap"] <= row["gap_p99"] for row in rows.values() if "gap" in row)
+    one = rows["decode", 1]
+    assert 0.5 < one["tokens_per_sec"] * one["gap"] / 1e3 < 2  # two ways to measure the same
+    assert len([note for note in result["notes"] if "wanted" in note]) == 3
+
+
 @pytest.mark.parametrize("name", ["pp512", "tg128", "tg128 @ 2000"])
 def test_names_of_tests(name: str) -> None:
     assert EngineTest.parse(name).name == name

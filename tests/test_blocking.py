@@ -136,7 +136,7 @@ def test_from_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(builder)
         return make_model()
 
-    monkeypatch.setattr("pymistral.blocking.load_model", load)
+    monkeypatch.setattr("pymistral.builders.common.load_model", load)
     builder = ModelBuilder("some/model").with_threads(2)
     with BlockingModel.from_builder(builder) as model:
         assert model.chat("Hi") == ALPHABET

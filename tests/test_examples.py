@@ -14,6 +14,13 @@ SAYS = {
     "getting_started/streaming.py": "tok/s",
     "advanced/error_handling.py": "EngineClosedError: ",
     "advanced/paged_attn.py": "1024 tokens",
+    "advanced/speculative.py": "the same text",
+    "advanced/tools.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',
+    "advanced/agent.py": "text_response after 2 turns",
+    "advanced/agent_streaming.py": "result: Sunny, 72F in Paris",
+    "advanced/tool_callback.py": "local_search(",
+    "advanced/mcp_client.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',
+    "cookbook/agent.py": "12 plus 30 is 42.",
     "cookbook/multiturn.py": "of them cached",
 }
 

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"kernels", "responses", "errors"},
+    {"kernels", "responses", "errors", "threads", "public_http"},
     {"nn", "requests", "quantization"},
     {"engine", "models", "loading", "tool_calls"},
-    {"model", "answer"},
+    {"model", "answer", "tool_rounds"},
     {"builders", "agents", "blocking"},
     {"cli", "__main__"},
 ]

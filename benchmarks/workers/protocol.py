@@ -1,7 +1,8 @@
 """How `benchmarks.engines` talks to the process of an engine: one JSON object a line. Standard library only: any interpreter runs it.
 
 The first line out is ``{"version": ..., "note": ...}`` once the model is loaded; then each line in,
-``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is answered by ``{"tokens": N, "seconds": S}``.
+``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is answered by ``{"tokens": N, "seconds": S}``. An engine may know further
+tests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Any
 
 
 def serve(
-    version: str, prefill: Callable[[int], float | dict[str, float]], decode: Callable[[int, int], float | dict[str, float]], note: str = ""
+    version: str,
+    prefill: Callable[[int], float | dict[str, float]],
+    decode: Callable[[int, int], float | dict[str, float]],
+    note: str = "",
+    **others: Callable[[int, int], float],
 ) -> None:
     """Answer until the input ends.
 
@@ -30,12 +35,14 @@ def serve(
         ``decode(tokens, context)``: generate so many tokens after ``context`` others, return the seconds of the generation alone.
     note
         What a reader of the figures has to know.
+    others
+        Further tests by name, called as ``decode`` is.
     """
     answer(version=version, note=note)
     for line in sys.stdin:
         request = json.loads(line)
-        tokens = request["tokens"]
-        result = prefill(tokens) if request["test"] == "prefill" else decode(tokens, request["context"])
+        test, tokens = request["test"], request["tokens"]
+        result = prefill(tokens) if test == "prefill" else others.get(test, decode)(tokens, request["context"])
         answer(**result if isinstance(result, dict) else {"tokens": tokens, "seconds": result})
 
 

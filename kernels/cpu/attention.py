@@ -219,7 +219,7 @@ def attention(*, head_dim: int, group: int) -> Any:
     for a thread,
     16 partial results (`geometry.partial_floats` for each index and key/value head).
     """
-    full = query_tile_tokens(group) * group
+    full = query_tile_tokens(group, head_dim) * group
     one_token, all_tokens = _chunk_attention(head_dim, group, group), _chunk_attention(head_dim, group, full)
     only_one = full == group
     partial_bytes = partial_floats(group, head_dim) * 4

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .helpers import inline
-from .simd import bits_to_f32, load_f16, load_f32, load_i8, load_i32, load_i64, load_u8, load_u16, store_f32
+from .simd import bits_to_f32, load_f8, load_f16, load_f32, load_i8, load_i32, load_i64, load_u8, load_u16, store_f32
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 
 
@@ -80,13 +80,16 @@ def read_row(layout: str) -> Any:
 
 
 def _read_float_row(layout: str) -> Any:
-    item = FLOAT_FORMATS[layout].item_bytes
+    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
 
     @inline
     def read(tiles, row, columns, tile_bytes, out):
-        at = tiles + row // 16 * tile_bytes + row % 16 * item
+        tile = tiles + row // 16 * tile_bytes
+        at = tile + header_bytes + row % 16 * item
         for column in range(columns):
-            if layout == "f32":
+            if layout == "f8e4m3":
+                value = load_f8(at) * load_f32(tile + 4 * (row % 16))
+            elif layout == "f32":
                 value = load_f32(at)
             elif layout == "f16":
                 value = load_f16(at)

@@ -6,6 +6,9 @@ from .isa import current_isa
 from .tiles import panel_bytes
 
 ATTENTION_CHUNK = 256
+WIDE_TOKENS = 32  # in a panel of `amx`
+WIDE_GROUP = 4  # pairs of weight tiles that share a pass over the activations
+WIDE_SEGMENT = 18  # times 32 columns of a pair of weight tiles, unpacked, stay in the first-level cache
 
 
 def whole_panels(tokens: int) -> int:
@@ -25,14 +28,21 @@ def gated_scratch_bytes() -> int:
     return 2 * current_isa().tokens * 128
 
 
-def query_tile_tokens(group: int) -> int:
+def attends_by_tiles(group: int, head_dim: int) -> bool:
+    """Whether `amx_attention` can be used."""
+    return current_isa().has_amx and group <= 16 and head_dim % 32 == 0
+
+
+def query_tile_tokens(group: int, head_dim: int) -> int:
     """Tokens in a query tile of `attention`, so that its ``tokens * group`` rows fit the registers."""
-    return max(1, current_isa().tokens // group)
+    return max(1, (32 if attends_by_tiles(group, head_dim) else current_isa().tokens) // group)
 
 
 def attention_scratch_bytes(group: int, head_dim: int) -> int:
     """Scratch of one thread in `attention`: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
-    rows = query_tile_tokens(group) * group
+    if attends_by_tiles(group, head_dim):
+        return 32 * (head_dim // 2 + ATTENTION_CHUNK + 16 + 2 * head_dim + 4) * 4
+    rows = query_tile_tokens(group, head_dim) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 
 
@@ -57,3 +67,18 @@ def gathered_rows(choices: int, experts: int) -> int:
 
 
 EXPERTS_SCRATCH_BYTES = 128  # of one thread in `moe.experts`: the slots of a matrix kernel
+
+
+def wide_panels_bytes(tokens: int, columns: int) -> int:
+    """Bytes of the wide panels (see `amx`) of up to ``tokens`` rows of ``columns``."""
+    return wide_tokens(tokens) * columns * 2
+
+
+def wide_scratch_bytes(max_tokens: int) -> int:
+    """Scratch of one thread in `amx`: a segment of a pair of unpacked tiles, and a group's products."""
+    return WIDE_SEGMENT * 2048 + WIDE_GROUP * wide_tokens(max_tokens) * 128
+
+
+def wide_tokens(tokens: int) -> int:
+    """``tokens``, rounded up to whole wide panels."""
+    return -(-tokens // WIDE_TOKENS) * WIDE_TOKENS

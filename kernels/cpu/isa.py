@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +18,7 @@ class Isa:
     Attributes
     ----------
     name
-        ``avx512vnni``, ``avxvnni``, ``avx2``, ``neon`` or ``generic``.
+        ``amx``, ``avx512vnni``, ``avxvnni``, ``avx2``, ``neon`` or ``generic``.
     cpu, features
         What LLVM is told.
     has_vnni
@@ -41,14 +43,37 @@ class Isa:
     has_sdot: bool = False
     has_usdot: bool = False
 
+    @property
+    def has_avx512(self) -> bool:
+        """Vectors of 512 bits."""
+        return self.name in ("amx", "avx512vnni")
 
+    @property
+    def has_amx(self) -> bool:
+        """Products of whole tiles of bfloat16 in one instruction."""
+        return self.name == "amx"
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c")
 _NEEDS = {
-    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c"),
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "avx512vnni": _AVX512,
     "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
     "generic": (),
 }
 _HASWELL = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3", "cx16")
+
+
+def _may_use_amx() -> bool:
+    """Ask Linux for the tile registers, as every process that uses them has to: they make the state that it saves 8 KB larger.
+
+    See Documentation/arch/x86/xstate.rst of the kernel: ``arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(sys_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0)
 
 
 @lru_cache(maxsize=1)
@@ -74,10 +99,12 @@ def current_isa() -> Isa:
             has_usdot=fast and "i8mm" in host,
         )
     available = [name for name, needs in _NEEDS.items() if host.issuperset(needs) and (needs == () or "64" in triple)]
+    if "amx" in available and forced in ("", "amx") and not _may_use_amx():
+        available.remove("amx")
     if forced and forced not in available:
         raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers {', '.join(available)}")
     name = forced or available[0]
-    if name == "avx512vnni":
+    if name in ("amx", "avx512vnni"):
         return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, "avx512bf16" in host, 12)
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, 4)

@@ -24,10 +24,12 @@ from .simd import (
     exp,
     fma_tile,
     load_bf16x16,
+    load_f8x16,
     load_f16x16,
     load_f32x16,
     load_i64,
     maximum,
+    multiply_tile,
     scale_tile,
     splat_f32,
     start_dot_tile,
@@ -36,31 +38,7 @@ from .simd import (
     zero_tile,
 )
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
-
-# ---- unpacking, as LLVM instructions --------------------------------------------------------------------------------
-
-
-def _group(b: Any, format: Any, address: Any, group: int) -> Any:
-    """The 64 quants (16 rows by 4 columns) of one group, as unsigned bytes."""
-
-    def vector(offset: int) -> Any:
-        return simd._load(b, simd._row(b, address, 64, offset), simd.i8x64.llvm)
-
-    def bits(value: Any, start: int, count: int, at: int) -> Any:
-        if count == 8:
-            return value
-        mask = simd._constant(simd.i8x64.llvm, ((1 << count) - 1) << at)
-        return b.and_(simd._shift_bytes(b, value, start - at), mask)
-
-    per_vector = 8 // format.bits
-    quants = bits(vector(group // per_vector), format.bits * (group % per_vector), format.bits, 0)
-    if format.high_bits:
-        per_plane = 8 // format.high_bits
-        plane = vector(format.bits + group // per_plane)
-        quants = b.or_(quants, bits(plane, format.high_bits * (group % per_plane), format.high_bits, format.bits))
-    if format.codebook:
-        quants = simd._look_up(b, quants, [value + format.zero for value in format.codebook])
-    return quants
+from .unpack import group_of, minimum_vector, scale_vector
 
 
 @intrinsic(prefer_literal=True)
@@ -73,7 +51,7 @@ def dot_groups(typing_context, tile, layout, block, activations, stride, first, 
         step = sig.args[4].literal_value
         signed = simd._is_signed(format.zero)
         for group in range(sig.args[5].literal_value, sig.args[6].literal_value):
-            weights = _group(b, format, address, group)
+            weights = group_of(b, format, address, group)
             if signed:
                 weights = b.xor(weights, simd._constant(simd.i8x64.llvm, 0x80))
             dot = simd._dot_signed if signed else simd._dot_unsigned
@@ -87,62 +65,6 @@ def dot_groups(typing_context, tile, layout, block, activations, stride, first, 
         return total
 
     return tile(tile, layout, types.intp, types.intp, stride, first, last), codegen
-
-
-@intrinsic(prefer_literal=True)
-def scale_vector(typing_context, layout, block, header, index):
-    """Scale ``index`` (a literal) of each row, from the block and its record's header."""
-    format = TILE_FORMATS[layout.literal_value]
-
-    def codegen(context, b, sig, values):
-        return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=False)
-
-    return simd.f32x16(layout, types.intp, types.intp, index), codegen
-
-
-@intrinsic(prefer_literal=True)
-def minimum_vector(typing_context, layout, block, header, index):
-    """Minimum ``index`` (a literal) of each row; K-quants store it negated."""
-    format = TILE_FORMATS[layout.literal_value]
-
-    def codegen(context, b, sig, values):
-        return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=True)
-
-    return simd.f32x16(layout, types.intp, types.intp, index), codegen
-
-
-def _scales(b: Any, format: Any, block: Any, header: Any, index: int, minimum: bool) -> Any:
-    floats, integers = simd.f32x16.llvm, simd.i32x16.llvm
-    position = index + (format.scales if minimum and format.has_minimum_vectors else 0)
-    address = simd._row(b, block, 1, format.quant_bytes + format.plane_bytes + position * format.scale_bytes)
-
-    def halves(where: Any) -> Any:
-        return simd._load_halves(b, where)
-
-    def super_scale() -> Any:
-        scale = halves(simd._row(b, header, 32, 1 if minimum else 0))
-        if format.unit != 1:
-            scale = b.fmul(scale, simd._constant(floats, format.unit))
-        return b.fneg(scale) if minimum else scale
-
-    if format.scale == "f16":
-        return halves(address)
-    if format.scale == "super":
-        return super_scale()
-    raw = simd._load(b, address, ir.VectorType(ir.IntType(8), 16))
-    if format.scale == "e8m0":
-        # 2 ** (e - 128), as the codebook holds doubled values; subnormal for the two smallest
-        exponent = b.zext(raw, integers)
-        one = simd._constant(integers, 1)
-        normal = b.shl(b.sub(exponent, one), simd._constant(integers, 23))
-        subnormal = b.shl(simd._constant(integers, 1 << 21), b.and_(exponent, one))
-        return b.bitcast(b.select(b.icmp_unsigned(">", exponent, one), normal, subnormal), floats)
-    if format.scale == "nibbles":
-        wide = b.zext(raw, integers)
-        wide = b.lshr(wide, simd._constant(integers, 4)) if minimum else b.and_(wide, simd._constant(integers, 15))
-    else:
-        wide = b.sext(raw, integers) if format.scale == "i8" else b.zext(raw, integers)
-    return b.fmul(super_scale(), b.sitofp(wide, floats))
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -320,10 +242,12 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
 
 def float_matmul(*, layout: str) -> Any:
     """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
-    item = FLOAT_FORMATS[layout].item_bytes
+    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
 
     @inline
     def weights_of(at):
+        if layout == "f8e4m3":
+            return load_f8x16(at)
         if layout == "f32":
             return load_f32x16(at)
         if layout == "f16":
@@ -334,11 +258,13 @@ def float_matmul(*, layout: str) -> Any:
         @inline
         def product(w, x, columns, row_bytes):
             tile = zero_tile(tokens)
+            scales = w
+            w += header_bytes
             for _ in range(columns):
                 tile = fma_tile(tile, weights_of(w), x, row_bytes)
                 w += 16 * item
                 x += 4
-            return tile
+            return multiply_tile(tile, load_f32x16(scales)) if header_bytes else tile
 
         return product
 

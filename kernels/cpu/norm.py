@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .amx import widen_row
 from .helpers import inline
 from .quantize import quantize_row, quantize_row_twice
 from .simd import (
@@ -38,15 +39,17 @@ def normalize(x, weight, out, columns, epsilon):
         store_f32x16(out + 4 * column, load_f32x16(x + 4 * column) * factor * load_f32x16(weight + 4 * column))
 
 
-def norm() -> Any:
+def norm(*, panels: str = "int8") -> Any:
     """The end of one block and the start of the next; units are rows. What an address of 0 stands for is left out.
 
-    ``x += branch``, or ``x += rms_norm(branch, branch_weight)``; then ``rms_norm(x, weight)`` goes to float rows or int8 panels.
+    ``x += branch``, or ``x += rms_norm(branch, branch_weight)``; then ``rms_norm(x, weight)`` goes to float rows or to panels, of int8 or
+    the wide ones of `amx` (``panels="wide"``).
 
     Slots: 0 x, 1 bytes of a row, 2 branch, 3 branch weight, 4 weight, 5 out (float rows as x's), 6 panels, 7 columns, 8 epsilon (f32 bits),
     9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread,
     12 panels for what the rounding of 6 lost.
     """
+    wide = panels == "wide"
 
     def kernel(slots, begin, end, thread):
         row_bytes = load_i64(slots + 8)
@@ -54,7 +57,7 @@ def norm() -> Any:
         branch_weight = load_i64(slots + 24)
         weight = load_i64(slots + 32)
         out = load_i64(slots + 40)
-        panels = load_i64(slots + 48)
+        target = load_i64(slots + 48)
         columns = load_i64(slots + 56)
         epsilon = bits_to_f32(load_i64(slots + 64))
         rows = load_i64(slots + 72)
@@ -71,11 +74,13 @@ def norm() -> Any:
                     store_f32x16(x + 4 * column, load_f32x16(x + 4 * column) + load_f32x16(y + 4 * column))
             if out:
                 normalize(x, weight, out + unit * row_bytes, columns, epsilon)
-            if panels:
+            if target:
                 normalize(x, weight, scratch, columns, epsilon)
-                if residuals:
-                    quantize_row_twice(scratch, panels, residuals, unit, columns)
+                if wide:
+                    widen_row(scratch, target, unit, columns)
+                elif residuals:
+                    quantize_row_twice(scratch, target, residuals, unit, columns)
                 else:
-                    quantize_row(scratch, panels, unit, columns)
+                    quantize_row(scratch, target, unit, columns)
 
     return kernel

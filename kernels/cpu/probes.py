@@ -124,7 +124,7 @@ def _multiply_add_all(typing_context, tile, factor, summand):
 
 def fma_accumulators() -> int:
     """Vectors that `float_fmas` works on."""
-    return 12 if current_isa().name == "avx512vnni" else 5
+    return 12 if current_isa().has_avx512 else 5
 
 
 def float_fmas() -> Any:

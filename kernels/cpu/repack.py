@@ -348,17 +348,23 @@ def repack(*, layout: str, block_bytes: int) -> Any:
 
 
 def _repack_floats(layout: str) -> Any:
-    item = FLOAT_FORMATS[layout].item_bytes
+    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
+    scale_bytes = header_bytes // 16  # FP8: a row starts with its scale
 
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)
         rows, columns = load_i64(slots + 16), load_i64(slots + 24)
         for tile in range(begin, end):
             for row in range(min(16, rows - 16 * tile)):
-                at = source + (16 * tile + row) * columns * item
-                target = tiles + (tile * 16 * columns + row) * item
+                at = source + (16 * tile + row) * (columns * item + scale_bytes) + scale_bytes
+                header = tiles + tile * (16 * columns * item + header_bytes)
+                target = header + header_bytes + row * item
+                if scale_bytes:
+                    store_i32(header + 4 * row, load_u32(at - 4))
                 for column in range(columns):
-                    if item == 4:
+                    if item == 1:
+                        store_u8(target + 16 * column, load_u8(at + column))
+                    elif item == 4:
                         store_i32(target + 64 * column, load_u32(at + 4 * column))
                     else:
                         store_u16(target + 32 * column, load_u16(at + 2 * column))

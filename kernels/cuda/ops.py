@@ -360,9 +360,7 @@ def attention_prefill(
 ) -> Launch:
     """Many tokens of a sequence together, on tensor cores; writes ``out.f32`` and ``out.bf16``. ``count`` is of items."""
     tile = 64 if heads.head_dim <= 128 else 32
-    kernel = Kernel(
-        "attention_prefill", "attention_prefill.cu", "pippiiipppiifppip", _macros(HEAD_DIM=heads.head_dim, KEYS=tile), 80
-    )
+    kernel = Kernel("attention_prefill", "attention_prefill.cu", "pippiiipppiifppip", _macros(HEAD_DIM=heads.head_dim, KEYS=tile), 80)
     cache = (heads.keys, heads.values, heads.block_size, heads.heads, heads.kv_heads)
     state = (places.positions, places.items, places.block_tables, places.table_width)
     arguments = (q.f32, q.stride, *cache, *state, window, soft_cap, out.f32, out.bf16, out.stride, count)

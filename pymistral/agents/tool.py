@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -15,11 +13,14 @@ from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_or
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined, to_json
+from pydantic_core import PydanticUndefined
 
 from ..errors import RequestValidationError, ToolArgumentsError
 from ..requests import Function, Tool
 from ..requests.json_schema import map_subschemas
+from ..responses import CalledFunction
+from ..threads import in_thread, run_to_end
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, ToolCallback, checked_timeout, is_async, result_text
 from .docstrings import read_docstring
 
 P = ParamSpec("P")
@@ -98,7 +99,7 @@ class FunctionTool(Generic[P, R]):
         self._function = function
         self._options: dict[str, Any] = {"name": name, "description": description, "strict": strict, "names": names}
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+        self.is_async = is_async(function)
         if not _is_method(function):
             _ = self.tool  # a function that cannot be a tool is an error where it is defined
 
@@ -154,7 +155,7 @@ class FunctionTool(Generic[P, R]):
         """
         bound = self.bind(arguments)
         result: Any = self._function(*bound.args, **bound.kwargs)
-        return result_text(_wait_for(result) if inspect.isawaitable(result) else result)
+        return result_text(run_to_end(_awaited(result)) if inspect.isawaitable(result) else result)
 
     async def call_async(self, arguments: str | Mapping[str, Any]) -> str:
         """As `call`, without holding up the event loop: a function that is not async runs in a thread of its own."""
@@ -162,7 +163,7 @@ class FunctionTool(Generic[P, R]):
         if self.is_async:
             result: Any = await self._function(*bound.args, **bound.kwargs)  # type: ignore[misc]
         else:
-            result = await asyncio.to_thread(self._function, *bound.args, **bound.kwargs)
+            result = await in_thread(self._function, *bound.args, **bound.kwargs)
             if inspect.isawaitable(result):
                 result = await result
         return result_text(result)
@@ -227,13 +228,6 @@ class FunctionTool(Generic[P, R]):
         return f"The arguments of {self.name} are not valid. {'; '.join(problems)}. Call it again with arguments that follow its schema."
 
 
-def result_text(result: Any) -> str:
-    """A tool's result as the model reads it: text as it is, anything else as JSON."""
-    if isinstance(result, str):
-        return result
-    return to_json(result, fallback=str, inf_nan_mode="constants").decode()
-
-
 def _is_method(function: Callable[..., Any]) -> bool:
     """Whether a function stands in a class body, so that its first parameter is yet to be bound."""
     where = getattr(function, "__qualname__", "").rpartition(".")[0]
@@ -253,27 +247,22 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _wait_for(awaitable: Any) -> Any:
-    """Run an async function to its end, from code that is not async, whether or not a loop runs in this thread."""
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
 
-    async def wait() -> Any:
-        return await awaitable
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    outcome: list[Any] = []
+def tool_callback(callback: Any, tool: Tool | None = None, timeout: float | None = DEFAULT_TOOL_TIMEOUT) -> ToolCallback:
+    """What runs a tool: from a function that `tool` decorates, or one that takes the `CalledFunction`."""
+    checked_timeout(timeout)
+    if isinstance(callback, ToolCallback):
+        return callback
+    if isinstance(callback, FunctionTool):
+        function_tool: FunctionTool[..., Any] = callback
 
-    def run() -> None:
-        try:
-            outcome.extend((True, asyncio.run(wait())))
-        except BaseException as error:
-            outcome.extend((False, error))
+        async def call(function: CalledFunction) -> str:
+            return await function_tool.call_async(function.arguments)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if not outcome[0]:
-        raise outcome[1]
-    return outcome[1]
+        return ToolCallback(function=call, tool=tool, timeout=timeout)
+    if not callable(callback):
+        raise RequestValidationError(f"a tool callback is a function of the CalledFunction, or one with @tool; got {callback!r}")
+    return ToolCallback(function=callback, tool=tool, timeout=timeout)

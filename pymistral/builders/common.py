@@ -8,11 +8,19 @@ import json
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ModelLoadError
+from ..agents.mcp_config import McpClientConfig, checked_mcp_config
+from ..errors import ModelLoadError, RequestValidationError
+from ..quantization.isq import IsqBits, IsqType
+from ..quantization.topology import Topology
+from ..requests import Tool
+from ..requests.web_search import SearchCallback
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, Toolbox
 from .device import Device, ModelDType
 from .paged_attn import PagedAttentionConfig
 from .token_source import TokenSource
@@ -22,11 +30,13 @@ if TYPE_CHECKING:
 
     from ..engine.cuda_runner import CudaRunner
     from ..engine.runner import CpuRunner
+    from ..engine.speculative import Speculation
     from ..kernels.cpu.compiler import Progress
     from ..loading.checkpoint import Checkpoint
     from ..model import Model
     from ..nn.cuda_devices import CudaDevice
     from ..nn.graph import Graph
+    from ..responses import CalledFunction
 
 _log = logging.getLogger("pymistral")
 
@@ -51,20 +61,35 @@ class ModelOptions:
         Where files from Hugging Face are kept. None: its usual cache.
     hf_revision
         Branch, tag or commit of the Hugging Face repository.
+    isq
+        Quantise the weights when they are loaded: an `IsqType` or its plain value, or a number of bits, for which the type that is fast and
+        accurate here is chosen.
     logging
         Log what happens to standard error.
     max_num_seqs
         How many sequences run at once; more wait.
+    mcp_client
+        MCP servers whose tools the model may call.
     paged_attn
         Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
         How many sequences the prefix cache may keep; None or 0 turns it off.
+    search
+        Let requests that have web search options search the web.
+    search_callback
+        What searches, instead of DuckDuckGo: see `with_search_callback`.
+    search_private
+        Let web search read pages on this machine and the local network.
     threads
         Threads that compute. None: one per physical core.
     throughput_logging
         Log tokens per second while the engine works.
     token_source
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
+    topology
+        Types of quantisation for some layers; they go before ``isq``.
+    tool_callbacks
+        What is called when the model calls a tool, by the tool's name: see `with_tool_callback`.
     """
 
     chat_template: str | None = None
@@ -74,13 +99,20 @@ class ModelOptions:
     force_cpu: bool = False
     hf_cache_path: str | os.PathLike[str] | None = None
     hf_revision: str | None = None
+    isq: IsqType | IsqBits | str | int | None = None
     logging: bool = False
     max_num_seqs: int = 32
+    mcp_client: McpClientConfig | None = None
     paged_attn: PagedAttentionConfig | None = None
     prefix_cache_n: int | None = 16
+    search: bool = False
+    search_callback: SearchCallback | None = None
+    search_private: bool = False
     threads: int | None = None
     throughput_logging: bool = False
     token_source: str = "cache"
+    topology: Topology | None = None
+    tool_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("max_num_seqs", self.max_num_seqs, at_least=1)
@@ -94,6 +126,18 @@ class ModelOptions:
             self.device = Device.parse(self.device)
         self.dtype = ModelDType.parse(self.dtype)
         self.token_source = TokenSource(self.token_source)
+        if self.isq is not None:
+            self.isq = IsqType.of(self.isq)
+        if self.topology is not None and not isinstance(self.topology, Topology):
+            raise ModelLoadError(f"topology must be a Topology, got {self.topology!r:.80}; with_topology_from_path takes a file")
+        if self.mcp_client is not None:
+            self.mcp_client = checked_mcp_config(self.mcp_client)
+        if self.search_callback is not None and not callable(self.search_callback):
+            raise ModelLoadError(f"search_callback must be a function of SearchFunctionParameters, got {self.search_callback!r}")
+        if self.tool_callbacks:
+            from ..agents.tool import tool_callback
+
+            self.tool_callbacks = {name: tool_callback(callback) for name, callback in self.tool_callbacks.items()}
 
     def with_chat_template(self, chat_template: str) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
@@ -123,6 +167,14 @@ class ModelOptions:
         """Take this branch, tag or commit of the Hugging Face repository."""
         return self._set("hf_revision", hf_revision)
 
+    def with_isq(self, isq: IsqType | IsqBits | str | int | None) -> Self:
+        """Quantise the weights to this type when they are loaded."""
+        return self._set("isq", isq)
+
+    def with_auto_isq(self, bits: IsqBits | int) -> Self:
+        """Quantise the weights to 2, 3, 4, 5, 6 or 8 bits: the type of that width that is fast and accurate here is chosen."""
+        return self._set("isq", IsqBits(bits))
+
     def with_logging(self, logging: bool = True) -> Self:
         """Log what happens to standard error."""
         return self._set("logging", logging)
@@ -151,6 +203,71 @@ class ModelOptions:
         """Take the token for Hugging Face from here: a `TokenSource` or its plain string."""
         return self._set("token_source", token_source)
 
+    def with_topology(self, topology: Topology | None) -> Self:
+        """Quantise some layers as this says, whatever ``isq`` is."""
+        return self._set("topology", topology)
+
+    def with_topology_from_path(self, path: str | os.PathLike[str]) -> Self:
+        """Quantise some layers as this file of YAML says: see `Topology`."""
+        return self._set("topology", Topology.from_path(path))
+
+    def with_mcp_client(self, mcp_client: McpClientConfig) -> Self:
+        """Connect to MCP servers, and let the model call their tools. They are connected as long as the model lives."""
+        return self._set("mcp_client", mcp_client)
+
+    def with_tool_callback(
+        self, name: str, callback: Callable[[CalledFunction], Any], *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """Call this function when the model calls a tool of this name, and let the model go on with the result.
+
+        Requests that want the tool list it with `RequestBuilder.set_tools`.
+
+        Parameters
+        ----------
+        name
+            The tool's name.
+        callback
+            A function that takes the `CalledFunction` (name, and arguments as JSON text), or one with ``@tool``; async or not. It returns
+            text, or what has a JSON form. What it raises goes to the model as a message.
+        timeout
+            Seconds after which the model is told that it took too long; None for no limit.
+        """
+        return self._add_callback(name, callback, None, timeout)
+
+    def with_tool_callback_and_tool(
+        self, name: str, callback: Callable[[CalledFunction], Any], tool: Tool, *, timeout: float | None = DEFAULT_TOOL_TIMEOUT
+    ) -> Self:
+        """As `with_tool_callback`; the model is told of the tool in every request."""
+        if not isinstance(tool, Tool) or tool.function.name != name:
+            raise RequestValidationError(f"with_tool_callback_and_tool({name!r}, ...) takes the Tool of that name, got {tool!r}")
+        return self._add_callback(name, callback, tool, timeout)
+
+    def with_search(self, search: bool = True) -> Self:
+        """Let requests that have `RequestBuilder.with_web_search_options` search the web. Needs the extra ``search``.
+
+        DuckDuckGo is asked, the pages that it finds are fetched, and what of their text answers the query best, by BM25, goes to the model.
+        """
+        return self._set("search", search)
+
+    def with_search_callback(self, search_callback: SearchCallback) -> Self:
+        """Search with this function instead of DuckDuckGo; `with_search` is then implied.
+
+        Parameters
+        ----------
+        search_callback
+            Takes `SearchFunctionParameters`, gives `SearchResult` objects with their contents, the best first; async or not.
+        """
+        return self._set("search_callback", search_callback)
+
+    def with_search_private(self, search_private: bool = True) -> Self:
+        """Let web search read pages on this machine and the local network: refused otherwise, for a model's URLs may come from anyone."""
+        return self._set("search_private", search_private)
+
+    def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
+        from ..agents.tool import tool_callback
+
+        return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
+
     def _set(self, option: str, value: object) -> Self:
         before = getattr(self, option)
         setattr(self, option, value)
@@ -162,13 +279,12 @@ class ModelOptions:
         return self
 
 
-@dataclass(kw_only=True, eq=False)
-class Builder(ModelOptions):
-    """A builder of one model from one model id."""
+class Buildable(ABC):
+    """What every builder can do."""
 
-    def _source(self) -> tuple[str, list[str] | None]:
-        """The model id, and the files wanted of it (None: whatever it is made of)."""
-        raise TypeError(f"{type(self).__name__} names no model")
+    @abstractmethod
+    def _load(self) -> Model:
+        """Load the model here and now."""
 
     async def build(self) -> Model:
         """Find, fetch and load the model, in a thread of its own.
@@ -190,17 +306,105 @@ class Builder(ModelOptions):
             raise
 
 
-def load_model(builder: Builder) -> Model:
-    """Model id -> files -> checkpoint -> runner -> engine -> model. The one place that knows the whole chain."""
+@dataclass(kw_only=True, eq=False)
+class Builder(ModelOptions, Buildable):
+    """A builder of one model from one model id."""
+
+    def _source(self) -> tuple[str, list[str] | None]:
+        """The model id, and the files wanted of it (None: whatever it is made of)."""
+        raise TypeError(f"{type(self).__name__} names no model")
+
+    def _load(self) -> Model:
+        return load_model(self)
+
+
+def load_model(builder: Builder, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None) -> Model:
+    """The model that a builder describes, with its tools.
+
+    ``speculation`` makes what guesses tokens ahead for the model, once that is loaded.
+    """
+    toolbox = Toolbox(builder.tool_callbacks)
+    toolbox.searches = builder.search or builder.search_callback is not None
+    try:
+        if toolbox.searches:
+            from ..agents.web_pages import require_search_extra
+
+            require_search_extra()
+        if builder.mcp_client is not None:
+            from ..agents.mcp import connect
+
+            connect(builder.mcp_client, toolbox)
+        return _load_model(builder, toolbox, speculation)
+    except BaseException:
+        toolbox.close()
+        raise
+
+
+def _load_model(
+    builder: Builder, toolbox: Toolbox, speculation: Callable[[Checkpoint, CpuRunner | CudaRunner], Speculation] | None = None
+) -> Model:
+    """Model id -> files -> checkpoint -> runner -> engine -> model: with `load_runner`, all that knows the whole chain."""
     from ..engine import Engine
+    from ..model import Model
+
+    checkpoint, runner, requantized = load_runner(builder)
+    model_id, _ = builder._source()
+    engine = Engine(
+        runner,
+        checkpoint.tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        max_num_seqs=builder.max_num_seqs,
+        prefix_cache_n=builder.prefix_cache_n or 0,
+        name=model_id,
+        throughput_logging=builder.throughput_logging,
+        speculation=speculation(checkpoint, runner) if speculation else None,
+    )
+    if toolbox.searches:
+        from ..agents.web_search import WebSearch
+
+        web_search = WebSearch(
+            builder.search_callback,
+            allow_private=builder.search_private,
+            count_tokens=lambda text: len(checkpoint.tokenizer.encode(text, add_special_tokens=False)),
+            context=engine.max_sequence_length,
+        )
+        toolbox.sources.append(web_search.tools)
+
+    def requantize(isq: IsqType) -> None:
+        use = requantized(isq)
+        engine.call(lambda _: use(), clear_cache=True).result()
+
+    return Model(
+        engine,
+        checkpoint.tokenizer,
+        model_id=model_id,
+        config=checkpoint.config,
+        chat_template=chat_template_source(builder, checkpoint),
+        generation_config=checkpoint.generation_config,
+        requantize=requantize,
+        toolbox=toolbox,
+    )
+
+
+class Loaded(NamedTuple):
+    """A model that an engine can run; and what quantises its weights anew, and returns what puts these to use between two steps."""
+
+    checkpoint: Checkpoint
+    runner: CpuRunner | CudaRunner
+    requantized: Callable[[IsqType], Callable[[], None]]
+
+
+def load_runner(builder: Builder) -> Loaded:
+    """Model id -> files -> checkpoint -> runner."""
+    from ..engine.runner import CpuRunner
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
-    from ..model import Model
     from ..models.registry import build_model
     from ..nn import record
     from ..nn.pool import available_threads
     from ..quantization.floats import matrices_as
+    from ..quantization.plan import apply_isq
     from ..quantization.types import GgmlType
 
     if builder.logging or builder.throughput_logging:
@@ -221,29 +425,25 @@ def load_model(builder: Builder) -> Model:
     )
     checkpoint = load_checkpoint(path, files)
     _log.info("%s: read %s", model_id, path)
-    chat_template = chat_template_source(builder, checkpoint)
-    weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
-    graph = record(build_model(checkpoint.config, weights))
+    chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
+
+    def graph_of(checkpoint: Checkpoint, isq: IsqType | None) -> Graph:
+        weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
+        return record(build_model(checkpoint.config, apply_isq(weights, isq, builder.topology)))
+
+    graph = graph_of(checkpoint, None if builder.isq is None else IsqType.of(builder.isq))
     max_positions = int(checkpoint.config["max_position_embeddings"])
     with counting_bar("compiling kernels for this CPU (once)") as progress:
         runner = make_runner(builder, graph, device, max_positions, threads, progress)
-    engine = Engine(
-        runner,
-        checkpoint.tokenizer,
-        eos_token_ids=checkpoint.eos_token_ids,
-        max_num_seqs=builder.max_num_seqs,
-        prefix_cache_n=builder.prefix_cache_n or 0,
-        name=model_id,
-        throughput_logging=builder.throughput_logging,
-    )
-    return Model(
-        engine,
-        checkpoint.tokenizer,
-        model_id=model_id,
-        config=checkpoint.config,
-        chat_template=chat_template,
-        generation_config=checkpoint.generation_config,
-    )
+
+    def requantized(isq: IsqType) -> Callable[[], None]:
+        """The weights come from the file again: what is in memory has been rounded once."""
+        if not isinstance(runner, CpuRunner):
+            raise ModelLoadError("weights are quantised anew on the CPU only; this model runs on a GPU")
+        programs = runner.compile(graph_of(load_checkpoint(path, files), isq))
+        return lambda: runner.use(programs)
+
+    return Loaded(checkpoint, runner, requantized)
 
 
 def choose_device(options: ModelOptions) -> CudaDevice | None:
@@ -346,9 +546,9 @@ def _check_count(option: str, value: object, *, at_least: int) -> None:
         raise ModelLoadError(f"{option} must be a whole number of at least {at_least}, got {value!r}")
 
 
-def _load_into(loading: concurrent.futures.Future[Model], builder: Builder) -> None:
+def _load_into(loading: concurrent.futures.Future[Model], builder: Buildable) -> None:
     try:
-        loading.set_result(load_model(builder))
+        loading.set_result(builder._load())
     except BaseException as error:
         loading.set_exception(error)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PymistralError
-from .run import Reply, checked, stream_reply
+from .run import Reply, checked, show_on_terminal, stream_reply
 from .terminal import dim, harmless, no_echo
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Chat:
         reply, note = Reply(), ""
         try:
             with no_echo():
-                stream_reply(self.model, [*system, *self.messages, question], self.sampling, _write, reply)
+                stream_reply(self.model, [*system, *self.messages, question], self.sampling, *show_on_terminal(reply), reply)
             note = reply.summary()
         except KeyboardInterrupt:
             note = "stopped"
@@ -126,13 +126,8 @@ class Chat:
         print(dim(text, sys.stdout), flush=True)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(harmless(text))
-    sys.stdout.flush()
-
-
 def _end_line(reply: Reply) -> None:
-    if reply.text and not reply.text.endswith("\n"):
+    if (reply.text or reply.reasoning) and not reply.text.endswith("\n"):
         print()
 
 

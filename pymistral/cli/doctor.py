@@ -26,7 +26,7 @@ EXTRAS = {
     "audio": ("soundfile",),
     "mcp": ("mcp",),
 }
-FEATURES = ("avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx2", "fma", "f16c", "dotprod", "i8mm", "sve")
+FEATURES = ("amx-int8", "amx-bf16", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx2", "fma", "f16c", "dotprod", "i8mm", "sve")
 GIB = 2**30
 
 

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-s", "--system", metavar="TEXT", help=f"the system prompt (default: {DEFAULT_SYSTEM!r}; '' for none)")
     add_sampling_options(parser)
     group = parser.add_argument_group("output for programs")
-    group.add_argument("--json", action="store_true", help="print one JSON object: model, content, finish_reason, usage")
+    group.add_argument("--json", action="store_true", help="print one JSON object: model, content, reasoning_content, finish_reason, usage")
     group.add_argument("--stream", action="store_true", help="with --json: one JSON object per line as the answer grows, usage in the last")
     parser.set_defaults(handler=run)
 
@@ -140,6 +140,7 @@ class Reply:
     """An answer with what it took."""
 
     text: str = ""
+    reasoning: str = ""
     finish_reason: str | None = None
     usage: Usage | None = None
     first_token_sec: float | None = None
@@ -158,9 +159,14 @@ class Reply:
 
 
 def stream_reply(
-    model: BlockingModel, messages: Sequence[Mapping[str, str]], sampling: SamplingParams, write: Callable[[str], None], reply: Reply
+    model: BlockingModel,
+    messages: Sequence[Mapping[str, str]],
+    sampling: SamplingParams,
+    write: Callable[[str], None],
+    think: Callable[[str], None],
+    reply: Reply,
 ) -> Reply:
-    """Stream the answer into ``write``, and into ``reply``, which so holds what there is when Ctrl-C ends it."""
+    """Stream the answer into ``write``, its reasoning into ``think``, and both into ``reply``, which so holds what there is at Ctrl-C."""
     from ..requests import RequestBuilder
 
     request = RequestBuilder()
@@ -172,19 +178,39 @@ def stream_reply(
             reply.usage = chunk.usage or reply.usage
             for choice in chunk.choices:
                 reply.finish_reason = choice.finish_reason or reply.finish_reason
-                if text := choice.delta.content:
-                    if reply.first_token_sec is None:
-                        reply.first_token_sec = time.perf_counter() - start
+                thought, text = choice.delta.reasoning_content, choice.delta.content
+                if (thought or text) and reply.first_token_sec is None:
+                    reply.first_token_sec = time.perf_counter() - start
+                if thought:
+                    reply.reasoning += thought
+                    think(thought)
+                if text:
                     reply.text += text
                     write(text)
     return reply
 
 
+def show_on_terminal(reply: Reply) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """What writes an answer, and what writes its reasoning, dimmed and with an empty line behind it."""
+
+    def write(text: str) -> None:
+        gap = "\n\n" if reply.reasoning and reply.text == text else ""
+        print(gap + harmless(text), end="", flush=True)
+
+    def think(text: str) -> None:
+        print(dim(harmless(text), sys.stdout), end="", flush=True)
+
+    return write, think
+
+
 def _answer_text(model: BlockingModel, messages: Sequence[Mapping[str, str]], sampling: SamplingParams) -> int:
-    terminal = sys.stdout.isatty()
     reply = Reply()
+    if terminal := sys.stdout.isatty():
+        write, think = show_on_terminal(reply)
+    else:  # what reads it wants the answer alone
+        write, think = (lambda text: print(text, end="", flush=True)), (lambda text: None)
     try:
-        stream_reply(model, messages, sampling, lambda text: print(harmless(text) if terminal else text, end="", flush=True), reply)
+        stream_reply(model, messages, sampling, write, think, reply)
     finally:
         if not reply.text.endswith("\n"):
             print(flush=True)
@@ -195,9 +221,10 @@ def _answer_text(model: BlockingModel, messages: Sequence[Mapping[str, str]], sa
 
 def _answer_json(model: BlockingModel, model_id: str, messages: Sequence[Mapping[str, str]], sampling: SamplingParams, stream: bool) -> int:
     def emit(**fields: Any) -> None:
-        print(json.dumps(fields, ensure_ascii=False), flush=True)
+        if stream or "finish_reason" in fields:
+            print(json.dumps(fields, ensure_ascii=False), flush=True)
 
-    reply = stream_reply(model, messages, sampling, (lambda text: emit(delta=text)) if stream else (lambda text: None), Reply())
+    reply = stream_reply(model, messages, sampling, lambda text: emit(delta=text), lambda text: emit(reasoning_delta=text), Reply())
     end = {"finish_reason": reply.finish_reason, "usage": reply.usage.model_dump() if reply.usage else None}
-    emit(model=model_id, **({} if stream else {"content": reply.text}), **end)
+    emit(model=model_id, **({} if stream else {"content": reply.text, "reasoning_content": reply.reasoning or None}), **end)
     return 0

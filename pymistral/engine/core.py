@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from itertools import accumulate
 from math import inf
 from time import monotonic, perf_counter
 
@@ -16,6 +17,7 @@ from .kv_cache import BlockPool
 from .sampler import SampledToken, Sampler, fresh_seed, sample_rows
 from .scheduler import Scheduler
 from .sequence import Job, Sequence
+from .speculative import Speculation
 from .text import TextStream
 from .types import (
     ChoiceFinished,
@@ -52,6 +54,8 @@ class EngineCore:
         0 turns the prefix cache off. Otherwise every block that no sequence uses keeps its contents until the memory is needed.
     prefill_chunk
         How many prompt tokens may join a step while streams run; ``None`` adapts it to their pace.
+    speculation
+        Guesses tokens ahead.
     """
 
     def __init__(
@@ -63,8 +67,9 @@ class EngineCore:
         max_num_seqs: int = 32,
         prefix_cache_n: int = 16,
         prefill_chunk: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.runner, self.tokenizer = runner, tokenizer
+        self.runner, self.tokenizer, self.speculation = runner, tokenizer, speculation
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_length = min(runner.max_sequence_length, runner.num_blocks * runner.block_size)
         self.pool = BlockPool(runner.num_blocks)
@@ -74,10 +79,12 @@ class EngineCore:
             max_num_seqs=max(1, min(max_num_seqs, runner.max_num_seqs, runner.max_batch_tokens, runner.max_output_rows)),
             max_batch_tokens=runner.max_batch_tokens,
             prefix_cache=prefix_cache_n > 0,
+            prompts_apart=runner.prompts_apart,
             prefill_chunk=prefill_chunk,
         )
         self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)
         self.jobs: dict[Job, None] = {}
+        self._to_wake: dict[Callable[[], object], None] = {}
         self._arrivals = 0
         self._next_deadline = inf
 
@@ -85,7 +92,7 @@ class EngineCore:
     def busy(self) -> bool:
         return bool(self.jobs)
 
-    def prepare(self, request: EngineRequest, on_event: OnEvent) -> Job:
+    def prepare(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> Job:
         """Check a request and make all that it needs, so that the steps of others need not wait for it."""
         sampling = request.sampling
         prompt = self._fit(request)
@@ -95,7 +102,7 @@ class EngineCore:
             raise RequestValidationError(f"n_choices is {sampling.n_choices}; ask for at least 1")
         if sampling.max_len is not None and sampling.max_len < 1:
             raise RequestValidationError(f"max_len is {sampling.max_len}; ask for at least 1 token")
-        job = Job(request, on_event)
+        job = Job(request, on_event, wake)
         job.usage.prompt_tokens = len(prompt)
         # One token more than the cache holds: the last one is never looked at again.
         max_tokens = min(self.max_length + 1, len(prompt) + (sampling.max_len or self.max_length))
@@ -194,26 +201,99 @@ class EngineCore:
         for sequence in batch if self.scheduler.prompt_tokens else ():
             if not sequence.job.first_step:
                 self._start(sequence, begin)
+        drafted = self._draft(batch) if self.speculation is not None else 0
         try:
             logits = self.runner.forward([sequence.segment for sequence in batch])
         except Exception as error:
             self._fail_batch(batch, error)
             return
         now = perf_counter()
-        self.scheduler.pacer.observe(self.scheduler.streams, self.scheduler.prompt_tokens, now - begin)
+        if not drafted:
+            self.scheduler.pacer.observe(self.scheduler.streams, self.scheduler.prompt_tokens, now - begin)
         self.scheduler.advance(batch)
         self.stats.steps += 1
-        rows = [sequence for sequence in batch if sequence.segment.outputs]
-        for row, (sequence, sampled) in enumerate(zip(rows, sample_rows(self.runner, logits, [s.sampler for s in rows]), strict=True)):
-            job = sequence.job
-            if job.done:
-                continue
-            if job.unforked:
-                job.unforked = False
-                job.first_token = now
-                if len(job.sequences) > 1:
-                    self._fork(sequence, logits[row])
-            self._accept(sequence, sampled)
+        self._sample(batch, logits, now)
+        if self.speculation is not None:
+            self._conclude(self.speculation, batch, now - begin)
+
+    def _sample(self, batch: list[Sequence], logits: NDArray[np.float32], now: float) -> None:
+        """Sample the row of each sequence, and the rows of its guesses for as long as the guesses are what was sampled."""
+        rows: list[tuple[int, Sequence]] = []
+        for row, sequence in zip(accumulate((s.segment.outputs for s in batch), initial=0), batch, strict=False):
+            if sequence.segment.outputs:
+                rows.append((row, sequence))
+        while rows:
+            sampled_tokens = sample_rows(self.runner, logits, [sequence.sampler for _, sequence in rows], [row for row, _ in rows])
+            confirmed = []
+            for (row, sequence), sampled in zip(rows, sampled_tokens, strict=True):
+                job = sequence.job
+                if job.done:
+                    continue
+                if job.unforked:
+                    job.unforked = False
+                    job.first_token = now
+                    if len(job.sequences) > 1:
+                        self._fork(sequence, logits[row])
+                if count := self._verify(sequence, sampled):
+                    confirmed.append((row + count, sequence))
+            rows = confirmed
+
+    def _draft(self, batch: list[Sequence]) -> int:
+        """Have tokens guessed for the streams of a step that works on no prompt; returns how many."""
+        speculation, scheduler = self.speculation, self.scheduler
+        if speculation is None or scheduler.prompt_tokens:
+            return 0
+        streams = [sequence for sequence in batch if sequence.segment.outputs]
+        tokens = sum(sequence.scheduled for sequence in batch)
+        room = min(self.runner.max_batch_tokens - tokens, self.runner.max_output_rows - len(streams))
+        try:
+            drafts = speculation.draft(streams, tokens, room)
+        except Exception:  # what fails here costs speed, and no answer
+            logger.exception("Guessing tokens ahead failed, and is given up")
+            self.speculation = None
+            return 0
+        for sequence, draft in drafts:
+            scheduler.extend(sequence, draft)
+            sequence.job.usage.drafted_tokens += len(sequence.draft)
+        drafted = sum(len(sequence.draft) for sequence in streams)
+        self.stats.drafted_tokens += drafted
+        return drafted
+
+    def _verify(self, sequence: Sequence, sampled: SampledToken | Exception) -> int:
+        """Accept a token. If it and those that it forces are the next guesses: how many they are, else 0."""
+        length = len(sequence.tokens)
+        if not isinstance(sampled, Exception):
+            self._confirm(sequence, sampled.id)  # before the token ends the sequence, and its blocks are passed on
+        self._accept(sequence, sampled)
+        if sequence.finished:
+            return 0
+        for forced in sequence.tokens[length + 1 :]:
+            self._confirm(sequence, forced)
+        return len(sequence.tokens) - length if sequence.computed == len(sequence.tokens) else 0
+
+    def _confirm(self, sequence: Sequence, token: int) -> None:
+        """If the token at the first position behind those in the cache was guessed, it is in the cache already."""
+        if sequence.accepted < len(sequence.draft) and sequence.draft[sequence.accepted] == token:
+            sequence.accepted += 1
+            sequence.computed += 1
+            sequence.job.usage.accepted_tokens += 1
+            self.stats.accepted_tokens += 1
+
+    def _conclude(self, speculation: Speculation, batch: list[Sequence], seconds: float) -> None:
+        """After a step: free what the wrong guesses took, and learn from them."""
+        if not self.scheduler.prompt_tokens:
+            speculation.cost.observe(sum(len(sequence.segment.tokens) for sequence in batch), seconds)
+        for sequence in batch:
+            if not sequence.finished:
+                speculation.observe(sequence, len(sequence.draft), sequence.accepted)
+                if sequence.draft:
+                    self.scheduler.trim(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence that has ended out of everything."""
+        self.scheduler.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.release(sequence)
 
     def _start(self, sequence: Sequence, now: float) -> None:
         job = sequence.job
@@ -288,7 +368,7 @@ class EngineCore:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, stop: str | int | None = None, text: str = "") -> None:
         job = sequence.job
-        self.scheduler.remove(sequence)
+        self._remove(sequence)
         text += sequence.text.finish()
         if sequence.text.matched is not None and reason == "length":
             reason, stop = "stop", sequence.text.matched
@@ -308,7 +388,7 @@ class EngineCore:
         job.done = True
         for sequence in job.sequences:
             if not sequence.finished:
-                self.scheduler.remove(sequence)
+                self._remove(sequence)
         self.jobs.pop(job, None)
 
     def _emit(self, job: Job, event: Event) -> None:
@@ -318,6 +398,15 @@ class EngineCore:
             logger.exception("The receiver of a request's events raised an exception; the request is canceled")
             job.on_event = ignore
             self.cancel(job)
+        if job.wake is not None:
+            self._to_wake[job.wake] = None
+
+    def wake(self) -> None:
+        """Wake those who have got events since the last time."""
+        if self._to_wake:
+            for wake in self._to_wake:
+                wake()
+            self._to_wake.clear()
 
     def _fail_batch(self, batch: list[Sequence], error: Exception) -> None:
         """The step failed: nothing that it wrote to the cache counts."""

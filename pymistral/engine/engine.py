@@ -19,6 +19,7 @@ from ..errors import EngineClosedError, PymistralError
 from .constraint import GrammarCompiler, GrammarTokenizer
 from .core import EngineCore
 from .sequence import Job
+from .speculative import Speculation
 from .types import EngineRequest, EngineStats, OnEvent, Runner, Tokenizer
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class Engine:
         Log tokens per second, cache hits and queue lengths every five seconds while there is work.
     prefill_chunk
         How many prompt tokens may join a step while streams run; ``None`` adapts it so that streams slow down by at most a factor of 2.5.
+    speculation
+        Guesses tokens ahead; the texts stay the same.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Engine:
         name: str = "model",
         throughput_logging: bool = False,
         prefill_chunk: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
         self._core = EngineCore(
@@ -81,6 +85,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             prefix_cache_n=prefix_cache_n,
             prefill_chunk=prefill_chunk,
+            speculation=speculation,
         )
         self.grammars = GrammarCompiler(cast("GrammarTokenizer", tokenizer), runner.vocab_size, eos_token_ids)
         """Compiles what `EngineRequest.constraint` takes."""
@@ -97,8 +102,16 @@ class Engine:
         """How many tokens a prompt may have: what the model and the cache both hold."""
         return self._core.max_length
 
-    def submit(self, request: EngineRequest, on_event: OnEvent) -> RequestHandle:
+    def submit(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> RequestHandle:
         """Queue a request. Its events are passed to ``on_event`` on the engine's thread, which they should not keep busy.
+
+        Parameters
+        ----------
+        request, on_event
+            What to generate, and who gets it.
+        wake
+            Called on the engine's thread when all events of a step have been passed on: once a step for all requests that give the same
+            function, since to wake a thread for each token of each stream would take longer than to make it. It must not raise.
 
         Raises
         ------
@@ -108,7 +121,7 @@ class Engine:
             The engine has been closed.
         """
         self._check_open()
-        job = self._core.prepare(request, on_event)
+        job = self._core.prepare(request, on_event, wake)
 
         def add() -> None:
             self._core.add(job)
@@ -193,6 +206,7 @@ class Engine:
         self._core.fail_all(error)
         while self._posted:
             self._posted.popleft()()
+        self._core.wake()
 
     def _loop(self) -> None:
         core, posted, log = self._core, self._posted, self._log
@@ -201,11 +215,13 @@ class Engine:
                 posted.popleft()()
             if core.jobs:
                 core.step()
+                core.wake()
                 if log is not None:
                     log.update()
                 continue
             if log is not None:
                 log.flush()
+            core.wake()
             with self._wake:
                 while not posted and not self._closing:
                     self._wake.wait()

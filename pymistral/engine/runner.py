@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.geometry import ATTENTION_CHUNK
-from ..nn.cpu import compile_graph
+from ..nn.cpu import compile_for_prompts
+from ..nn.cpu_program import CpuProgram
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
@@ -28,8 +29,16 @@ _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
+Programs = tuple[CpuProgram, CpuProgram]
+"""For the tokens of prompts, and for those that are generated."""
+
+
 class PagedRunner(ABC):
     """What runners of all devices share: their sizes, and writing a step into the arrays that kernels read."""
+
+    @property
+    def prompts_apart(self) -> bool:
+        return False
 
     def __init__(
         self, graph: Graph, *, max_position_embeddings: int, max_num_seqs: int, block_size: int, cache_tokens: int, max_tokens: int
@@ -162,8 +171,23 @@ class CpuRunner(PagedRunner):
             max_tokens=_MAX_TOKENS,
         )
         self.threads = threads or available_threads()
-        self.program = compile_graph(graph, self.limits, threads=self.threads, progress=progress)
+        self.prompt_program, self.program = self.compile(graph, progress)
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
+
+    @property
+    def prompts_apart(self) -> bool:
+        return self.prompt_program is not self.program
+
+    def compile(self, graph: Graph, progress: Progress | None = None) -> Programs:
+        """Programs of these limits, for `use`. Another thread may run steps in the meantime."""
+        return compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
+
+    def use(self, programs: Programs) -> None:
+        """Run these programs from now on: the same model with other weights, and an empty cache."""
+        shape, before = programs[0].logits.shape, self.program.logits.shape
+        if shape != before:
+            raise ValueError(f"logits {shape} in place of {before}: another model")
+        self.prompt_program, self.program = programs
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
@@ -173,9 +197,32 @@ class CpuRunner(PagedRunner):
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        outputs = self._fill(self.program.state, segments)
-        self.program.run()
-        return self.program.logits[:outputs]
+        if not self.prompts_apart or all(segment.generated == len(segment.tokens) for segment in segments):
+            return self._run(self.program, segments)
+        for segment in segments:
+            count = len(segment.tokens)
+            if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
+                raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
+        prompts = [part for segment in segments if (part := _prompt_part(segment)).tokens]
+        generated = [part for segment in segments if (part := _generated_part(segment)).tokens]
+        of_prompts = self._run(self.prompt_program, prompts)
+        if not generated:
+            return of_prompts
+        of_generated = self._run(self.program, generated)
+        logits = np.empty((len(of_prompts) + len(of_generated), self.vocab_size), np.float32)
+        row = first = second = 0
+        for segment in segments:
+            for part, source, at in ((_prompt_part(segment), of_prompts, first), (_generated_part(segment), of_generated, second)):
+                logits[row : row + part.outputs] = source[at : at + part.outputs]
+                row += part.outputs
+            first += _prompt_part(segment).outputs
+            second += _generated_part(segment).outputs
+        return logits
+
+    def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
+        outputs = self._fill(program.state, segments)
+        program.run()
+        return program.logits[:outputs]
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
         """Query tiles of long segments. If the sequences are few, the positions of a single token are dealt out in chunks."""
@@ -201,6 +248,17 @@ class CpuRunner(PagedRunner):
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""
         return logits
+
+
+def _prompt_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    return Segment(segment.tokens[:count], segment.start, segment.block_table, max(0, segment.outputs - segment.generated))
+
+
+def _generated_part(segment: Segment) -> Segment:
+    count = len(segment.tokens) - segment.generated
+    outputs = min(segment.outputs, segment.generated)
+    return Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
 
 
 def cache_token_bytes(graph: Graph) -> int:

@@ -230,6 +230,17 @@ class Sampler:
             self._logits = np.empty(at.whole_blocks(self.vocab_size), np.float32)
             words[at.MODE], words[at.OUT] = at.ADJUST, address(self._logits)
 
+    def guess(self, logits: int, position: int) -> None:
+        """Point the row to the logits of another model, which guesses the token of a position that is to be sampled later.
+
+        Parameters and random number are those that the position will have; grammar, functions and DRY are left out.
+        """
+        words = self.row.words
+        words[at.LOGITS], words[at.POSITION], words[at.MODE] = logits, position, at.SAMPLE
+        words[at.MASK] = words[at.DRY_SIZE] = 0
+        if self.counts is not None:
+            words[at.COUNT_IDS], words[at.COUNT_VALUES], words[at.COUNT_SIZE] = self.counts.addresses()
+
     def process(self) -> Exception | None:
         """Run the request's own functions on the logits that the kernel has adjusted. Returns what they raise."""
         logits = self._logits[: self.vocab_size]
@@ -274,21 +285,27 @@ def run_processor(processor: LogitsProcessor, logits: F32, tokens: Sequence[int]
     return row
 
 
-def sample_rows(runner: Runner, logits: F32, samplers: Sequence[Sampler]) -> list[SampledToken | Exception]:
-    """One token for each row. An error takes the place of the token that it prevented, so that it stays its own request's."""
+def sample_rows(
+    runner: Runner, logits: F32, samplers: Sequence[Sampler], rows: Sequence[int] | None = None
+) -> list[SampledToken | Exception]:
+    """One token for each sampler, from its row of the logits (``rows``; one each, if that is left out).
+
+    An error takes the place of the token that it prevented, so that it stays its own request's.
+    """
     if not samplers:
         return []
-    if logits.dtype != np.float32 or logits.shape != (len(samplers), runner.vocab_size) or logits.strides[1] != 4:
+    if rows is None:
+        rows = range(len(samplers))
+    if logits.dtype != np.float32 or logits.shape[1:] != (runner.vocab_size,) or len(logits) <= max(rows) or logits.strides[1] != 4:
         # the kernel trusts them
-        raise ValueError(f"logits of {logits.dtype} {logits.shape} for {len(samplers)} rows of {runner.vocab_size}")
-    row, stride = address(logits), logits.strides[0]
+        raise ValueError(f"logits of {logits.dtype} {logits.shape} for {max(rows) + 1} rows of {runner.vocab_size}")
+    begin, stride = address(logits), logits.strides[0]
     errors: dict[Sampler, Exception] = {}
-    for sampler in samplers:
+    for sampler, row in zip(samplers, rows, strict=True):
         try:
-            sampler.prepare(row)
-        except Exception as failure:  # a grammar's
+            sampler.prepare(begin + row * stride)
+        except Exception as failure:  # noqa: PERF203  (a grammar's)
             errors[sampler] = failure
-        row += stride
     if stopovers := [sampler for sampler in samplers if sampler.in_python and sampler not in errors]:
         runner.sample([sampler.row for sampler in stopovers])
         errors |= {sampler: error for sampler in stopovers if (error := sampler.process()) is not None}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Tokens
 from operator import attrgetter
+from statistics import median
 
 from .kv_cache import BlockPool
 from .sequence import Sequence
@@ -18,31 +20,37 @@ MOST_FORCED = 32
 class PrefillPacer:
     """How many tokens of prompts may join a step that running streams wait for.
 
-    It learns what a step of streams alone takes and what a prompt token adds, and stretches the step to ``stretch`` times the former.
+    It stretches a step to ``stretch`` times what the streams take alone. Both what they take alone and what a prompt token adds are judged
+    by the latest steps, so that neither a step that the machine held up nor a lucky one decides: the former by the median, the latter by
+    the third quartile, since streams notice what is too much, and not what is too little. The number at most doubles from step to step:
+    a few tokens hide in a step that waits for memory, and say little about many.
     """
 
     def __init__(self, stretch: float = 2.5, least: int = 8) -> None:
         self.stretch, self.least = stretch, least
-        self.step_seconds = 0.0
-        self.token_seconds = 0.0
+        self._alone: dict[int, deque[float]] = {}
+        self._added: deque[tuple[float, int]] = deque(maxlen=8)
+        """Seconds for each token of a prompt, and tokens, of the latest steps that had some."""
 
-    def allowance(self) -> int:
-        if self.step_seconds == 0.0 or self.token_seconds == 0.0:
+    def allowance(self, streams: int) -> int:
+        alone = self._step_seconds(streams)
+        if alone == 0.0 or not self._added:
             return 4 * self.least
-        return max(self.least, int((self.stretch - 1.0) * self.step_seconds / self.token_seconds))
+        seconds, _ = sorted(self._added)[len(self._added) * 3 // 4]
+        most = 2 * max(tokens for _, tokens in self._added)
+        return max(self.least, min(most, int((self.stretch - 1.0) * alone / seconds)))
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
-            self.step_seconds = smoothed(self.step_seconds, seconds)
-        else:
-            base = self.step_seconds if streams else 0.0
-            cost = max(seconds - base, 0.1 * seconds) / prompt_tokens
-            self.token_seconds = smoothed(self.token_seconds, cost)
+            self._alone.setdefault(streams.bit_length(), deque(maxlen=63)).append(seconds)
+        elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
+            alone = self._step_seconds(streams) if streams else 0.0
+            self._added.append((max(seconds - alone, 0.1 * seconds) / prompt_tokens, prompt_tokens))
 
-
-def smoothed(average: float, value: float) -> float:
-    """A running average that forgets slow outliers (a first step, a busy machine) fast."""
-    return average + (0.5 if value < average else 0.1) * (value - average) if average else value
+    def _step_seconds(self, streams: int) -> float:
+        """What about so many streams take alone, or fewer if so many never ran alone; 0 if nothing is known."""
+        known = max((size for size in self._alone if size <= streams.bit_length()), default=None)
+        return 0.0 if known is None else median(self._alone[known])
 
 
 class Scheduler:
@@ -57,6 +65,8 @@ class Scheduler:
         How many sequences may run at once.
     max_batch_tokens
         How many tokens a step may have.
+    prompts_apart
+        Prompts are computed in other numbers than what is generated, so that only blocks of prompts are shared.
     prefill_chunk
         How many tokens of prompts a step may have while streams run; ``None`` adapts it to their pace.
     """
@@ -69,9 +79,11 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        prompts_apart: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
         self.pool, self.block_size = pool, block_size
+        self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         self.pacer = PrefillPacer()
@@ -96,6 +108,7 @@ class Scheduler:
         sequence.finished = True
         if sequence in self.running:
             self.running.remove(sequence)
+            self._register(sequence)
             self.pool.release(sequence.forget_cache())
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -129,7 +142,7 @@ class Scheduler:
 
     def _schedule_prompts(self, batch: list[Sequence], prefilling: list[Sequence], budget: int) -> None:
         if batch:
-            budget = min(budget, self.pacer.allowance() if self.prefill_chunk is None else self.prefill_chunk)
+            budget = min(budget, self.pacer.allowance(len(batch)) if self.prefill_chunk is None else self.prefill_chunk)
         before = budget
         for sequence in prefilling:
             if budget <= 0:
@@ -151,7 +164,7 @@ class Scheduler:
         length = len(sequence.tokens)
         if self.prefix_cache:
             # At least one token is computed, for its logits.
-            count = (length - 1) // self.block_size
+            count = min(length - 1, self._shareable(sequence)) // self.block_size
             sequence.extend_keys(count, self.block_size)
             found = self.pool.find(sequence.keys[:count])
         missing = -(-length // self.block_size) - len(found)
@@ -202,11 +215,31 @@ class Scheduler:
         """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
         for sequence in batch:
             sequence.computed += sequence.scheduled
-            if self.prefix_cache and sequence.computed // self.block_size > sequence.registered:
-                self._register(sequence)
+            self._register(sequence)
+
+    def extend(self, sequence: Sequence, draft: Tokens[int]) -> None:
+        """Let the step compute guesses behind a stream's tokens, as far as free blocks reach: nobody makes room for them."""
+        table, size, length = sequence.block_table, self.block_size, len(sequence.tokens)
+        draft = draft[: (len(table) + self.pool.num_free) * size - length]
+        while len(table) * size < length + len(draft):
+            table.append(self.pool.allocate())
+        sequence.schedule_draft(draft)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Free the blocks that hold nothing but guesses that did not come true."""
+        used = -(-sequence.computed // self.block_size)
+        self.pool.release(sequence.block_table[used:])
+        del sequence.block_table[used:]
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Tokens whose keys and values are what any prompt that starts with them would have."""
+        return sequence.prompt_length if self.prompts_apart else len(sequence.tokens)
 
     def _register(self, sequence: Sequence) -> None:
-        full = sequence.computed // self.block_size
+        """Let later prompts find the blocks that have become full."""
+        full = min(sequence.computed, self._shareable(sequence)) // self.block_size
+        if not self.prefix_cache or full <= sequence.registered:
+            return
         sequence.extend_keys(full, self.block_size)
         for block in range(sequence.registered, full):
             self.pool.register(sequence.block_table[block], sequence.keys[block])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from time import perf_counter
 
@@ -15,10 +16,10 @@ from .types import EngineRequest, OnEvent, Segment, TokenLogprob, Usage
 class Job:
     """A request on its way through the engine."""
 
-    __slots__ = ("done", "first_step", "first_token", "on_event", "request", "sequences", "submitted", "unforked", "usage")
+    __slots__ = ("done", "first_step", "first_token", "on_event", "request", "sequences", "submitted", "unforked", "usage", "wake")
 
-    def __init__(self, request: EngineRequest, on_event: OnEvent) -> None:
-        self.request, self.on_event = request, on_event
+    def __init__(self, request: EngineRequest, on_event: OnEvent, wake: Callable[[], object] | None = None) -> None:
+        self.request, self.on_event, self.wake = request, on_event, wake
         self.sequences: list[Sequence] = []
         """One per choice."""
         self.unforked = True
@@ -48,9 +49,11 @@ class Sequence:
     """
 
     __slots__ = (
+        "accepted",
         "block_table",
         "choice",
         "computed",
+        "draft",
         "finished",
         "job",
         "keys",
@@ -94,6 +97,10 @@ class Sequence:
         self.registered = 0
         """How many blocks of the table are known to the prefix cache, or have been offered to it."""
         self.segment = Segment((), 0, self.block_table, 0)
+        self.draft: Tokens[int] = ()
+        """Guesses that the step computes behind the scheduled tokens."""
+        self.accepted = 0
+        """How many of them were sampled, too."""
         self.unsent: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finished = False
@@ -111,7 +118,16 @@ class Sequence:
         segment.tokens = self.tokens[start:end]
         segment.start = start
         segment.outputs = 1 if end == len(self.tokens) else 0
+        segment.generated = max(0, end - max(start, self.prompt_length))
         self.scheduled = count
+        self.draft, self.accepted = (), 0
+
+    def schedule_draft(self, draft: Tokens[int]) -> None:
+        """Add guesses to the segment, each of which wants logits."""
+        self.draft = draft
+        self.segment.tokens = [*self.segment.tokens, *draft]
+        self.segment.outputs += len(draft)
+        self.segment.generated += len(draft)
 
     def forget_cache(self) -> Tokens[int]:
         """Give up the block table, and return what it was."""

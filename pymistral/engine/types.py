@@ -30,6 +30,8 @@ class Segment:
     """The physical block of each logical block; covers ``start + len(tokens)`` positions. An ``array('i')``, so a buffer too."""
     outputs: int
     """How many of the last tokens want logits: 0 for a part of a prompt, 1 as a rule, more for speculation and scoring."""
+    generated: int = 0
+    """How many of the last tokens were generated: they are not part of the prompt."""
 
 
 class Runner(Protocol):
@@ -37,6 +39,10 @@ class Runner(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def prompts_apart(self) -> bool:
+        """Prompts are computed in other numbers than what is generated: a prompt must not find a generated token in the prefix cache."""
+
     @property
     def max_num_seqs(self) -> int: ...
     @property
@@ -211,6 +217,10 @@ class Usage:
     cached_prompt_tokens: int = 0
     """Prompt tokens whose keys and values were in the prefix cache already."""
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    """Tokens that were guessed ahead and checked by the model (see `engine.speculative`)."""
+    accepted_tokens: int = 0
+    """Guessed tokens that turned out to be what the model itself says; they are among the completion tokens."""
     queue_seconds: float = 0.0
     """From submission until the first step that worked on it."""
     prompt_seconds: float = 0.0
@@ -277,6 +287,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: int = 0
     canceled: int = 0
     failed: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
@@ -355,7 +356,7 @@ class SentencePieceBPE:
 
     def __init__(self, ids: Mapping[str, int], scores: ArrayLike, *, unknown: int | None, space_prefix: bool) -> None:
         self._ids = ids
-        self._costs: list[float] = (-np.asarray(scores, np.float32)).tolist()
+        self._costs = array("f", (-np.asarray(scores, np.float32)).tobytes())
         self._unknown = [] if unknown is None else [unknown]
         self._space_prefix = space_prefix
         self._split = self._word_pattern(ids).split

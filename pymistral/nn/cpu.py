@@ -1,4 +1,4 @@
-"""From a recorded graph to a program for the CPU: int8 panels, the arguments of kernels, and the list of their launches."""
+"""From a recorded graph to a program for the CPU: panels of activations, the arguments of kernels, and the list of their launches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import ModelLoadError
 from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
 from ..kernels.cpu.executor_layout import UNIT_BITS
+from ..kernels.cpu.isa import current_isa
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
 from .cpu_program import CpuProgram, Result
@@ -56,13 +57,32 @@ def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progr
     return _Lowering(graph, limits, threads).finish(progress)
 
 
+def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> tuple[CpuProgram, CpuProgram]:
+    """Two programs over the same weights and caches: for the tokens of prompts, and for those that are generated.
+
+    It is one program unless the CPU multiplies tiles (`Isa.has_amx`): prompts, where many tokens go through each weight, are then
+    multiplied in bfloat16, what is generated in int8 as everywhere.
+    """
+    generated = _Lowering(graph, limits, threads)
+    if graph.exact or not current_isa().has_amx:
+        program = generated.finish(progress)
+        return program, program
+    prompts = _Lowering(graph, limits, threads, generated)
+    load_kernels([*prompts.kernels(), *generated.kernels()], progress)  # those that are missing are compiled side by side
+    program = generated.finish(progress)
+    return prompts.finish(progress), program
+
+
 class _Lowering(Lowering):
-    def __init__(self, graph: Graph, limits: Limits, threads: int) -> None:
+    """With a ``base`` the program is for prompts: it shares that one's weights and caches, and multiplies tokens in wide panels."""
+
+    def __init__(self, graph: Graph, limits: Limits, threads: int, base: _Lowering | None = None) -> None:
         super().__init__(graph, limits)
         self.threads = threads
         self.state = State(limits)
+        self.base = base
         self.launches: list[_Launch] = []
-        self.weights = TiledWeights(graph.matrices())
+        self.weights: TiledWeights = base.weights if base else TiledWeights(graph.matrices())
         self.alive: list[Any] = []
         self.scratch_bytes = 0
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
@@ -81,7 +101,16 @@ class _Lowering(Lowering):
 
     def _max_rows(self, array: Array) -> int:
         """Whole panels: a matrix product writes all rows of the last one."""
-        return int(geometry.whole_panels(super()._max_rows(array)))
+        rows = geometry.whole_panels(super()._max_rows(array))
+        return int(geometry.wide_tokens(rows) if self._is_wide(array) else rows)
+
+    def _is_wide(self, array: Array) -> bool:
+        """Whether the array is multiplied as wide panels. Few rows make logits, and int8 in two parts is finer."""
+        return self.base is not None and array.rows == TOKENS
+
+    def _takes_panels(self, array: Array, matrix: Tensor) -> bool:
+        format = tile_format(matrix)
+        return not isinstance(format, FloatFormat) or (self._is_wide(array) and format.name == "bf16" and array.columns % 32 == 0)
 
     def _row_bytes(self, array: Array) -> int:
         return padded(array.columns) * 4
@@ -93,6 +122,10 @@ class _Lowering(Lowering):
         return vector
 
     def _new_panels(self, array: Array) -> Buffer:
+        if self._is_wide(array):
+            wide = self._new((geometry.wide_panels_bytes(self._max_rows(array), array.columns),), np.uint8)
+            self.panels_of[array] = wide
+            return wide
         buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = buffer
         if array.rows == OUTPUTS:
@@ -131,12 +164,12 @@ class _Lowering(Lowering):
         self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
 
     def _panels(self, x: Array) -> Buffer:
-        """x as int8 panels, quantised now if it is not yet."""
+        """x as panels, made now if they are not yet."""
         if x not in self.panels_of:
             source = self.rows_of[x]
             panels = self._new_panels(x)
             self._launch(
-                spec("quantize.quantize"),
+                spec("amx.widen" if self._is_wide(x) else "quantize.quantize"),
                 (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
                 x.rows,
                 reads=(source,),
@@ -149,8 +182,43 @@ class _Lowering(Lowering):
         even = matrix.tile_count // (4 * self.threads)
         return max(1, min(even, _CHUNK_BYTES // matrix.tile_bytes))
 
+    def _wide_product(self, x: Array, matrix: Matrix, out: Buffer, accumulate: bool) -> None:
+        source = self._panels(x)
+        slots = (
+            address(matrix.tiles),
+            source.address,
+            out.address,
+            x.columns // 32,
+            int(matrix.format.tile_bytes(x.columns)),
+            4 * padded(matrix.tensor.shape[0]),
+            self.state.count_address(x.rows),
+            int(accumulate),
+            matrix.tile_count,
+            0,
+            0,
+            geometry.wide_tokens(self._max_rows(x)),
+        )
+        units = -(-matrix.tile_count // 2)
+        self._launch(
+            spec("amx.matmul", layout=matrix.format.name),
+            slots,
+            "one",
+            units=units,
+            chunk=self._wide_chunk(units),
+            reads=(source, out) if accumulate else (source,),
+            writes=(out,),
+            scratch=(9, geometry.wide_scratch_bytes(self._max_rows(x))),
+            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+        )
+
+    def _wide_chunk(self, units: int) -> int:
+        return max(1, min(geometry.WIDE_GROUP, units // (4 * self.threads)))
+
     def _product(self, x: Array, weight: Tensor, out: Buffer, *, accumulate: bool) -> None:
         matrix = self.weights[weight]
+        if self._is_wide(x) and self._takes_panels(x, weight):
+            self._wide_product(x, matrix, out, accumulate)
+            return
         out_row_bytes = 4 * padded(weight.shape[0])
         count = self.state.count_address(x.rows)
         common = (out.address, 0, matrix.tile_bytes, out_row_bytes, count, int(accumulate))
@@ -202,9 +270,11 @@ class _Lowering(Lowering):
         gate, up = self.weights[node.attributes["gate"]], self.weights[node.attributes["up"]]
         activation = node.attributes["activation"]
         columns = node.output.columns
-        if gate.format is up.format and not gate.is_float and columns % 32 == 0 and self._only_feeds_panels(node.output):
+        takes_panels = all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
+        if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds_panels(node.output):
             source = self._panels(x)
             out = self._new_panels(node.output)
+            wide = self._is_wide(x)
             slots = (
                 address(gate.tiles),
                 address(up.tiles),
@@ -216,16 +286,17 @@ class _Lowering(Lowering):
                 columns // 32,
                 0,
                 0,
+                geometry.wide_tokens(self._max_rows(x)),
             )
             self._launch(
-                spec("matmul.gated_matmul", layout=gate.format.name, activation=activation),
+                spec("amx.gated_matmul" if wide else "matmul.gated_matmul", layout=gate.format.name, activation=activation),
                 slots,
                 "one",
                 units=columns // 32,
-                chunk=max(1, self._chunk(gate) // 4),
+                chunk=self._wide_chunk(columns // 32) if wide else max(1, self._chunk(gate) // 4),
                 reads=(source,),
                 writes=(out,),
-                scratch=(8, geometry.gated_scratch_bytes()),
+                scratch=(8, geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes()),
                 weights=(address(gate.tiles), gate.tiles.nbytes),
             )
             return
@@ -240,11 +311,11 @@ class _Lowering(Lowering):
         self._give_back(raised)
 
     def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as int8 panels, and nobody reads its floats."""
+        """All users take the array as panels, and nobody reads its floats."""
         matrices = [
             user.attributes[name] for user in self.users.get(array, []) for name in ("weight", "gate", "up") if name in user.attributes
         ]
-        return self._only_multiplied(array) and not any(isinstance(tile_format(matrix), FloatFormat) for matrix in matrices)
+        return self._only_multiplied(array) and all(self._takes_panels(array, matrix) for matrix in matrices)
 
     def _norm(
         self,
@@ -282,7 +353,8 @@ class _Lowering(Lowering):
         made = [buffer for buffer in (rows, panels) if buffer]
         count = out.rows if out is not None else x.rows
         scratch = (10, 4 * padded(x.columns))
-        self._launch(spec("norm.norm"), slots, count, reads=(source, *changed), writes=(*made, *changed), scratch=scratch)
+        kernel = spec("norm.norm", panels="wide") if panels and out is not None and self._is_wide(out) else spec("norm.norm")
+        self._launch(kernel, slots, count, reads=(source, *changed), writes=(*made, *changed), scratch=scratch)
 
     def _take_rows(self, node: Node) -> None:
         (x,) = node.inputs
@@ -431,9 +503,12 @@ class _Lowering(Lowering):
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
         dtype = np.float32 if self.exact else np.uint16  # bfloat16
-        keys, values = self._allocate(shape, dtype), self._allocate(shape, dtype)
+        if self.base:
+            keys, values = (Buffer(cache, address(cache)) for cache in self.base.state.caches[len(self.state.caches)])
+        else:
+            keys, values = self._allocate(shape, dtype), self._allocate(shape, dtype)
         self.state.caches.append((keys.array, values.array))
-        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group))
+        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group, head_dim))
         norms = [options[name] for name in ("q_norm", "k_norm")]
         weights = [self._vector(norm.weight, norm.offset) if norm else None for norm in norms]
         epsilon = next((norm.epsilon for norm in norms if norm), 0.0)
@@ -489,8 +564,9 @@ class _Lowering(Lowering):
             0,
             partials.address,
         )
+        module = "exact_attention" if self.exact else "amx_attention" if geometry.attends_by_tiles(group, head_dim) else "attention"
         self._launch(
-            spec("exact_attention.attention" if self.exact else "attention.attention", head_dim=head_dim, group=group),
+            spec(f"{module}.attention", head_dim=head_dim, group=group),
             slots,
             "items",
             units=kv_heads,
@@ -519,14 +595,18 @@ class _Lowering(Lowering):
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
+    def kernels(self) -> list[Spec]:
+        """All that the program needs."""
+        return [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
+
     def finish(self, progress: Progress | None) -> CpuProgram:
         scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)
         for slots, index in self.scratch_slots:
             slots[index : index + 2] = [address(scratch), self.scratch_bytes]
-        wanted = [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
-        addresses = load_kernels(wanted, progress)
+        addresses = load_kernels(self.kernels(), progress)
         pool = thread_pool(self.threads)
-        self.weights.pack(addresses, pool)
+        if not self.base:
+            self.weights.pack(addresses, pool)
         records = []
         touched: tuple[set[int], set[int]] = (set(), set())  # read and written since the last meeting
         for launch in self.launches:

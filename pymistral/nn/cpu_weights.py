@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..kernels.cpu.compiler import Spec, spec
+from ..kernels.cpu.compiler import Spec
 from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
-from ..quantization.types import BLOCK_SIZES, Tensor
+from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, zeros
-from .pool import Launches, ThreadPool
-
-_PACK_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
+from .pool import ThreadPool
+from .quantize import blocks_of, kernels_for, launch, parts, repacker
 
 
 @dataclass
@@ -39,11 +38,11 @@ class Matrix:
 
 def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
     """The tiles that a tensor's type becomes. Raises ModelLoadError if there are none."""
-    name = tensor.type.name.lower()
+    name = tensor.layout
     format = TILE_FORMATS.get(name) or FLOAT_FORMATS.get(name)
     if format is None:
         known = ", ".join(sorted(name.upper() for name in (*TILE_FORMATS, *FLOAT_FORMATS)))
-        raise ModelLoadError(f"tensor {tensor.name!r} is stored as {tensor.type.name}, which is not supported; these are: {known}")
+        raise ModelLoadError(f"tensor {tensor.name!r} is stored as {name.upper()}, which is not supported; these are: {known}")
     if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
         raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
     return format
@@ -74,25 +73,18 @@ class TiledWeights:
 
     def packers(self) -> list[Spec]:
         """The kernels that `pack` needs."""
-        return [_packer(matrix) for matrix in self._matrices.values()]
+        return [kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor)]
 
     def pack(self, kernels: dict[Spec, int], pool: ThreadPool) -> None:
         """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
-        one = np.ones(1, np.int64)
         for matrix in self._matrices.values():
-            rows, columns = matrix.tensor.shape
-            row_bytes = matrix.tensor.data.size // rows
-            part = max(1, _PACK_BYTES // (row_bytes * ROWS)) * ROWS
-            for first in range(0, rows, part):
-                count = min(part, rows - first)
-                source = matrix.tensor.data[first * row_bytes : (first + count) * row_bytes]
-                target = address(matrix.tiles) + first // ROWS * matrix.tile_bytes
-                slots = np.array([address(source), target, count, columns], np.int64)
-                tiles = -(-count // ROWS)
-                launch = (kernels[_packer(matrix)], address(slots), address(one), tiles, max(1, tiles // 64), 0)
-                pool.run(Launches([launch], pool.threads))
-                forget(source)
-
-
-def _packer(matrix: Matrix) -> Spec:
-    return spec("repack.repack", layout=matrix.format.name, block_bytes=BLOCK_SIZES[matrix.tensor.type][1])
+            tensor = matrix.tensor
+            size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
+            repack = kernels[repacker(matrix.format.name, size[1] if size else 1)]
+            target = address(matrix.tiles)
+            for part in parts(tensor):
+                rows, columns = part.shape
+                blocks = part.data if part.isq is None else blocks_of(part, kernels, pool)
+                launch(pool, repack, (address(blocks), target, rows, columns), -(-rows // ROWS))
+                target += rows // ROWS * matrix.tile_bytes
+                forget(part.data)

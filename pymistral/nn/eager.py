@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cpu import compile_graph
+from .cpu import compile_for_prompts, compile_graph
 from .graph import TOKENS, Array, emit, recording
 from .pool import available_threads
 from .state import Limits
@@ -21,6 +21,7 @@ def evaluate(
     *arrays: NDArray[np.float32],
     tokens: NDArray[np.integer[Any]] | None = None,
     threads: int | None = None,
+    as_prompt: bool = False,
 ) -> NDArray[np.float32]:
     """``function(*arrays)``, computed by the kernels that a recorded model would use, with the same fusions.
 
@@ -34,6 +35,8 @@ def evaluate(
         The token ids, for an embedding.
     threads
         None: the cores that this process may use.
+    as_prompt
+        With the kernels that compute prompts, where those are others.
     """
     count = len(arrays[0]) if tokens is None else len(tokens)
     if any(array.ndim != 2 or len(array) != count for array in arrays):
@@ -46,7 +49,8 @@ def evaluate(
     rows = max(1, count)
     blocks = -(-rows // _BLOCK_SIZE)
     limits = Limits(max_tokens=rows, max_outputs=rows, max_sequences=1, block_size=_BLOCK_SIZE, num_blocks=blocks, max_blocks=blocks)
-    program = compile_graph(graph, limits, threads=threads or available_threads())
+    threads = threads or available_threads()
+    program = compile_for_prompts(graph, limits, threads=threads)[0] if as_prompt else compile_graph(graph, limits, threads=threads)
     state = program.state
     if tokens is not None:
         limit = min(node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding")

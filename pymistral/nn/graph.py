@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantization.types import GgmlType, Tensor
+from ..quantization.types import Tensor
 
 # What the rows of an array stand for: the tokens of a step, or those of them whose logits are wanted.
 TOKENS, OUTPUTS = "tokens", "outputs"
@@ -85,7 +85,7 @@ class Graph:
     @property
     def exact(self) -> bool:
         """Whether all matrices are float32: then attention and its cache are, too."""
-        return {tensor.type for tensor in self.matrices()} == {GgmlType.F32}
+        return {tensor.layout for tensor in self.matrices()} == {"f32"}
 
 
 @dataclass(frozen=True)

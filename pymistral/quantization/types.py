@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import prod
 
@@ -98,17 +98,25 @@ class Tensor:
         NumPy order: ``(out_features, in_features)`` for a matrix. Blocks run along the last axis.
     data
         The stored bytes, uint8 ``[nbytes]``, contiguous; usually a view into the mapped file.
+    isq
+        The tile format that it is quantised to when it is packed; None: that of its type.
     """
 
     name: str
     type: GgmlType
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
+    isq: str | None = None
 
     def __post_init__(self) -> None:
         expected = tensor_nbytes(self.type, self.shape)
         if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != expected or not self.data.flags.c_contiguous:
             raise ValueError(f"tensor {self.name!r}: {self.type.name} {self.shape} needs {expected} contiguous bytes, got {self.data.size}")
+
+    @property
+    def layout(self) -> str:
+        """The tile format that it is packed in."""
+        return self.isq or self.type.name.lower()
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop - 1`` as a tensor of their own, on the same bytes."""
@@ -116,12 +124,12 @@ class Tensor:
             raise ValueError(f"tensor {self.name!r}: rows {start} to {stop} of {self.shape[0]}")
         row = self.data.size // self.shape[0]
         name = f"{self.name}[{start}:{stop}]"
-        return Tensor(name, self.type, (stop - start, *self.shape[1:]), self.data[start * row : stop * row])
+        return replace(self, name=name, shape=(stop - start, *self.shape[1:]), data=self.data[start * row : stop * row])
 
     def __getitem__(self, index: int) -> Tensor:
         """Matrix ``index`` of a stack of them, on the same bytes."""
         one = self.rows(index, index + 1)
-        return Tensor(f"{self.name}[{index}]", self.type, self.shape[1:], one.data)
+        return replace(one, name=f"{self.name}[{index}]", shape=self.shape[1:])
 
 
 def tensor_nbytes(type: GgmlType, shape: tuple[int, ...]) -> int:
@@ -130,3 +138,15 @@ def tensor_nbytes(type: GgmlType, shape: tuple[int, ...]) -> int:
     if not shape or min(shape) < 0 or shape[-1] % block:
         raise ValueError(f"{type.name} stores blocks of {block} elements, which shape {shape} does not divide into")
     return prod(shape) // block * size
+
+
+def block_size(layout: str) -> tuple[int, int] | None:
+    """Columns and bytes of a block of a tile format; None for FP8, whose rows are 4 bytes of scale and a byte for each column."""
+    return None if layout == "f8e4m3" else BLOCK_SIZES[GgmlType[layout.upper()]]
+
+
+def quantized_bytes(layout: str, shape: tuple[int, ...]) -> int:
+    """What a matrix takes in blocks."""
+    rows, columns = shape
+    size = block_size(layout)
+    return rows * (4 + columns if size is None else columns // size[0] * size[1])

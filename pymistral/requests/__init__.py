@@ -5,8 +5,10 @@ from .messages import CustomRole, TextMessageRole, TextMessages
 from .request import ChatRequest, RequestBuilder
 from .sampling import DrySamplingParams, SamplingParams, StopTokens
 from .tools import Function, NamedToolChoice, Tool, ToolChoice, ToolType
+from .web_search import ApproximateUserLocation, SearchContextSize, WebSearchOptions
 
 __all__ = [
+    "ApproximateUserLocation",
     "ChatRequest",
     "Constraint",
     "CustomRole",
@@ -15,10 +17,12 @@ __all__ = [
     "NamedToolChoice",
     "RequestBuilder",
     "SamplingParams",
+    "SearchContextSize",
     "StopTokens",
     "TextMessageRole",
     "TextMessages",
     "Tool",
     "ToolChoice",
     "ToolType",
+    "WebSearchOptions",
 ]

@@ -12,6 +12,7 @@ from .constraint import Constraint
 from .messages import CustomRole, Message, TextMessageRole, TextMessages, checked_text, messages_from_dicts, role_name
 from .sampling import DrySamplingParams, SamplingParams, StopTokens
 from .tools import NamedToolChoice, Tool, ToolChoice, checked_tool_choice
+from .web_search import WebSearchOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,9 @@ class RequestBuilder(TextMessages):
         self.tools: list[Tool] = []
         self.tool_choice: ToolChoice | NamedToolChoice = ToolChoice.AUTO
         self.max_tool_rounds: int | None = None
+        self.tool_dispatch_url: str | None = None
+        self.tool_dispatch_private = False
+        self.web_search_options: WebSearchOptions | None = None
         self.constraint: Constraint | None = None
         self.sampling = SamplingParams.deterministic()
         self.logits_processors: list[CustomLogitsProcessor] = []
@@ -108,10 +112,44 @@ class RequestBuilder(TextMessages):
         return self
 
     def set_max_tool_rounds(self, max_tool_rounds: int) -> Self:
-        """Set how often at most the model may be answered with the results of its calls, where these are made for it."""
+        """Set how often at most the model may be answered with the results of its calls, where these are made for it.
+
+        0 leaves all calls to the caller. Unset, it is 256, as in mistral.rs.
+        """
         if isinstance(max_tool_rounds, bool) or not isinstance(max_tool_rounds, int) or max_tool_rounds < 0:
             raise RequestValidationError(f"max_tool_rounds must be a whole number of at least 0, got {max_tool_rounds!r}")
         self.max_tool_rounds = max_tool_rounds
+        return self
+
+    def set_tool_dispatch_url(self, url: str, *, allow_private: bool = False) -> Self:
+        """Send the calls of this request's tools that have no callback to a URL, and go on with what it answers.
+
+        It gets ``{"name": ..., "arguments": {...}}`` as a POST, and answers with ``{"content": "..."}`` or plain text. Redirects are not
+        followed. What goes wrong is told to the model.
+
+        Parameters
+        ----------
+        allow_private
+            Whether the host may be this machine or one of the local network. Otherwise the name is looked up, and the connection goes to
+            the address that was checked.
+
+        Raises
+        ------
+        RequestValidationError
+            It is not http or https, or its host is an address that is not public.
+        """
+        from ..public_http import checked_url
+
+        checked_url(url, allow_private=allow_private)
+        self.tool_dispatch_url, self.tool_dispatch_private = url, allow_private
+        return self
+
+    def with_web_search_options(self, web_search_options: WebSearchOptions | Mapping[str, Any]) -> Self:
+        """Let the model search the web for this request, where its builder has `with_search`.
+
+        The tools ``search_the_web`` and ``website_content_extractor`` are offered to it, and its calls of them are answered.
+        """
+        self.web_search_options = WebSearchOptions.of(web_search_options)
         return self
 
     def set_constraint(self, constraint: Constraint | None) -> Self:

@@ -15,6 +15,10 @@ from .llama import Llama
 from .mistral import Mistral, MistralNamed
 from .phi4 import Phi4
 from .plain_json import PlainJson
+from .pythonic import ASKED_FOR as PYTHONIC_CALL
+from .pythonic import Pythonic
+from .qwen_coder import FUNCTION as QWEN_CODER_FUNCTION
+from .qwen_coder import QwenCoder
 from .reading import CallArguments, CallStart, Content, MessageReader, Piece, Reasoning, plain_reader
 
 __all__ = [
@@ -63,7 +67,9 @@ def family_of(source: str, special_token: Callable[[str], int | None]) -> type[D
     if "<|tool_call|>" in source or "functools" in source or "<|/tool|>" in source:
         return Phi4
     if "<tool_call>" in source:
-        return Hermes
+        return QwenCoder if QWEN_CODER_FUNCTION in source else Hermes
+    if "<|header_start|>" in source or PYTHONIC_CALL.search(source):
+        return Pythonic
     if "<|python_tag|>" in source or ("ipython" in source and '"parameters": ' in source):
         return Llama
     return PlainJson

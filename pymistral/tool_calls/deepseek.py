@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, quoted
 from .json_calls import arguments
 from .reading import Reading, Scanner
@@ -22,7 +20,7 @@ class DeepSeek(Dialect):
     def fenced(self) -> bool:
         return FENCE in self.source
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {CALLS_BEGIN: _layout, CALLS_END: _layout, BEGIN: _read_call}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:

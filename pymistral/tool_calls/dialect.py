@@ -66,13 +66,13 @@ class Dialect(ABC):
         """The special tokens that must stay in the text, with and without calls to look for."""
         return (*(self.marks if calls else ()), *((self.reasoning.begin, self.reasoning.end) if self.reasoning else ()))
 
-    def reader(self, tools: Sequence[str], *, reasons: bool = False) -> MessageReader:
+    def reader(self, tools: Schemas, *, reasons: bool = False) -> MessageReader:
         """A reader for one answer.
 
         Parameters
         ----------
         tools
-            The names of the tools that may be called.
+            The tools that may be called: the JSON schema of each one's arguments, by its name.
         reasons
             Whether the prompt ends inside the model's reasoning.
         """
@@ -84,7 +84,7 @@ class Dialect(ABC):
 
         return MessageReader(read)
 
-    def read(self, scanner: Scanner, tools: Sequence[str]) -> Reading:
+    def read(self, scanner: Scanner, tools: Schemas) -> Reading:
         """Read the answer from where its reasoning has ended, if it began with any."""
         handlers = self.handlers(tools) if tools else {}
         if self.reasoning:
@@ -108,7 +108,7 @@ class Dialect(ABC):
         return self.content_begins(reasons)
 
     @abstractmethod
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         """The readers of calls, by the marks that begin them."""
 
     @abstractmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from .dialect import CallTrigger, Dialect, Handlers, Mark, Schemas, arguments, quoted, text_until
-from .reading import Reading, Scanner
+from .dialect import CallTrigger, Dialect, Handlers, Mark, Schemas, quoted, text_until
+from .notation import Notation, typed
+from .reading import DEEPEST, Reading, Scanner
 
 
 class Markup(NamedTuple):
@@ -31,7 +32,7 @@ class Gemma(Dialect):
         self.markup = next(markup for markup in MARKUPS if markup.begin in source)
         self.marks = self.markup
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {self.markup.begin: self._read_call}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:
@@ -68,7 +69,7 @@ class _Values:
     def __init__(self, scanner: Scanner, quote: str) -> None:
         self.scanner, self.quote = scanner, quote
 
-    def object(self) -> Generator[None, None, dict[str, Any]]:
+    def object(self, depth: int = 0) -> Generator[None, None, dict[str, Any]]:
         """The members after an opening brace."""
         members: dict[str, Any] = {}
         while True:
@@ -80,9 +81,9 @@ class _Values:
                 self.scanner.take(1)
                 continue
             key = yield from self._until((":",))
-            members[key.strip().strip('"')] = yield from self.value()
+            members[key.strip().strip('"')] = yield from self.value(depth + 1)
 
-    def array(self) -> Generator[None, None, list[Any]]:
+    def array(self, depth: int) -> Generator[None, None, list[Any]]:
         items: list[Any] = []
         while True:
             yield from self.scanner.skip_space()
@@ -92,25 +93,21 @@ class _Values:
             if self.scanner.text[0] == ",":
                 self.scanner.take(1)
                 continue
-            items.append((yield from self.value()))
+            items.append((yield from self.value(depth + 1)))
 
-    def value(self) -> Generator[None, None, Any]:
+    def value(self, depth: int) -> Generator[None, None, Any]:
         yield from self.scanner.skip_space()
         yield from self.scanner.need(len(self.quote))
         if self.scanner.text.startswith(self.quote):
             self.scanner.take(len(self.quote))
             return (yield from self._until((self.quote,)))
-        if self.scanner.text[:1] == "{":
+        if self.scanner.text[:1] == "{" and depth < DEEPEST:
             self.scanner.take(1)
-            return (yield from self.object())
-        if self.scanner.text[:1] == "[":
+            return (yield from self.object(depth))
+        if self.scanner.text[:1] == "[" and depth < DEEPEST:
             self.scanner.take(1)
-            return (yield from self.array())
-        word = yield from self._word()
-        try:
-            return json.loads(word)
-        except ValueError:
-            return word
+            return (yield from self.array(depth))
+        return typed((yield from self._word()), frozenset())
 
     def _word(self) -> Generator[None, None, str]:
         while not (match := re.search(r"[,}\]]", self.scanner.text)) and not self.scanner.ended:
@@ -123,77 +120,26 @@ class _Values:
         return "".join(parts)
 
 
-class _Notation:
-    """Lark rules for values of a schema in this notation. What it cannot say of a schema it leaves open."""
+class _Notation(Notation):
+    """Bare keys, no blanks, and strings between quote tokens, of which no length is kept."""
+
+    comma = ","
 
     def __init__(self, quote: str) -> None:
         self.quote = quote
-        self.names: dict[str, str] = {}
-        text, rule = text_until(quote, "text")
-        self.rules = [
-            f"any: string | NUMBER | BOOLEAN | NULL | array | object\nstring: {quote} {text}\n{rule}",
-            'array: "[" (any ("," any)*)? "]"\nobject: "{" (KEY ":" any ("," KEY ":" any)*)? "}"',
-            "KEY: /[A-Za-z_][A-Za-z0-9_]*/\nNUMBER: /-?(0|[1-9][0-9]*)(\\.[0-9]+)?([eE][+-]?[0-9]+)?/",
-            'BOOLEAN: "true" | "false"\nNULL: "null"',
-        ]
+        super().__init__()
 
-    def value(self, schema: Any, root: Any) -> str:
-        if not isinstance(schema, dict):
-            return "any"
-        if isinstance(reference := schema.get("$ref"), str):
-            return self._reference(reference, root)
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            values = [schema["const"]] if "const" in schema else schema["enum"]
-            return "(" + " | ".join(self._constant(value) for value in values) + ")"
-        for key in ("anyOf", "oneOf"):
-            if isinstance(schema.get(key), list):
-                return "(" + " | ".join(self.value(option, root) for option in schema[key]) + ")"
-        types = schema.get("type")
-        if isinstance(types, list):
-            return "(" + " | ".join(self.value({**schema, "type": one}, root) for one in types) + ")"
-        if types == "object":
-            return self._object(schema, root)
-        if types == "array":
-            item = self.value(schema.get("items"), root)
-            return f'("[" ({item} ("," {item})*)? "]")'
-        if types in ("integer", "number", "boolean", "null"):
-            return arguments(schema)
-        return "string" if types == "string" else "any"
+    def string_rules(self) -> list[str]:
+        text, rule = text_until(self.quote, "text")
+        return [f"string: {self.quote} {text}\n{rule}", 'member: KEY ":" any\nKEY: /[A-Za-z_][A-Za-z0-9_]*/']
 
-    def _object(self, schema: dict[str, Any], root: Any) -> str:
-        properties = schema.get("properties")
-        if not properties:
-            return "object" if schema.get("additionalProperties", True) else '("{" "}")'
-        required = set(schema.get("required", ()))
-        member = {name: f"{quoted(f'{name}:')} {self.value(sub, root)}" for name, sub in properties.items()}
-        rule = self._members(list(member.items()), required)
-        return f'("{{" {rule} "}}")'
+    def string(self, schema: Any) -> str:
+        return "string"
 
-    def _members(self, members: list[tuple[str, str]], required: set[str]) -> str:
-        """The members in their order, the optional ones where they come at all; the comma depends on whether one came before."""
-        options = []
-        for index, (key, text) in enumerate(members):  # one alternative for each member that may be the first
-            rest = (f' ("," {other})' + ("" if later in required else "?") for later, other in members[index + 1 :])
-            options.append(text + "".join(rest))
-            if key in required:
-                break
-        else:
-            options.append('""')
-        name = f"members_{len(self.rules)}"
-        self.rules.append(f"{name}: " + " | ".join(options))
-        return name
+    def key(self, name: str) -> str:
+        return quoted(f"{name}:")
 
-    def _constant(self, value: Any) -> str:
+    def constant(self, value: Any) -> str:
         if isinstance(value, str):
             return f"({self.quote} {quoted(value)} {self.quote})" if value else f"({self.quote} {self.quote})"
-        return quoted(json.dumps(value))
-
-    def _reference(self, reference: str, root: Any) -> str:
-        if reference in self.names:
-            return self.names[reference]
-        target: Any = root
-        for part in reference.lstrip("#").strip("/").split("/"):
-            target = target.get(part) if isinstance(target, dict) else None
-        name = self.names[reference] = f"reference_{len(self.names)}"
-        self.rules.append(f"{name}: {self.value(target, root)}")
-        return name
+        return super().constant(value)

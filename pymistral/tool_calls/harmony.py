@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from .dialect import CallTrigger, Dialect, Handlers, Mark, Schemas, alternatives, arguments, quoted, text_until
 from .reading import Reading, Scanner
@@ -31,7 +30,7 @@ class Harmony(Dialect):
     def content_begins(self, reasons: bool) -> str | None:
         return r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 
-    def read(self, scanner: Scanner, tools: Sequence[str]) -> Reading:
+    def read(self, scanner: Scanner, tools: Schemas) -> Reading:
         # The prompt ends with ``<|start|>assistant``: an answer begins inside a header. Text without any markup is content.
         while True:
             header: list[str] = []
@@ -60,7 +59,7 @@ class Harmony(Dialect):
         if taken == [START]:
             scanner.text = START + scanner.text
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call
 from .json_calls import call_object
 from .reading import Reading, Scanner
@@ -16,8 +14,8 @@ class Hermes(Dialect):
 
     marks = (BEGIN, END)
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
-        return {BEGIN: _read_call}
+    def handlers(self, tools: Schemas) -> Handlers:
+        return {BEGIN: read_call}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:
         return [CallTrigger(BEGIN, f"start: {self._body(schemas)}")]
@@ -29,7 +27,7 @@ class Hermes(Dialect):
         return f'"\\n"? {alternatives(schemas, json_call())} "\\n"? {self.mark(END)}'
 
 
-def _read_call(scanner: Scanner) -> Reading:
+def read_call(scanner: Scanner) -> Reading:
     if not (yield from call_object(scanner)):
         scanner.plain(BEGIN)
         return

@@ -16,15 +16,15 @@ TAG = "<|python_tag|>"
 class Llama(Dialect):
     """``{"name": ..., "parameters": {...}}``; where there are several, with ``;`` between them."""
 
-    marks = (TAG,)
+    marks: Sequence[str] = (TAG,)
     key = "parameters"
 
-    def read(self, scanner: Scanner, tools: Sequence[str]) -> Reading:
+    def read(self, scanner: Scanner, tools: Schemas) -> Reading:
         if tools:
             yield from bare_calls(scanner, tools)
         yield from super().read(scanner, tools)
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         def read_call(scanner: Scanner) -> Reading:
             yield from scanner.skip_space()
             if not (yield from call_object(scanner)):
@@ -44,11 +44,11 @@ class Llama(Dialect):
         return f"start: {alternatives(schemas, json_call(self.key))}"
 
 
-def bare_triggers(schemas: Schemas, key: str) -> list[CallTrigger]:
+def bare_triggers(schemas: Schemas, key: str, markup: str = re.escape(TAG)) -> list[CallTrigger]:
     """An object that begins with the name of a tool is taken for a call of it; any other JSON is an answer like any other."""
     return [
         CallTrigger(
-            rf'[\s;,]*(?:```(?:json)?\s*)?(?:<\|python_tag\|>\s*)?\{{\s*"name"\s*:\s*{re.escape(json.dumps(name, ensure_ascii=False))}',
+            rf'[\s;,]*(?:```(?:json)?\s*)?(?:{markup}\s*)?\{{\s*"name"\s*:\s*{re.escape(json.dumps(name, ensure_ascii=False))}',
             f"start: {json_call(key, after_name=True)(name, arguments(schema))}",
             at_start=True,
         )
@@ -60,7 +60,7 @@ _LEAD = re.compile(r"[\s;,]*(?:```(?:json)?\s*)?(?=\{)")
 _TAIL = re.compile(r"\s*```")
 
 
-def bare_calls(scanner: Scanner, tools: Sequence[str]) -> Reading:
+def bare_calls(scanner: Scanner, tools: Schemas) -> Reading:
     """Take calls that stand here one after the other, without markup or in a code fence."""
     while True:
         lead: list[re.Match[str]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call, quoted
 from .json_calls import arguments, call_object
@@ -17,7 +16,7 @@ class Mistral(Dialect):
 
     marks = (BEGIN, ARGUMENTS, CALL_ID)
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {BEGIN: _read_calls}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:

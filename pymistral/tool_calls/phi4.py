@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call
@@ -23,7 +22,7 @@ class Phi4(Dialect):
     def _bare(self) -> bool:
         return BEGIN not in self.source and "functools" in self.source
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {BEGIN: _read_calls, FUNCTOOLS: _read_functools}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:

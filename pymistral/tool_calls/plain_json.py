@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call
@@ -19,6 +18,9 @@ To call one, answer with nothing but JSON in this form, one line for each call:
 You are then told the result. If no function is needed, answer in plain text."""
 
 
+AFTER_RESULTS = "\n\nIf you need no further call, answer in plain words."  # else a small model repeats its call
+
+
 class PlainJson(Dialect):
     """``{"name": ..., "arguments": {...}}``, one after the other."""
 
@@ -27,14 +29,14 @@ class PlainJson(Dialect):
         """Whether the template tells the model of the tools by itself."""
         return re.search(r"\btools\b", self.source) is not None
 
-    def read(self, scanner: Scanner, tools: Sequence[str]) -> Reading:
+    def read(self, scanner: Scanner, tools: Schemas) -> Reading:
         if tools and self.reasoning is None:
             yield from bare_calls(scanner, tools)
         elif tools:
             yield from self._read_thought_and_calls(scanner, tools)
-        yield from super().read(scanner, ())
+        yield from super().read(scanner, {})
 
-    def _read_thought_and_calls(self, scanner: Scanner, tools: Sequence[str]) -> Reading:
+    def _read_thought_and_calls(self, scanner: Scanner, tools: Schemas) -> Reading:
         assert self.reasoning is not None
         yield from scanner.skip_space()
         yield from scanner.need(len(self.reasoning.begin))
@@ -43,7 +45,7 @@ class PlainJson(Dialect):
             yield from self._read_reasoning(scanner)
         yield from bare_calls(scanner, tools)
 
-    def handlers(self, tools: Sequence[str]) -> Handlers:
+    def handlers(self, tools: Schemas) -> Handlers:
         return {}
 
     def triggers(self, schemas: Schemas) -> list[CallTrigger]:
@@ -88,9 +90,9 @@ def _as_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif message["role"] == "tool":
             text = f"Result of {names.get(message.get('tool_call_id', ''), 'the function')}: {message['content']}"
             if results:
-                turns[-1]["content"] += f"\n{text}"
+                turns[-1]["content"] = f"{turns[-1]['content'].removesuffix(AFTER_RESULTS)}\n{text}{AFTER_RESULTS}"
             else:
-                turns.append({"role": "user", "content": text})
+                turns.append({"role": "user", "content": text + AFTER_RESULTS})
         else:
             turns.append(message)
         results = message["role"] == "tool"

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 Reading = Generator[None, None, None]
 
+DEEPEST = 100
+"""How deeply values may be nested."""
+
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 

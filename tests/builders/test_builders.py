@@ -16,17 +16,21 @@ import pytest
 from pymistral import (
     ContextSize,
     Device,
+    Function,
     GgufModelBuilder,
     MbAmount,
+    McpClientConfig,
     ModelBuilder,
     ModelDType,
     PagedAttentionMetaBuilder,
     TextModelBuilder,
     TokenSource,
+    Tool,
     Utilization,
+    tool,
 )
 from pymistral.builders import common
-from pymistral.errors import ModelLoadError
+from pymistral.errors import ModelLoadError, RequestValidationError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_model import ALPHABET, EOS, TEMPLATE, AlphabetRunner, ByteTokenizer, make_model
@@ -42,8 +46,11 @@ VALUES = {
     "hf_revision": "main",
     "logging": True,
     "max_num_seqs": 8,
+    "mcp_client": McpClientConfig(servers=[{"name": "files", "source": {"type": "Process", "command": "serve"}}]),
     "paged_attn": PagedAttentionMetaBuilder().with_block_size(32).build(),
     "prefix_cache_n": None,
+    "search": True,
+    "search_private": True,
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
@@ -55,8 +62,8 @@ def method_name(option: str) -> str:
 
 
 def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
-    options = {field.name: field for field in fields(common.ModelOptions)}
-    methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_"))}
+    options = {field.name: field for field in fields(common.ModelOptions) if "callback" not in field.name}
+    methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_")) and "callback" not in name}
     assert methods == {method_name(option) for option in options}
     assert options.keys() == VALUES.keys()
     for option, field in options.items():
@@ -92,6 +99,8 @@ def test_flags_need_no_argument() -> None:
         ("paged_attn", 32),
         ("token_source", "secret"),
         ("token_source", None),
+        ("mcp_client", "server"),
+        ("search_callback", "no function"),
     ],
 )
 def test_a_bad_option_is_named_and_changes_nothing(option: str, value: object) -> None:
@@ -300,3 +309,26 @@ async def test_with_logging(chain: dict[str, Any], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(logger, "level", logging.WARNING)
     await (await ModelBuilder("m").with_logging().build()).close()
     assert logger.level == logging.INFO
+
+
+def test_tool_callbacks_accumulate() -> None:
+    @tool
+    def add(a: int) -> int:
+        """Add one."""
+        return a + 1
+
+    builder = ModelBuilder("m", tool_callbacks={"len": len}).with_tool_callback("add", add, timeout=5)
+    builder.with_tool_callback_and_tool("other", len, Tool(function=Function(name="other")))
+    callbacks = builder.tool_callbacks
+    assert list(callbacks) == ["len", "add", "other"]
+    assert (callbacks["add"].timeout, callbacks["add"].tool, callbacks["add"].is_async) == (5, None, True)
+    assert callbacks["other"].tool is not None
+    assert ModelBuilder("m").tool_callbacks == {}
+    for wrong in (
+        lambda: builder.with_tool_callback("x", "no function"),  # type: ignore[arg-type]
+        lambda: builder.with_tool_callback("x", len, timeout=-1),
+        lambda: builder.with_tool_callback_and_tool("x", len, add.tool),
+    ):
+        with pytest.raises(RequestValidationError):
+            wrong()
+    assert builder.tool_callbacks == callbacks

@@ -100,7 +100,7 @@ def test_a_failed_exchange_is_not_remembered(person: Person, capsys: pytest.Capt
 
 
 def test_ctrl_c_keeps_what_was_said(person: Person, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(model: Any, messages: Any, sampling: Any, write: Any, reply: Any) -> None:
+    def interrupted(model: Any, messages: Any, sampling: Any, write: Any, think: Any, reply: Any) -> None:
         write("ab")
         reply.text = "ab"
         raise KeyboardInterrupt

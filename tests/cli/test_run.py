@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fake_model import SCRIPT_TEMPLATE, scripted_model
 
+from pymistral.blocking import BlockingModel
 from pymistral.cli import main
 from pymistral.cli.run import DEFAULT_SYSTEM
 from pymistral.cli.terminal import harmless
@@ -70,6 +73,36 @@ def test_json_lines(cli: Cli) -> None:
     assert "".join(delta["delta"] for delta in deltas) == ALPHABET[:-3]
     assert end["finish_reason"] == "stop"
     assert end["usage"]["total_tokens"] > 23
+
+
+@pytest.fixture
+def thinker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that thinks before it answers."""
+    monkeypatch.setattr("fake_model.SCRIPT_TEMPLATE", SCRIPT_TEMPLATE + "{# <think> #}")
+    reply = "<think>\nHm.\x1b[2J\n</think>\n\nYes."
+    monkeypatch.setattr(BlockingModel, "from_builder", lambda builder: BlockingModel(scripted_model(reply)))
+
+
+def test_reasoning_is_a_field(cli: Cli, thinker: None) -> None:
+    answer = json.loads(cli("run", "Is it?", "--json").out)
+    assert (answer["content"], answer["reasoning_content"]) == ("Yes.", "Hm.\x1b[2J")
+    *lines, end = map(json.loads, cli("run", "Is it?", "--json", "--stream").out.splitlines())
+    assert "".join(line.get("reasoning_delta", "") for line in lines) == "Hm.\x1b[2J"
+    assert "".join(line.get("delta", "") for line in lines) == "Yes."
+    assert end["finish_reason"] == "stop"
+
+
+def test_without_reasoning_the_field_is_null(cli: Cli) -> None:
+    assert json.loads(cli("run", "Hello", "--json").out)["reasoning_content"] is None
+
+
+def test_reasoning_is_dim_on_a_terminal_and_kept_out_of_pipes(cli: Cli, thinker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("run", "Is it?").out == "Yes.\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = cli("run", "Is it?").out
+    assert re.sub(r"\x1b\[22m\x1b\[2m", "", out) == "\x1b[2mHm.␛[2J\x1b[22m\n\nYes.\n"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ class NoiseRunner:
     max_num_seqs, max_batch_tokens, max_output_rows = 32, 512, 64
     block_size, num_blocks, max_sequence_length = 32, 2048, 1024
 
+    prompts_apart = False
+
     def __init__(self, vocab_size: int, closing: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self._rng = np.random.default_rng(0)

@@ -45,6 +45,8 @@ class FakeRunner:
 
     vocab_size = VOCAB
 
+    prompts_apart = False
+
     def __init__(
         self,
         num_blocks: int = 64,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -246,16 +246,89 @@ def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
     assert steps == 30 + 1
 
 
-def test_the_pacer_learns_how_many_prompt_tokens_a_step_can_take() -> None:
-    pacer = make_core(FakeRunner()).scheduler.pacer
-    for _ in range(200):
-        pacer.observe(1, 0, 0.002)
-        pacer.observe(1, pacer.allowance(), 0.002 + 0.0001 * pacer.allowance())
-    assert pacer.allowance() == pytest.approx(1.5 * 0.002 / 0.0001, rel=0.1)
-    pacer.observe(1, 0, 3.0)
+class TimedRunner(FakeRunner):
+    """Its steps take the time that a function of streams and prompt tokens says, on a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self, seconds: Callable[[int, int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(num_blocks=3000, max_num_seqs=32, max_batch_tokens=512, max_sequence_length=4000)
+        self.seconds = seconds
+        self.prompt_tokens: list[int] = []
+        monkeypatch.setattr("pymistral.engine.core.perf_counter", lambda: self.now)
+
+    def forward(self, segments: Sequence[Any]) -> np.ndarray:
+        prompt = sum(len(s.tokens) for s in segments if len(s.tokens) > 1)
+        self.now += self.seconds(sum(len(s.tokens) == 1 for s in segments), prompt)
+        self.prompt_tokens.append(prompt)
+        return np.tile(np.arange(VOCAB, dtype=np.float32) == 65, (sum(s.outputs for s in segments), 1)).astype(np.float32)
+
+
+def gaps_before_and_during(runner: TimedRunner, streams: int) -> tuple[np.ndarray, np.ndarray]:
+    """The time between steps while streams run alone, and while a prompt of 2,000 tokens is worked through beside them."""
+    core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
+    for _ in range(streams):
+        submit(core, [65, 66], Params(max_len=3000))
+
+    def steps(enough: Callable[[int], bool]) -> np.ndarray:
+        times = [runner.now]
+        while not enough(len(times)):
+            core.step()
+            times.append(runner.now)
+        return np.diff(times)
+
+    steps(lambda count: count > 20)
+    before = steps(lambda count: count > 60)
+    _, late = submit(core, [66] * 2000, Params(max_len=1))
+    return before, steps(lambda count: late.end is not None)
+
+
+def linear(streams: int, prompt: int) -> float:
+    return 0.002 + 0.0002 * streams + 0.0003 * prompt
+
+
+def hidden(streams: int, prompt: int) -> float:
+    """The first tokens hide behind the weights that a step reads."""
+    return max(0.003, 0.0004 * (streams + prompt))
+
+
+@pytest.mark.parametrize("streams", [1, 4, 16])
+@pytest.mark.parametrize("cost", [linear, hidden])
+def test_a_prompt_stretches_the_gaps_of_streams_as_far_as_wanted(
+    streams: int, cost: Callable[[int, int], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TimedRunner(cost, monkeypatch)
+    before, during = gaps_before_and_during(runner, streams)
+    assert 1.8 < np.median(during) / np.median(before) < 2.6
+    assert np.percentile(during[4:], 99) < 3 * np.median(before)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_gaps_stay_short_on_a_machine_that_others_use(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+
+    def noisy(streams: int, prompt: int) -> float:
+        held_up = 0.02 if rng.random() < 0.05 else 0.0
+        return linear(streams, prompt) * rng.lognormal(0.0, 0.3) + held_up
+
+    runner = TimedRunner(noisy, monkeypatch)
+    before, during = gaps_before_and_during(runner, 4)
+    assert 1.3 < np.median(during) / np.median(before) < 2.75
+    assert np.median(runner.prompt_tokens[-20:]) > 4  # and the prompt gets ahead
+
+
+def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = TimedRunner(linear, monkeypatch)
+    core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
+    submit(core, [65, 66], Params(max_len=3000))
     for _ in range(20):
-        pacer.observe(1, 0, 0.002)
-    assert pacer.allowance() < 40
+        core.step()
+    late = [submit(core, [66] * 300, Params(max_len=500))[1] for _ in range(8)]
+    steps = 0
+    while not all(collector.tokens for collector in late):
+        core.step()
+        steps += 1
+    assert steps < 2400 / 8
 
 
 def test_the_oldest_request_is_never_preempted() -> None:

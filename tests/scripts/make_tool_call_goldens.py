@@ -54,10 +54,10 @@ CASES: dict[str, dict[str, Any]] = {
     "reasoning and call": {"content": "", "reasoning": "I should look.", "calls": [WEATHER]},
 }
 SINGLE = {"llama3", "gpt-oss"}  # one call in an answer
-REASONING = {"qwen3", "gemma4", "gpt-oss"}
+REASONING = {"qwen3", "qwen3.5", "gemma4", "gpt-oss"}
 TEXT_ARGUMENTS = {"deepseek-r1", "deepseek-v3.1"}
 ENDS = (
-    *("<|im_end|>\n", "<|eot_id|>", "<|eom_id|>", "</s>", "<｜end▁of▁sentence｜>", "<|end|>", "<end_of_turn>\n", "<turn|>\n"),
+    *("<|im_end|>\n", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "</s>", "<｜end▁of▁sentence｜>", "<|end|>", "<end_of_turn>\n", "<turn|>\n"),
     *("<|call|>", "<|return|>"),
 )
 USER = {"role": "user", "content": "Weather?"}

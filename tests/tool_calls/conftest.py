@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[1] / "data"
 RECORDED = json.loads((DATA / "tool_call_goldens.json").read_text())
 GOLDENS: list[dict[str, Any]] = RECORDED["goldens"]
 TOOLS: list[dict[str, Any]] = RECORDED["tools"]
-NAMES = [tool["function"]["name"] for tool in TOOLS]
+SCHEMAS: dict[str, Any] = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
 FAMILIES = sorted({golden["template"] for golden in GOLDENS})
 
 
@@ -78,7 +78,7 @@ def joined(pieces: Sequence[Piece]) -> dict[str, Any]:
     }
 
 
-def read(name: str, parts: Sequence[str], *, tools: Sequence[str] = NAMES, reasons: bool = False) -> dict[str, Any]:
+def read(name: str, parts: Sequence[str], *, tools: Mapping[str, Any] = SCHEMAS, reasons: bool = False) -> dict[str, Any]:
     reader = dialect(name)[0].reader(tools, reasons=reasons)
     pieces = [piece for part in parts for piece in reader.push(part)]
     return joined([*pieces, *reader.finish()])

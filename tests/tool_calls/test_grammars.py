@@ -16,7 +16,7 @@ from pymistral.engine.types import ConstraintState
 from pymistral.requests import Constraint
 from pymistral.tool_calls import Dialect
 
-from .conftest import FAMILIES, GOLDENS, NAMES, TOOLS, ByteVocabulary, dialect, golden_id, joined
+from .conftest import FAMILIES, GOLDENS, TOOLS, ByteVocabulary, dialect, golden_id, joined
 
 SCHEMAS: dict[str, Any] = {"get_weather": TOOLS[0]["function"]["parameters"], "anything-2": {"type": "object"}}
 STRICT: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_required_calls_are_valid_whatever_is_drawn(family_name: str, seed: int)
         tokens += [token, *state.accept(token)]
         assert len(tokens) < 5000
     text = b"".join(map(vocabulary.id_to_bytes, tokens)).decode(errors="replace")
-    reader = family.reader(NAMES)
+    reader = family.reader(STRICT)
     answer = joined([*reader.push(text), *reader.finish()])
     assert answer["content"] == ""
     assert answer["calls"]

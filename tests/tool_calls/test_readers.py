@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pymistral.tool_calls import family_of
 from pymistral.tool_calls.reading import CallArguments, CallStart, new_call_id
 
-from .conftest import FAMILIES, GOLDENS, NAMES, dialect, read, template
+from .conftest import FAMILIES, GOLDENS, SCHEMAS, dialect, read, template
 
 
 def check(golden: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def test_nothing_breaks_a_reader(name: str, data: st.DataObject) -> None:
 def test_content_streams_at_once(name: str) -> None:
     if name == "gpt-oss":
         pytest.skip("its content begins behind a header")
-    reader = dialect(name)[0].reader(NAMES)
+    reader = dialect(name)[0].reader(SCHEMAS)
     seen = ""
     for character in "It rains, I think.":
         seen += "".join(piece.text for piece in reader.push(character))
@@ -61,13 +61,44 @@ def test_content_streams_at_once(name: str) -> None:
 
 
 def test_arguments_stream_while_they_are_written() -> None:
-    reader = dialect("qwen2.5")[0].reader(NAMES)
+    reader = dialect("qwen2.5")[0].reader(SCHEMAS)
     reader.push('<tool_call>\n{"name": "get_weather", "arguments": {"ci')
     assert reader.push('ty": "Par') == [CallArguments('ty": "Par')]
     assert reader.push('is"}') == [CallArguments('is"}')]
     assert reader.push("}\n</tool_call>") == []
     start, *_ = reader.push('<tool_call>{"name": "anything-2", "arguments": {')
     assert isinstance(start, CallStart)
+
+
+@pytest.mark.parametrize(("name", "start"), [("gemma4", "<|tool_call>call:f{a:"), ("llama4-pythonic", "[anything-2(a=")])
+def test_values_nested_without_end(name: str, start: str) -> None:
+    for nest in ("[", '{"a":', "{a:"):
+        answer = read(name, [start + nest * 20_000])
+        assert len(answer["calls"]) == 1
+
+
+def test_types_come_from_the_schema() -> None:
+    schema = {
+        "$defs": {"Level": {"enum": [1, 2, "3"]}},
+        "properties": {
+            "text": {"type": "string"},
+            "level": {"$ref": "#/$defs/Level"},
+            "size": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+            "note": {"type": ["string", "null"]},
+            "loop": {"$ref": "#/properties/loop"},
+            "flags": {"type": "array"},
+        },
+    }
+    values = {"text": "1", "level": "2", "size": "3", "note": "4", "loop": "5", "flags": "[6]"}
+    expected = {"text": "1", "level": 2, "size": 3, "note": "4", "loop": 5, "flags": [6]}
+    tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    keywords = ", ".join(f'{key}="{value}"' for key, value in values.items() if key != "loop")
+    xml = read("qwen3-coder", [f"<tool_call>\n<function=f>\n{tags}</function>\n</tool_call>"], tools={"f": schema})
+    python = read("llama4", [f"[f({keywords})]"], tools={"f": schema})
+    assert json.loads(xml["calls"][0][1]) == expected
+    assert json.loads(python["calls"][0][1]) | {"loop": 5} == {**expected, "level": "2"}
+    null = read("qwen3-coder", ["<tool_call><function=f><parameter=note>null</parameter></function></tool_call>"], tools={"f": schema})
+    assert null["calls"] == [["f", '{"note": null}']]
 
 
 def test_families_are_told_by_their_templates() -> None:
@@ -83,12 +114,16 @@ def test_families_are_told_by_their_templates() -> None:
         "hermes": "Hermes",
         "llama-tag": "Llama",
         "llama3": "Llama",
+        "llama4": "Pythonic",
+        "llama4-pythonic": "Pythonic",
         "mistral": "Mistral",
         "mistral-named": "MistralNamed",
         "phi4": "Phi4",
         "phi4-functools": "Phi4",
         "qwen2.5": "Hermes",
         "qwen3": "Hermes",
+        "qwen3-coder": "QwenCoder",
+        "qwen3.5": "QwenCoder",
     }
 
 
@@ -133,6 +168,30 @@ def test_ids_are_unique_and_of_the_form_that_mistral_wants() -> None:
         ),
         ("gpt-oss", "no markup at all", {"content": "no markup at all"}),
         ("qwen3", "<think>\nnever ends", {"reasoning": "never ends", "content": ""}),
+        ("qwen3-coder", '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', {"calls": [["f", '{"a": 1}']]}),
+        ("qwen3-coder", "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", {"calls": [["f", '{"a": 1}']]}),
+        ("qwen3-coder", "<tool_call><function=get_weather><parameter=city>7</parameter>", {"calls": [["get_weather", '{"city": "7"']]}),
+        ("qwen3-coder", "<tool_call>\n<function=f\noops", {"content": "<tool_call><function=f\noops", "calls": []}),
+        ("qwen3-coder", "<tool_call><function=f><parameter=a>True</parameter></tool_call>", {"calls": [["f", '{"a": true}']]}),
+        ("qwen3-coder", "<tool_call><function=f><parameter=a>\nNaN\n</parameter></function>", {"calls": [["f", '{"a": "NaN"}']]}),
+        # Some templates quote every value: the schema knows better.
+        ("llama4-pythonic", '[get_weather(city="Rome", days="2")]', {"calls": [["get_weather", '{"city": "Rome", "days": 2}']]}),
+        ("llama4-pythonic", "[get_weather(city=7)]", {"calls": [["get_weather", '{"city": "7"}']]}),
+        (
+            "llama4-pythonic",
+            "[get_weather( city = 'it\\'s \\u00e9\\ud83c\\udf89' )]",
+            {"calls": [["get_weather", '{"city": "it\'s é🎉"}']]},
+        ),
+        (
+            "llama4-pythonic",
+            "<|python_start|>[anything-2(a=(1, None), b={'c': True, 2: x})]<|python_end|> ok",
+            {"content": "ok", "calls": [["anything-2", '{"a": [1, null], "b": {"c": true, "2": "x"}}']]},
+        ),
+        ("llama4-pythonic", '{"name": "get_weather", "parameters": {"city": "Rome"}}', {"calls": [["get_weather", '{"city": "Rome"}']]}),
+        ("llama4-pythonic", "[get_weather(c) for c in x]", {"content": "[get_weather(c) for c in x]", "calls": []}),
+        ("llama4-pythonic", "[1, 2] and [unknown(a=1)]", {"content": "[1, 2] and [unknown(a=1)]", "calls": []}),
+        ("llama4-pythonic", '[get_weather(city="Ro', {"calls": [["get_weather", '{"city": "Ro']]}),
+        ("llama4", '[get_weather(city="Rome")]', {"calls": [["get_weather", '{"city": "Rome"}']]}),
     ],
 )
 def test_what_else_models_write(name: str, text: str, expected: dict[str, Any]) -> None:
@@ -147,4 +206,4 @@ def test_an_answer_that_begins_inside_its_reasoning() -> None:
 
 def test_without_tools_there_are_no_calls() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    assert read("qwen2.5", [text], tools=())["content"] == text
+    assert read("qwen2.5", [text], tools={})["content"] == text

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from simulator import COMPILER, Simulator
-
 from pymistral.kernels.cuda import ops
 from pymistral.kernels.cuda.device import Device
 from pymistral.kernels.cuda.launch import Launch
+from simulator import COMPILER, Simulator
 
 
 class Array:

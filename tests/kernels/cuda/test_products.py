@@ -7,9 +7,9 @@ import numpy_reference as ref
 import pytest
 from conftest import Gpu, tensor_core_gpu
 from numpy.typing import NDArray
+from pymistral.kernels.cuda import ops
 from weights import random_weights
 
-from pymistral.kernels.cuda import ops
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType
 
 KINDS = (*ref.QUANTIZED, *ref.FLOATS)
@@ -22,7 +22,9 @@ def columns_for(kind: str, blocks: int) -> int:
     return blocks * max(32, BLOCK_SIZES[GgmlType[kind]][0])
 
 
-def put(gpu: Gpu, kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False) -> tuple[ops.Weights, ref.Floats, object]:
+def put(
+    gpu: Gpu, kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False
+) -> tuple[ops.Weights, ref.Floats, object]:
     layout, planes, values = random_weights(kind, rows, columns, rng, edges=edges)
     array = gpu.put(planes)
     return ops.Weights(layout, array.address, rows, columns), values, array

@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 import numpy_reference as ref
 from numpy.typing import NDArray
-
 from pymistral.kernels.cpu.compiler import entry_point, load_kernels, spec
 from pymistral.kernels.cuda.planes import LAYOUTS, Layout
+
 from pymistral.nn.memory import address, zeros
 from pymistral.quantization.types import BLOCK_SIZES, Tensor
 

@@ -1,0 +1,116 @@
+"""Quantising weights: the launches that turn a tensor's rows into blocks of another type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelLoadError
+from ..kernels.cpu.compiler import Spec, load_kernels, spec
+from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS
+from ..kernels.cpu.weight_layout import NOT_FINITE, SCRATCH_BYTES, TOO_LARGE
+from ..quantization.types import BLOCK_SIZES, Tensor, block_size, quantized_bytes
+from .memory import address, zeros
+from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, available_threads, thread_pool
+
+_PART_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor in pieces of whole tiles, each small enough to be worked on in memory."""
+    rows, columns = tensor.shape
+    row_bytes = tensor.data.size // rows if tensor.isq is None else 4 * columns
+    step = max(1, _PART_BYTES // (row_bytes * ROWS)) * ROWS
+    for first in range(0, rows, step):
+        yield tensor.rows(first, min(first + step, rows))
+
+
+def kernels_for(tensor: Tensor) -> list[Spec]:
+    """What `blocks_of` and packing need for this tensor."""
+    if tensor.isq is None:
+        return [repacker(tensor.layout, BLOCK_SIZES[tensor.type][1])]
+    size = block_size(tensor.isq)
+    kernels = [_quantizer(tensor), repacker(tensor.isq, size[1] if size else 1)]
+    if not _is_float(tensor):
+        kernels += [repacker(_stored(tensor), BLOCK_SIZES[tensor.type][1]), spec("embedding.embedding", layout=_stored(tensor))]
+    return kernels
+
+
+def repacker(layout: str, block_bytes: int) -> Spec:
+    """The kernel from blocks to tiles."""
+    return spec("repack.repack", layout=layout, block_bytes=block_bytes)
+
+
+def blocks_of(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
+    """The tensor's rows as blocks of ``tensor.isq``, as GGUF has them; for FP8 each row is a float32 scale and its bytes.
+
+    Raises
+    ------
+    ModelLoadError
+        A weight is not finite, or beyond what the type's scales can hold.
+    """
+    rows, columns = tensor.shape
+    assert tensor.isq is not None
+    source = tensor.data if _is_float(tensor) else _floats(tensor, kernels, pool)
+    blocks: NDArray[Any] = zeros(quantized_bytes(tensor.isq, tensor.shape), np.uint8)
+    scratch, flags = zeros(SCRATCH_BYTES * pool.threads, np.uint8), zeros(2, np.int64)
+    slots = (address(source), address(blocks), rows, columns, address(scratch), SCRATCH_BYTES, address(flags))
+    launch(pool, kernels[_quantizer(tensor)], slots, -(-rows // ROWS))
+    if row := int(flags[NOT_FINITE // 8]):
+        raise ModelLoadError(f"tensor {tensor.name!r} cannot be quantised: in or near row {row - 1} are weights that are not finite")
+    if row := int(flags[TOO_LARGE // 8]):
+        raise ModelLoadError(
+            f"tensor {tensor.name!r} cannot be quantised to {tensor.isq.upper()}: in or near row {row - 1} are weights beyond 65504, "
+            "the largest number that its scales hold"
+        )
+    return blocks
+
+
+def quantize(tensor: Tensor, isq: str, *, threads: int | None = None) -> NDArray[np.uint8]:
+    """A matrix as blocks of the format ``isq`` (such as ``"q4_k"``), uint8; errors as `blocks_of`."""
+    size = block_size(isq)
+    if len(tensor.shape) != 2 or tensor.shape[1] % (size[0] if size else 16):
+        raise ValueError(f"tensor {tensor.name!r} {tensor.shape} is no matrix of whole blocks of {isq.upper()}")
+    tensor = Tensor(tensor.name, tensor.type, tensor.shape, tensor.data, isq)
+    kernels = load_kernels([*EXECUTOR_KERNELS, *kernels_for(tensor)])
+    pool = thread_pool(threads or available_threads())
+    return np.concatenate([blocks_of(part, kernels, pool) for part in parts(tensor)])
+
+
+def launch(pool: ThreadPool, kernel: int, slots: Sequence[int], units: int) -> None:
+    """Run one kernel on all threads."""
+    arguments, one = np.array(slots, np.int64), np.ones(1, np.int64)
+    pool.run(Launches([(kernel, address(arguments), address(one), units, max(1, units // 64), 0)], pool.threads))
+
+
+def _floats(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
+    """The weights of a tensor that is stored quantised, as float32, read out of tiles."""
+    rows, columns = tensor.shape
+    format = TILE_FORMATS[_stored(tensor)]
+    tiles = zeros(format.nbytes(rows, columns), np.uint8)
+    repack = kernels[repacker(format.name, BLOCK_SIZES[tensor.type][1])]
+    launch(pool, repack, (address(tensor.data), address(tiles), rows, columns), -(-rows // ROWS))
+    numbers, result = np.arange(rows, dtype=np.int32), zeros(4 * prod(tensor.shape), np.uint8)
+    one = int(np.float32(1).view(np.int32))
+    slots = (address(numbers), address(tiles), address(result), columns, format.tile_bytes(columns), 4 * columns, one)
+    launch(pool, kernels[spec("embedding.embedding", layout=format.name)], slots, rows)
+    return result  # type: ignore[return-value]
+
+
+def _quantizer(tensor: Tensor) -> Spec:
+    assert tensor.isq is not None
+    columns, nbytes = block_size(tensor.isq) or (1, 1)
+    source = _stored(tensor) if _is_float(tensor) else "f32"
+    return spec("quantize_weights.quantize", layout=tensor.isq, source=source, block_columns=columns, block_bytes=nbytes)
+
+
+def _stored(tensor: Tensor) -> str:
+    return tensor.type.name.lower()
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return _stored(tensor) in FLOAT_FORMATS
