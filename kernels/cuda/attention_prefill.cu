@@ -6,7 +6,7 @@
 #define WIDTH (HEAD_DIM + 8)  // of a row in shared memory: eight more spread rows over the banks
 
 // items: [first token, tokens, row of the block table]. q comes scaled.
-extern "C" __global__ void __launch_bounds__(128) attention_prefill(
+extern "C" __global__ void __launch_bounds__(128, HEAD_DIM <= 128 ? 3 : 2) attention_prefill(
     const float* q, int q_stride, const u16* keys, const u16* values, int block_size, int heads, int kv_heads, const int* positions,
     const int* items, const int* tables, int table_width, int window, float cap, float* out_f32, u16* out_bf16, int out_stride,
     const int* count

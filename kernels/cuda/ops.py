@@ -1,7 +1,7 @@
 """Every operation as launches: which kernel, on what grid, with which arguments.
 
-Grids are made for the most rows that a program may see; how many there are is read from ``count``, the address of an int32, when the kernel runs.
-So launches can be captured once as a CUDA graph. All addresses are of device memory. State arrays are int32:
+Grids are made for the most rows that a program may see; how many there are is read from ``count``, the address of an int32,
+when the kernel runs. So launches can be captured once as a CUDA graph. All addresses are of device memory. State arrays are int32:
 
 - ``tokens``, ``positions``, ``slots`` (``block * block_size + offset``) and ``table_rows`` (row of the block table) of each token
 - ``items`` ``[first token, tokens, row of the block table]`` for `attention_prefill`: up to `query_tile_tokens` tokens of one sequence
@@ -40,7 +40,8 @@ class Weights:
 
 
 class Rows(NamedTuple):
-    """An array of activations in the forms that are kept; 0: not in that form. A producer writes all, a consumer takes the one that it needs.
+    """An array of activations in the forms that are kept; 0: not in that form. A producer writes all, a consumer takes
+    the one that it needs.
 
     Rows lie ``stride`` columns apart, a multiple of 32, in every form: float32, int8 with float32 pairs (scale, scale times sum of
     quants) of 32 columns each, bfloat16. Producers fill rows up to a multiple of 32 with zeros.
@@ -177,7 +178,9 @@ def norm(
     count: int,
     max_rows: int,
 ) -> Launch:
-    """``x += branch``, or ``x += rms_norm(branch) * branch_weight``; then ``out = rms_norm(x) * weight``; of the rows ``indices`` only, if given."""
+    """``x += branch``, or ``x += rms_norm(branch) * branch_weight``; then ``out = rms_norm(x) * weight``; of the rows
+    ``indices`` only, if given.
+    """
     if bool(weight) != (out is not None):
         raise ValueError("a norm has both a weight and an output, or neither")
     out, branch = out or Rows(32), branch or Rows(32)
@@ -400,7 +403,9 @@ def max_expert_tiles(max_rows: int, top_k: int, experts: int, tile: int) -> int:
 
 
 def group(chosen: int, top_k: int, experts: int, tile: int, *, places: int, tile_experts: int, tiles: int, count: int) -> Launch:
-    """Choices by expert, in tiles: ``places`` int32 ``[tiles][tile]``, ``tile_experts`` int32 ``[tiles]``, and ``tiles`` how many there are."""
+    """Choices by expert, in tiles: ``places`` int32 ``[tiles][tile]``, ``tile_experts`` int32 ``[tiles]``, and ``tiles``,
+    how many there are.
+    """
     kernel = Kernel("group", "moe.cu", "piiipppp")
     return Launch(kernel, (1, 1, 1), 256, 8 * experts, (chosen, top_k, experts, tile, places, tile_experts, tiles, count))
 

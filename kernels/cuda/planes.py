@@ -2,13 +2,15 @@
 
 A lane of a warp reads one block, so that a warp reads consecutive bytes of each plane:
 
-- quants, the low bits: 32-bit words that hold four columns a byte each: with 8 bits word ``g`` has columns ``4 g`` to ``4 g + 3``; with 4 bits
-  word ``w`` has groups ``2 w`` (low nibbles) and ``2 w + 1``; with 2 bits word ``w`` has group ``4 w + i`` in bits ``2 i`` and ``2 i + 1`` of its bytes
+- quants, the low bits: 32-bit words that hold four columns, a byte each: with 8 bits word ``g`` has columns ``4 g`` to ``4 g + 3``; with 4
+  bits word ``w`` has groups ``2 w`` (low nibbles) and ``2 w + 1``; with 2 bits word ``w`` has group ``4 w + i`` in bits ``2 i`` and
+  ``2 i + 1`` of its bytes
 - the plane of high bits, if any, likewise
 - scales of the block, then its minimums
 - for formats with records of 256 columns: their super-scale and, with minimums, super-minimum (float16)
 
-Every plane is ``[rows][blocks]`` and starts at a multiple of 256 bytes. Floats are one plane; rows are filled up with zeros to whole blocks.
+Every plane is ``[rows][blocks]`` and starts at a multiple of 256 bytes. Floats are one plane; rows are filled up with zeros
+to whole blocks.
 
 These are the tiles of `kernels.cpu.tiles` with a row's items side by side: every storage type that becomes tiles becomes planes, unrounded.
 """
@@ -103,7 +105,8 @@ class Layout:
         def by_row(part: NDArray[np.uint8], item: int) -> NDArray[np.uint8]:
             """Vectors of an item for each of 16 rows -> the items of each row, side by side."""
             vectors = part.reshape(count, part.shape[1], -1, ROWS, item)
-            return vectors.transpose(0, 3, 1, 2, 4).reshape(count * ROWS, -1)[:rows]
+            rows_of: NDArray[np.uint8] = vectors.transpose(0, 3, 1, 2, 4).reshape(count * ROWS, -1)
+            return rows_of[:rows]
 
         at = 0
         quants, planes = format.quant_bytes, format.quant_bytes + format.plane_bytes

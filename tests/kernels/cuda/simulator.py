@@ -69,7 +69,7 @@ class Simulator:
 
 def entry_points(source: str) -> list[str]:
     """The names of a source's kernels; ``ELEMENT`` is the macro that makes some in rows.cu."""
-    return re.findall(r'^(?:extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?|ELEMENT\()(\w+)[(,]', source, re.MULTILINE)
+    return re.findall(r'^(?:extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?|ELEMENT\()(\w+)[(,]', source, re.MULTILINE)
 
 
 def compiled(kernel: Kernel) -> Path:

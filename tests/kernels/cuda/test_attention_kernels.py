@@ -9,7 +9,6 @@ import numpy_reference as ref
 import pytest
 from conftest import Array, Gpu
 from numpy.typing import NDArray
-
 from pymistral.kernels.cuda import ops
 
 BLOCK = 32
@@ -84,9 +83,7 @@ class Batch:
                 k, v = (self.cached(array, row, old + new) for array in (self.keys, self.values))
                 queries = q[: self.tokens].reshape(shape)[own].astype(np.float64)
                 positions = self.positions[own].astype(np.int64)
-                out[own], bound[own] = ref.attention(
-                    queries, k, v, positions, scale=1.0, window=window or None, soft_cap=cap or None, u=u
-                )
+                out[own], bound[own] = ref.attention(queries, k, v, positions, scale=1.0, window=window or None, soft_cap=cap or None, u=u)
         return out.reshape(self.tokens, -1), bound.reshape(self.tokens, -1)
 
 
@@ -94,7 +91,10 @@ LENGTHS = [(0, 1), (5, 3), (31, 1), (32, 2), (200, 1), (64, 40)]
 
 
 @pytest.mark.parametrize("floats", [False, True])
-@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "pairs", "normed"), [(64, 9, 3, 32, False), (256, 4, 1, 128, True), (80, 2, 2, 20, True), (16, 4, 2, 0, False)])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "pairs", "normed"),
+    [(64, 9, 3, 32, False), (256, 4, 1, 128, True), (80, 2, 2, 20, True), (16, 4, 2, 0, False)],
+)
 def test_rope_and_cache(gpu: Gpu, floats: bool, head_dim: int, heads: int, kv_heads: int, pairs: int, normed: bool) -> None:
     rng = np.random.default_rng(0)
     batch = Batch(gpu, rng, LENGTHS, heads, kv_heads, head_dim, floats)

@@ -9,9 +9,8 @@ import numpy_reference as ref
 import pytest
 from conftest import Gpu, tensor_core_gpu
 from numpy.typing import NDArray
-from test_products import ACTIVATIONS, check_forms, put
-
 from pymistral.kernels.cuda import ops
+from test_products import ACTIVATIONS, check_forms, put
 
 
 @pytest.mark.parametrize("columns", [32, 576, 1100])
@@ -175,7 +174,7 @@ def test_mixture_of_experts(gpu: Gpu, kind: str, path: str) -> None:
     experts, top_k, hidden, ffn, tokens = 5, 2, 64, 96, 3 if path == "matvec" else 40
     made = {}
     for name, rows, columns in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
-        one, values, _ = put(gpu, kind, experts * rows, columns, rng)
+        values = put(gpu, kind, experts * rows, columns, rng)[1]
         parts = [values[rows * e : rows * (e + 1)] / 4 for e in range(experts)]
         made[name] = (pack_experts(gpu, kind, parts), parts)
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
@@ -186,7 +185,9 @@ def test_mixture_of_experts(gpu: Gpu, kind: str, path: str) -> None:
     chosen, weights = gpu.put(np.zeros((most, top_k), np.int32)), gpu.put(np.zeros((most, top_k), np.float32))
     common: dict[str, Any] = {"count": count.address, "max_rows": most}
     gpu.run(
-        ops.route(ops.Rows(experts, router.address), experts, top_k, normalize=True, chosen=chosen.address, weights=weights.address, **common)
+        ops.route(
+            ops.Rows(experts, router.address), experts, top_k, normalize=True, chosen=chosen.address, weights=weights.address, **common
+        )
     )
     products = {}
     tile = ops.matmul_tile(most * top_k) if path == "tensor cores" else ops.MATMUL_FLOAT_TILE
@@ -228,9 +229,9 @@ def test_mixture_of_experts(gpu: Gpu, kind: str, path: str) -> None:
 def pack_experts(gpu: Gpu, kind: str, parts: list[NDArray[np.float64]]) -> tuple[ops.Weights, Any]:
     """Experts one after the other, as `planes.Layout.nbytes` says. `parts` become what is stored of them."""
     import gguf
+    from pymistral.kernels.cuda.planes import LAYOUTS
     from weights import tiles_of
 
-    from pymistral.kernels.cuda.planes import LAYOUTS
     from pymistral.quantization.types import GgmlType, Tensor
 
     layout = LAYOUTS[kind.lower()]
@@ -242,5 +243,3 @@ def pack_experts(gpu: Gpu, kind: str, parts: list[NDArray[np.float64]]) -> tuple
         planes.append(layout.pack(tiles_of(Tensor("expert", GgmlType[kind], part.shape, data)), *part.shape))
     array = gpu.put(np.concatenate(planes))
     return ops.Weights(layout, array.address, *parts[0].shape), array
-
-

@@ -10,7 +10,6 @@ import pytest
 from conftest import Gpu
 from engine import reference_sampler as reference
 from numpy.typing import NDArray
-
 from pymistral.kernels.cpu import sampling_layout as at
 from pymistral.kernels.cuda import ops
 

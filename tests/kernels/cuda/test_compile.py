@@ -1,0 +1,64 @@
+"""Every source compiles for the GPUs that we name, with nothing spilled from registers: no GPU is needed for that."""
+
+from __future__ import annotations
+
+import cuda_compiler
+import pytest
+from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda.launch import Kernel, source_text
+from pymistral.kernels.cuda.planes import LAYOUTS
+
+ARCHITECTURES = (70, 80, 90)
+ROWS = ops.Rows(4096, 1, 1, 1, 1)
+PLACES = ops.Places(1, 1, 1, 1, 1, 8)
+
+
+def kernels() -> list[Kernel]:
+    """One or more of each source, in the shapes that take most registers."""
+    found = []
+    for name in ("q4_k", "q6_k", "q8_0", "iq2_xs", "bf16"):
+        w = ops.Weights(LAYOUTS[name], 1, 4096, 4096)
+        found.append(ops.matvec(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=1).kernel)
+        found.append(ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=True).kernel)
+    w = ops.Weights(LAYOUTS["q5_k"], 1, 4096, 4096)
+    found += [
+        ops.matvec(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=8).kernel,
+        ops.gated_matvec(w, w, ROWS, "silu", ROWS, count=1, max_rows=8).kernel,
+        ops.expert_matvec(w, ROWS, 1, 1, chosen=1, top_k=2, shared_x=True, count=1, max_rows=8).kernel,
+        ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=False).kernel,
+        ops.embedding(w, 1, ROWS, 1.0, count=1, max_rows=8).kernel,
+        ops.dequantize(w, 1).kernel,
+        ops.norm(ROWS, 4096, 1e-5, count=1, max_rows=8).kernel,
+        ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
+        ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
+        ops.sample(1, 32000, 1, count=1, max_rows=8).kernel,
+    ]
+    common = {"window": 0, "soft_cap": 0.0, "count": 1}
+    for dim in (64, 128, 256):
+        heads = ops.Heads(32, 8, dim, 1, 1, 32)
+        found.append(ops.attention_decode(ROWS, heads, PLACES, partials=1, splits=2, max_rows=8, **common).kernel)  # type: ignore[arg-type]
+        found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
+    norms = {"q_norm": 0, "k_norm": 0, "epsilon": 0.0, "rotations": 0, "pairs": 0, "scale": 1.0, "count": 1, "max_rows": 8}
+    found.append(ops.rope_and_cache(ROWS, ROWS, ROWS, heads, PLACES, **norms).kernel)  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: "-".join([kernel.name, *(value for _, value in kernel.macros)]))
+def test_compiles(kernel: Kernel, arch: int) -> None:
+    if not cuda_compiler.architectures():
+        pytest.skip("neither NVRTC (the wheel nvidia-cuda-nvrtc-cu12) nor nvcc is installed")
+    if arch not in cuda_compiler.architectures():
+        pytest.skip(f"this version of CUDA does not compile for sm_{arch}")
+    if arch < kernel.min_arch:
+        pytest.skip(f"{kernel.name} is for sm_{kernel.min_arch} and later")
+    report = cuda_compiler.compile_kernel(source_text(kernel.source), kernel.name, arch, kernel.options)
+    assert 0 < report.registers <= 255
+    assert report.spilled == 0, report
+
+
+def test_a_source_that_does_not_compile_is_an_error() -> None:
+    if not cuda_compiler.architectures():
+        pytest.skip("neither NVRTC (the wheel nvidia-cuda-nvrtc-cu12) nor nvcc is installed")
+    with pytest.raises(RuntimeError, match="undefined"):
+        cuda_compiler.compile_kernel('extern "C" __global__ void broken() { nothing(); }', "broken", 90, ())
