@@ -18,6 +18,8 @@ from pymistral import (
     Device,
     Function,
     GgufModelBuilder,
+    IsqType,
+    LayerTopology,
     MbAmount,
     McpClientConfig,
     ModelBuilder,
@@ -26,6 +28,7 @@ from pymistral import (
     TextModelBuilder,
     TokenSource,
     Tool,
+    Topology,
     Utilization,
     tool,
 )
@@ -44,6 +47,7 @@ VALUES = {
     "force_cpu": True,
     "hf_cache_path": Path("cache"),
     "hf_revision": "main",
+    "isq": IsqType.Q4K,
     "logging": True,
     "max_num_seqs": 8,
     "mcp_client": McpClientConfig(servers=[{"name": "files", "source": {"type": "Process", "command": "serve"}}]),
@@ -54,7 +58,9 @@ VALUES = {
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
+    "topology": Topology().with_range((0, 2), LayerTopology(isq="q8_0")),
 }
+ALSO = {"with_auto_isq", "with_topology_from_path"}  # other ways to the same options
 
 
 def method_name(option: str) -> str:
@@ -64,7 +70,7 @@ def method_name(option: str) -> str:
 def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
     options = {field.name: field for field in fields(common.ModelOptions) if "callback" not in field.name}
     methods = {name for name in vars(common.ModelOptions) if name.startswith(("with_", "from_")) and "callback" not in name}
-    assert methods == {method_name(option) for option in options}
+    assert methods == {method_name(option) for option in options} | ALSO
     assert options.keys() == VALUES.keys()
     for option, field in options.items():
         method = getattr(common.ModelOptions, method_name(option))
