@@ -4,6 +4,9 @@ The reference, ``tests/goldens/*.npz``, was computed once by transformers in flo
 weights: for each position of 512 tokens of English the 128 likeliest ids with their log-probabilities. The divergence
 is taken over those and one bucket for all other ids. The files also hold what llama.cpp scores against them. The exit
 code is 1 if pymistral is further from float32 than llama.cpp is.
+
+``--isq`` measures something else on the same references: every type of in-situ quantisation against the float model, with size,
+perplexity and speed.
 """
 
 from __future__ import annotations
@@ -89,6 +92,9 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=MODEL", help="the model of a reference: a file or model id")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="threads (default: one per core)")
     parser.add_argument(
+        "--isq", nargs="*", dest="isq_types", metavar="TYPE", help="compare these types of in-situ quantisation (default: all), and float32"
+    )
+    parser.add_argument(
         "--worker",
         nargs=3,
         metavar=("FILE", "GOLDEN", "POSITIONS"),
@@ -100,6 +106,11 @@ def main() -> None:
         print(json.dumps(measure(Path(path), Path(golden), args.threads, int(positions))))
         return
     models = MODELS | dict(option.partition("=")[::2] for option in args.model)
+    if args.isq_types is not None:
+        from .isq_types import table
+
+        table(args, models).finish(args)
+        return
     positions = 48 if args.quick else 512
     columns = {"model": "model", "isa": "instruction set", "kl": "mean KL", "kl_error": "± s.e.", "llama_cpp_kl": "llama.cpp"}
     columns |= {"top1": "top-1", "llama_cpp_top1": "llama.cpp's", "verdict": "verdict"}

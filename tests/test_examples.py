@@ -22,6 +22,7 @@ SAYS = {
     "advanced/mcp_client.py": 'get_weather({"city": "Paris"}) -> It is sunny in Paris',
     "cookbook/agent.py": "12 plus 30 is 42.",
     "cookbook/multiturn.py": "of them cached",
+    "quantization/isq.py": "Q4K: ",
 }
 
 

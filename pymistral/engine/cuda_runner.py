@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.sampling_layout import LOGITS, MODE, SAMPLE
-from ..kernels.cuda.planes import LAYOUTS
-from ..nn.cpu_weights import tile_format
 from ..nn.cuda import CudaModel, CudaProgram, Size, stride_of
 from ..nn.cuda_gpu import GpuLike
 from ..nn.cuda_sampling import GpuSampling
+from ..nn.cuda_weights import gpu_layout
 from ..nn.graph import Graph
 from ..nn.memory import address
 from ..nn.pool import available_threads
@@ -177,7 +176,7 @@ class CudaRunner(PagedRunner):
 
 def weight_bytes(graph: Graph) -> int:
     """Of all matrices, on a GPU."""
-    return sum(LAYOUTS[tile_format(tensor).name].nbytes(*tensor.shape) for tensor in graph.matrices())
+    return sum(gpu_layout(tensor).nbytes(*tensor.shape) for tensor in graph.matrices())
 
 
 def free_after_weights(graph: Graph, gpu: GpuLike) -> int:

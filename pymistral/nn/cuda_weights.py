@@ -12,13 +12,22 @@ from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress, load_kernels
 from ..kernels.cpu.tiles import FloatFormat
 from ..kernels.cuda.ops import Weights
-from ..kernels.cuda.planes import LAYOUTS
+from ..kernels.cuda.planes import LAYOUTS, Layout
 from ..quantization.types import Tensor
 from .cpu_weights import TiledWeights, tile_format
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
 from .memory import forget
 from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
+
+
+def gpu_layout(tensor: Tensor) -> Layout:
+    """The planes that a tensor becomes. Raises ModelLoadError if there are none."""
+    name = tile_format(tensor).name
+    if name not in LAYOUTS:
+        known = ", ".join(sorted(layout.upper() for layout in LAYOUTS))
+        raise ModelLoadError(f"tensor {tensor.name!r}: {name.upper()} is not supported on a GPU; these are: {known}")
+    return LAYOUTS[name]
 
 
 class GpuWeights:
@@ -40,12 +49,12 @@ class GpuWeights:
         first = tensors[0]
         known = self._matrices.get(id(first))
         if known is None:
-            layout = LAYOUTS[tile_format(first).name]
+            layout = gpu_layout(first)
             rows, columns = first.shape
             size = layout.nbytes(rows, columns)
             start = self.gpu.allocate(size * len(tensors))
             for index, tensor in enumerate(tensors):
-                if tensor.shape != first.shape or tensor.type != first.type:
+                if tensor.shape != first.shape or tensor.layout != first.layout:
                     raise ModelLoadError(f"tensor {tensor.name!r} is not of the shape and type of {first.name!r}, which stands beside it")
                 self._upload(tensor, start + index * size)
             known = self._matrices[id(first)] = Weights(layout, start, rows, columns)
@@ -55,13 +64,13 @@ class GpuWeights:
 
     def _upload(self, tensor: Tensor, target: int) -> None:
         format = tile_format(tensor)
-        if isinstance(format, FloatFormat):
+        if isinstance(format, FloatFormat) and tensor.isq is None:
             planes = _float_planes(tensor, format)
         else:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
             tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), thread_pool(available_threads()))
-            planes = LAYOUTS[format.name].pack(tiles, *tensor.shape)
+            planes = gpu_layout(tensor).pack(tiles, *tensor.shape)
         self.gpu.copy_in(target, planes)
         self.gpu.synchronize()  # the planes are dropped
         forget(tensor.data)

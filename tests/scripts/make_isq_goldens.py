@@ -2,8 +2,8 @@
 
     python tests/scripts/make_isq_goldens.py FOLDER-OF-LLAMA_CPP/lib/libggml-base.so
 
-``ggml_quantize_chunk`` is what ``llama_model_quantize`` calls for each tensor. Needs numpy and gguf,
-and the library of llama-cpp-python 0.3.36.
+``ggml_quantize_chunk`` is what ``llama_model_quantize`` calls for each tensor. Needs numpy and gguf, and llama-cpp-python 0.3.36's
+library.
 """
 
 from __future__ import annotations
