@@ -14,6 +14,10 @@ from benchmarks.accuracy import score
 from benchmarks.engines import Test as EngineTest
 from benchmarks.report import shown
 from benchmarks.scaling import SHAPES, Machine, step
+from pymistral.quantization.types import GgmlType
+
+sys.path.insert(0, str(Path(__file__).parent))
+from simulated_gpu import make_gpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,3 +110,23 @@ def test_speculative(smollm2_path: Path) -> None:
     assert all(row["answer"] == "the same" for row in result["rows"])
     assert all(row["accepted"] <= row["drafted"] for row in result["rows"])
     assert all(row["accepted"] > 0 for row in result["rows"] if row["kind"] == "draft model" and row["temperature"] == 0)
+
+
+def test_gpu() -> None:
+    """Its parts, on a GPU that is simulated; times mean nothing there."""
+    from benchmarks import gpu as bench
+    from benchmarks.report import Report
+
+    device = make_gpu("90")
+    report, limits = Report("gpu", bench.COLUMNS), bench.Limits()
+    limits.copy, limits.bf16 = 1000.0, 100.0
+    bench.products(device, limits, report, ["q4_k", "bf16"], [(64, 256)], 1, (1, 40))
+    small = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"head_dim": 64, "vocab_size": 256}
+    for type in (GgmlType.Q4_K, GgmlType.BF16):
+        graph = bench.random_llama(bench.LLAMA_8B | small, type)
+        bench.model_rows(device, limits, report, "small", type.name, graph, 70, (1,), 40, passes=1)
+    models = {"small, prefill", "small, decode of 1 at 64", "small, decode of 1 at 69"}
+    assert {row["name"] for row in report.rows} == models | {"matvec 64x256", "matmul 64x256"}
+    assert all(row["percent"] > 0 for row in report.rows)  # type: ignore[operator]
+    assert len(report.rows) == 4 + 6

@@ -22,13 +22,16 @@ import pymistral
 from pymistral.builders.common import load_runner
 from pymistral.engine.types import Segment
 
+sys.path.insert(0, str(Path(__file__).parent))
+from simulated_gpu import make_gpu
+
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = {"smollm2": "smollm2-135m-instruct-q4_1", "gemma3": "gemma3-270m-q4_k_m"}
 
 
-def logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
+def logits(path: Path, tokens: list[int], device: str) -> NDArray[np.float32]:
     async def run() -> NDArray[np.float32]:
-        async with await pymistral.GgufModelBuilder(str(path.parent), [path.name]).build() as model:
+        async with await pymistral.GgufModelBuilder(str(path.parent), [path.name], device=device).build() as model:
             return await model.logits(tokens)
 
     return asyncio.run(run())
@@ -48,11 +51,12 @@ def compare(logits: NDArray[np.float32], golden: Any) -> tuple[float, float]:
     return float(divergence.mean()), float((logits.argmax(axis=1) == ids[:, 0]).mean())
 
 
-def check(name: str, path: Path) -> str:
+def check(name: str, path: Path, device: str = "cpu") -> str:
     with np.load(GOLDENS / f"{MODELS[name]}.npz") as golden:
-        divergence, agreement = compare(logits(path, [int(token) for token in golden["tokens"]]), golden)
+        divergence, agreement = compare(logits(path, [int(token) for token in golden["tokens"]], device), golden)
         limit, expected = float(golden["llama_cpp_mean_kl"]), float(golden["llama_cpp_top1_agreement"])
-    found = f"{name} on {current_isa().name}: mean KL {divergence:.3e} (llama.cpp {limit:.3e}), top-1 {agreement:.4f} ({expected:.4f})"
+    where = current_isa().name if device == "cpu" else device
+    found = f"{name} on {where}: mean KL {divergence:.3e} (llama.cpp {limit:.3e}), top-1 {agreement:.4f} ({expected:.4f})"
     assert divergence <= limit, found
     assert agreement >= expected - 0.01, found
     return found
@@ -61,6 +65,13 @@ def check(name: str, path: Path) -> str:
 @pytest.mark.parametrize("name", MODELS)
 def test_as_close_as_llama_cpp(name: str, request: pytest.FixtureRequest) -> None:
     print(check(name, request.getfixturevalue(f"{name}_path")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name: str, request: pytest.FixtureRequest) -> None:
+    make_gpu("gpu")  # or skip
+    print(check(name, request.getfixturevalue(f"{name}_path"), "cuda:0"))
 
 
 @pytest.mark.parametrize("name", MODELS)

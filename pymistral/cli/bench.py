@@ -148,7 +148,7 @@ def decode(runner: Runner, count: int) -> None:
     table = _block_table(runner, count)
     token = min(1, runner.vocab_size - 1)
     for position in range(count):
-        token = int(runner.forward([Segment([token], position, table, 1)])[0].argmax())
+        token = int(runner.read_logits(runner.forward([Segment([token], position, table, 1)]))[0].argmax())
 
 
 def _block_table(runner: Runner, count: int) -> array[int]:

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
+from ..kernels.cpu.sampling_layout import LOGITS, MODE, SAMPLE
 from ..nn.cuda import CudaModel, CudaProgram, Size, stride_of
 from ..nn.cuda_gpu import GpuLike
+from ..nn.cuda_sampling import GpuSampling
 from ..nn.cuda_weights import gpu_layout
 from ..nn.graph import Graph
 from ..nn.memory import address
@@ -83,7 +85,8 @@ class CudaRunner(PagedRunner):
         self.model = CudaModel(graph, self.limits, gpu, progress)
         stride = stride_of(self.vocab_size)
         self._logits = gpu.pinned(4 * self.max_output_rows * stride).view(np.float32).reshape(self.max_output_rows, stride)
-        self._sample = SamplingProgram(self.vocab_size, available_threads()).run
+        self._sample_here = SamplingProgram(self.vocab_size, available_threads()).run
+        self._sample_there = GpuSampling(gpu, self.vocab_size, self.max_output_rows).run
         self._program: CudaProgram | None = None  # of the last step
         self._waits = False  # whether the GPU may still read the state
 
@@ -145,14 +148,30 @@ class CudaRunner(PagedRunner):
         return logits
 
     def sample(self, rows: Sequence[SamplingRow]) -> None:
-        """Choose a token for each row, from the logits that it names."""
-        self._fetch(sorted({row for row in map(self._row_of, rows) if row is not None}))
-        self._sample(rows)
+        """Choose a token for each row, from the logits that it names: on the GPU, but for rows that functions of the user's change."""
+        here, there, places = [], [], []
+        for row in rows:
+            place = self._row_of(row)
+            if place is None or row.words[MODE] != SAMPLE:
+                here.append(row)
+            else:
+                there.append(row)
+                places.append(place)
+        if here:
+            self._fetch(sorted({place for row in here if (place := self._row_of(row)) is not None}))
+            self._sample_here(here)
+        if there:
+            program = self._program
+            assert program is not None
+            for first in range(0, len(there), self.max_output_rows):
+                part = slice(first, first + self.max_output_rows)
+                self._sample_there(there[part], [program.logits + 4 * place * program.stride for place in places[part]])
+            self._waits = False
 
     def _row_of(self, row: SamplingRow) -> int | None:
         """Which of the last step's rows a sampling row names; None: one that is in the host's memory already."""
-        offset = row.logits - address(self._logits)
-        return offset // self._logits.strides[0] if 0 <= offset < self._logits.nbytes else None
+        offset = row.words[LOGITS] - address(self._logits)
+        return int(offset // self._logits.strides[0]) if 0 <= offset < self._logits.nbytes else None
 
 
 def weight_bytes(graph: Graph) -> int:

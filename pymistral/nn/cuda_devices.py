@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ModelLoadError
 
 OLDEST_CAPABILITY = (7, 0)  # Volta: the first with tensor cores, and with threads of a warp that may diverge
+_OLDEST_OF_13 = (7, 5)  # that CUDA 13 serves
 _CUPY = {"cupy-cuda12x": 12, "cupy-cuda13x": 13}  # what the extras install -> CUDA's major version
 _MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16  # CUdevice_attribute
 
@@ -95,19 +96,22 @@ def cuda_device(index: int) -> CudaDevice:
     if device.capability < OLDEST_CAPABILITY:
         found, needed = (".".join(map(str, capability)) for capability in (device.capability, OLDEST_CAPABILITY))
         raise ModelLoadError(f"CUDA device {index}, {device.name}, has the compute capability {found}; pymistral needs {needed} or later")
-    if problem := missing_extra(major):
+    if problem := missing_extra(major, device.capability):
         raise ModelLoadError(f"{device.name} can be used once the extra is installed: {problem}")
     return device
 
 
-def missing_extra(driver_major: int) -> str | None:
-    """What to install before a driver of this CUDA version can be used; None: all is there."""
-    wanted = f"pip install 'pymistral[cuda{min(driver_major, 13)}]'"
-    installed = {name: major for name, major in _CUPY.items() if _is_installed(name)}
+def missing_extra(driver_major: int, capability: tuple[int, int]) -> str | None:
+    """What to install before such a device can be used with a driver of this CUDA version; None: all is there."""
+    newest = 13 if capability >= _OLDEST_OF_13 else 12
+    wanted = f"pip install 'pymistral[cuda{min(driver_major, newest)}]'"
+    majors = [major for name, major in _CUPY.items() if _is_installed(name)]
     if importlib.util.find_spec("cupy") is None:
         return wanted
-    if installed and min(installed.values()) > driver_major:
-        return f"{', '.join(installed)} needs a driver for CUDA {min(installed.values())}, and this one is for {driver_major}: {wanted}"
+    if majors and min(majors) > newest:
+        return f"CUDA 13 no longer serves it, and cupy-cuda13x is installed; uninstall that, then {wanted}"
+    if majors and min(majors) > driver_major:
+        return f"cupy-cuda13x needs a driver for CUDA 13, and this one is for {driver_major}; uninstall it, then {wanted}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Weights in a GPU's memory: each matrix goes by way of the CPU's tiles, which know every storage type."""
+"""Weights in a GPU's memory: quantised matrices go by way of the CPU's tiles, which know every storage type."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress, load_kernels
+from ..kernels.cpu.tiles import FloatFormat
 from ..kernels.cuda.ops import Weights
 from ..kernels.cuda.planes import LAYOUTS, Layout
 from ..quantization.types import Tensor
 from .cpu_weights import TiledWeights, tile_format
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
+from .memory import forget
 from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
 
 
@@ -60,13 +63,17 @@ class GpuWeights:
         return known
 
     def _upload(self, tensor: Tensor, target: int) -> None:
-        tiled = TiledWeights([tensor])
-        matrix = tiled[tensor]
-        pool = thread_pool(available_threads())
-        tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), pool)
-        planes = gpu_layout(tensor).pack(matrix.tiles, *tensor.shape)
+        format = tile_format(tensor)
+        if isinstance(format, FloatFormat) and tensor.isq is None:
+            planes = _float_planes(tensor, format)
+        else:
+            tiled = TiledWeights([tensor])
+            tiles = tiled[tensor].tiles
+            tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), thread_pool(available_threads()))
+            planes = gpu_layout(tensor).pack(tiles, *tensor.shape)
         self.gpu.copy_in(target, planes)
         self.gpu.synchronize()  # the planes are dropped
+        forget(tensor.data)
 
     def vector(self, tensor: Tensor, offset: float) -> Buffer:
         known = self._vectors.get((id(tensor), offset))
@@ -78,3 +85,13 @@ class GpuWeights:
             known = self._vectors[id(tensor), offset] = Buffer(values, address)
             self._keep.append(tensor)
         return known
+
+
+def _float_planes(tensor: Tensor, format: FloatFormat) -> NDArray[np.uint8]:
+    """Rows as they are stored, filled up with zeros to whole blocks of 32 columns."""
+    rows, columns = tensor.shape
+    if columns % 32 == 0:
+        return tensor.data
+    planes = np.zeros((rows, -(-columns // 32) * 32 * format.item_bytes), np.uint8)
+    planes[:, : columns * format.item_bytes] = tensor.data.reshape(rows, -1)
+    return planes

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
-from ..kernels.cpu.sampling_layout import LOGITS, ROW_WORDS, scratch_bytes
+from ..kernels.cpu.sampling_layout import ROW_WORDS, scratch_bytes
 from .memory import address, zeros
 from .pool import Launches, thread_pool
 
@@ -33,11 +33,6 @@ class SamplingRow:
         self.address = address(memory)
         self.words = memoryview(memory)  # type: ignore[arg-type]
         self.numbers = self.words.cast("B").cast("d")
-
-    @property
-    def logits(self) -> int:
-        """The address of the logits."""
-        return self.words[LOGITS]
 
 
 class SamplingProgram:

@@ -1,0 +1,92 @@
+"""Whole models through the CUDA kernels, in a simulator or on a GPU: every architecture against transformers."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pymistral.engine.cuda_runner import CudaRunner, free_after_weights, weight_bytes
+from pymistral.engine.types import Segment
+from pymistral.loading.checkpoint import Checkpoint, load_gguf
+from pymistral.loading.huggingface import load_folder
+from pymistral.models.registry import build_model
+from pymistral.nn import record
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from simulated_gpu import SimulatedGpu, make_gpu
+from test_parity import GOLDENS, golden
+from tiny import write_folder
+from tiny_gguf import write_gguf
+
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+TOLERANCE = 5e-5
+
+
+def runner_of(checkpoint: Checkpoint, kind: str) -> CudaRunner:
+    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    return CudaRunner(graph, make_gpu(kind), max_position_embeddings=128, max_num_seqs=4, cache_tokens=256, max_tokens=64)
+
+
+def logits_in_steps(runner: CudaRunner, tokens: list[int], cuts: list[int], blocks: list[int]) -> NDArray[np.float32]:
+    rows = []
+    for start, end in itertools.pairwise(cuts):
+        logits = runner.forward([Segment(tokens[start:end], start, blocks, end - start)])
+        rows.append(runner.read_logits(logits).copy())
+    return np.concatenate(rows)[:, ::4]
+
+
+@pytest.mark.parametrize("kind", ["90", GPU])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_architectures(path: Path, kind: str, tmp_path: Path) -> None:
+    """A prompt, a short chunk and single tokens: each is a program of its own, with other kernels."""
+    config, values, tokens, expected = golden(path)
+    runner = runner_of(load_folder(write_folder(tmp_path / "model", config, values)), kind)
+    found = logits_in_steps(runner, tokens, [0, 50, len(tokens) - 6, len(tokens) - 1, len(tokens)], [7, 5])
+    assert np.abs(found - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["90", "75", GPU])
+@pytest.mark.parametrize(
+    ("name", "matrices", "limit"),
+    [("mixtral", "Q8_0", 0.1), ("phi3", "Q8_0", 0.1), ("qwen3_moe", "Q5_1", 0.6), ("mixtral", "F16", 0.05), ("phi3", "BF16", 0.1)],
+)
+def test_other_types(name: str, matrices: str, limit: float, kind: str, tmp_path: Path) -> None:
+    """On tensor cores and without; prompts and single tokens take other paths, and all stay near the float model's logits."""
+    config, values, tokens, expected = golden(GOLDENS[0].parent / f"{name}.npz")
+    runner = runner_of(load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, matrices)), kind)
+    found = logits_in_steps(runner, tokens, [0, 50, len(tokens) - 4, len(tokens)], [3, 0])
+    error = np.median(np.abs(found - expected).max(axis=1)) / expected.std()  # of a token; near a tie, a router chooses otherwise
+    assert error < limit
+
+
+def test_programs_are_captured_once_for_each_size(tmp_path: Path) -> None:
+    config, values, tokens, _ = golden(GOLDENS[0].parent / "llama.npz")
+    runner = runner_of(load_folder(write_folder(tmp_path / "model", config, values)), "90")
+    gpu = runner.gpu
+    assert isinstance(gpu, SimulatedGpu)
+    first = gpu.captured  # the largest, so that a lack of memory shows at once, and sampling
+    for start in range(3):
+        runner.forward([Segment(tokens[start : start + 1], start, [1], 1)])
+    assert gpu.captured == first + 1
+    free = gpu.free_memory()
+    runner.forward([Segment(tokens[3:8], 3, [1], 1)])
+    runner.forward([Segment(tokens[8:15], 8, [1], 0)])
+    assert gpu.captured == first + 2
+    assert gpu.free_memory() == free  # programs share the memory of what lives during one step
+
+
+def test_how_much_memory_is_left(tmp_path: Path) -> None:
+    config, values, _, _ = golden(GOLDENS[0].parent / "llama.npz")
+    checkpoint = load_folder(write_folder(tmp_path / "model", config, values))
+    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    gpu = SimulatedGpu(memory=3 << 30)
+    assert free_after_weights(graph, gpu) == (2 << 30) - weight_bytes(graph)
+    assert free_after_weights(graph, SimulatedGpu(memory=1 << 20)) == 0
+    runner = CudaRunner(graph, gpu, max_position_embeddings=128, max_num_seqs=4, cache_tokens=256, max_tokens=64)
+    assert runner.model.weights.nbytes == weight_bytes(graph)
