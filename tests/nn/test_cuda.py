@@ -20,6 +20,7 @@ from pymistral.nn import record
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from simulated_gpu import SimulatedGpu, make_gpu
+from test_goldens import compare
 from test_parity import GOLDENS, golden
 from tiny import write_folder
 from tiny_gguf import write_gguf
@@ -90,3 +91,19 @@ def test_how_much_memory_is_left(tmp_path: Path) -> None:
     assert free_after_weights(graph, SimulatedGpu(memory=1 << 20)) == 0
     runner = CudaRunner(graph, gpu, max_position_embeddings=128, max_num_seqs=4, cache_tokens=256, max_tokens=64)
     assert runner.model.weights.nbytes == weight_bytes(graph)
+
+
+def test_a_real_model(smollm2_path: Path) -> None:
+    """A prompt on simulated tensor cores and two tokens after it: as close to float32 as llama.cpp is over the whole text."""
+    checkpoint = load_gguf(smollm2_path)
+    runner = runner_of(checkpoint, "90")
+    with np.load(Path(__file__).parents[1] / "goldens" / "smollm2-135m-instruct-q4_1.npz") as golden:
+        tokens, limit = [int(token) for token in golden["tokens"][:12]], float(golden["llama_cpp_mean_kl"])
+        expected = {"top_ids": golden["top_ids"][:12], "top_logprobs": golden["top_logprobs"][:12]}
+    rows = [
+        runner.read_logits(runner.forward([Segment(tokens[start:end], start, [2], end - start)])).copy()
+        for start, end in ((0, 10), (10, 11), (11, 12))
+    ]
+    divergence, agreement = compare(np.concatenate(rows), expected)
+    assert divergence <= limit
+    assert agreement > 0.9
