@@ -38,9 +38,9 @@ def test_kernels(tmp_path: Path) -> None:
         "matmul.matmul",
         "matmul.gated_matmul",
         "matmul.float_matmul",
-        "attention.attention",
         "quantize.quantize",
     } <= kernels
+    assert any(kernel.endswith("attention.attention") for kernel in kernels)
     assert all(row["microseconds"] > 0 for row in result["rows"])
     assert str(tmp_path.parent) not in result["machine"]["command"]
     assert (tmp_path / "kernels.md").read_text().startswith("# kernels\n")
