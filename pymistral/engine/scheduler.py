@@ -35,7 +35,7 @@ class PrefillPacer:
     def allowance(self, streams: int) -> int:
         alone = self._step_seconds(streams)
         if alone == 0.0 or not self._added:
-            return 4 * self.least
+            return max(32, self.least)
         seconds, _ = sorted(self._added)[len(self._added) * 3 // 4]
         most = 2 * max(tokens for _, tokens in self._added)
         return max(self.least, min(most, int((self.stretch - 1.0) * alone / seconds)))
@@ -86,7 +86,8 @@ class Scheduler:
         self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
-        self.pacer = PrefillPacer()
+        # Where prompts go through all weights on their own, a few tokens take nearly as long as these do.
+        self.pacer = PrefillPacer(least=64 if prompts_apart else 8)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
