@@ -66,16 +66,18 @@ def compile_kernel(source: str, name: str, arch: int, options: tuple[str, ...]) 
 
 def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
     assert NVCC is not None
+    # nvcc, unlike NVRTC, takes a comma in an option for the start of another option.
+    macros = [option[2:].replace("=", " ", 1) for option in options if option.startswith("-D")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
-        path.write_text(source)
+        path.write_text("".join(f"#define {macro}\n" for macro in macros) + source)
         command = [
             NVCC,
             f"-arch=sm_{arch}",
             "-std=c++17",
             "-Xptxas",
             "-v",
-            *options,
+            *(option for option in options if not option.startswith("-D")),
             "-cubin",
             "-o",
             str(path.with_suffix(".cubin")),
