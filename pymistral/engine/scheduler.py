@@ -86,8 +86,8 @@ class Scheduler:
         self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
-        # Where prompts go through all weights on their own, a few tokens take nearly as long as these do.
-        self.pacer = PrefillPacer(least=64 if prompts_apart else 8)
+        # Where prompts have a pass over all weights of their own, it takes panels of 32 tokens, and nearly as long for a part of one.
+        self.pacer = PrefillPacer(least=32 if prompts_apart else 8)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
