@@ -435,7 +435,8 @@ class EngineCore:
         self.speculation = None
 
     def clear_cache(self) -> None:
-        """Forget all keys and values; running sequences compute theirs again."""
+        """Forget all keys and values; running sequences compute theirs again. Other weights may be computed in another way."""
+        self.scheduler.prompts_apart = self.runner.prompts_apart
         for sequence in list(reversed(self.scheduler.running)):
             self.scheduler.preempt(sequence)
         self.pool.clear_cache()

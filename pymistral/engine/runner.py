@@ -203,20 +203,19 @@ class CpuRunner(PagedRunner):
             count = len(segment.tokens)
             if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
                 raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
-        prompts = [part for segment in segments if (part := _prompt_part(segment)).tokens]
-        generated = [part for segment in segments if (part := _generated_part(segment)).tokens]
-        of_prompts = self._run(self.prompt_program, prompts)
+        parts = [_divided(segment) for segment in segments]
+        of_prompts = self._run(self.prompt_program, [prompt for prompt, _ in parts if prompt.tokens])
+        generated = [part for _, part in parts if part.tokens]
         if not generated:
             return of_prompts
         of_generated = self._run(self.program, generated)
         logits = np.empty((len(of_prompts) + len(of_generated), self.vocab_size), np.float32)
         row = first = second = 0
-        for segment in segments:
-            for part, source, at in ((_prompt_part(segment), of_prompts, first), (_generated_part(segment), of_generated, second)):
-                logits[row : row + part.outputs] = source[at : at + part.outputs]
-                row += part.outputs
-            first += _prompt_part(segment).outputs
-            second += _generated_part(segment).outputs
+        for prompt, part in parts:
+            middle, end = row + prompt.outputs, row + prompt.outputs + part.outputs
+            logits[row:middle] = of_prompts[first : first + prompt.outputs]
+            logits[middle:end] = of_generated[second : second + part.outputs]
+            row, first, second = end, first + prompt.outputs, second + part.outputs
         return logits
 
     def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
@@ -250,15 +249,12 @@ class CpuRunner(PagedRunner):
         return logits
 
 
-def _prompt_part(segment: Segment) -> Segment:
-    count = len(segment.tokens) - segment.generated
-    return Segment(segment.tokens[:count], segment.start, segment.block_table, max(0, segment.outputs - segment.generated))
-
-
-def _generated_part(segment: Segment) -> Segment:
+def _divided(segment: Segment) -> tuple[Segment, Segment]:
+    """What is of the prompt, and what was generated; either may be empty."""
     count = len(segment.tokens) - segment.generated
     outputs = min(segment.outputs, segment.generated)
-    return Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
+    prompt = Segment(segment.tokens[:count], segment.start, segment.block_table, segment.outputs - outputs)
+    return prompt, Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
 
 
 def cache_token_bytes(graph: Graph) -> int:

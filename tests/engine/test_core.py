@@ -230,6 +230,30 @@ def test_a_cached_prompt_costs_little_and_is_counted() -> None:
     assert collector.end.usage.cached_prompt_tokens == 0
 
 
+@pytest.mark.parametrize("from_the_start", [True, False], ids=["always", "since the weights were quantised anew"])
+def test_what_was_generated_is_no_prompt_where_prompts_are_computed_apart(from_the_start: bool) -> None:
+    runner = FakeRunner()
+    runner.prompts_apart = from_the_start
+    core = make_core(runner)
+    runner.prompts_apart = True
+    core.clear_cache()
+    prompt = list(b"a long shared system prompt.")
+    submit(core, prompt, Params(max_len=12))
+    drain(core)
+    answer = greedy_alone(prompt, 12, 128, 0.0)[0]
+    _, collector = submit(core, prompt + answer + [65], Params(max_len=1))
+    drain(core)
+    assert collector.end.usage.cached_prompt_tokens == 28  # the prompt, and nothing of the answer
+    # A sequence that is preempted computes its own tokens again, though a prompt that held them is in the cache by now.
+    job, _ = submit(core, prompt, Params(max_len=12))
+    while len(job.sequences[0].tokens) < len(prompt) + 10:
+        core.step()
+    core.scheduler.preempt(job.sequences[0])
+    core.step()
+    assert runner.steps[-1] == [(28, 10)]
+    drain(core)
+
+
 def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
     runner = FakeRunner(num_blocks=200, max_sequence_length=600, max_batch_tokens=64)
     core = make_core(runner, prefill_chunk=10)
