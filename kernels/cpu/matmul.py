@@ -272,7 +272,12 @@ def float_matmul(*, layout: str) -> Any:
 
         return product
 
-    one, four = product_of(1), product_of(4)
+    panel = current_isa().tokens
+    one, four, full = product_of(1), product_of(4), product_of(panel)
+
+    @inline
+    def write(tile, target, row_bytes, accumulate):
+        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -289,17 +294,14 @@ def float_matmul(*, layout: str) -> Any:
             while token < tokens:
                 x = load_i64(slots + 8) + token * x_row
                 target = out + token * row_bytes + unit * 64
-                if tokens - token >= 4:
-                    few = four(w, x, columns, x_row)
-                    if accumulate:
-                        few = add_to_tile(few, target, row_bytes)
-                    store_tile(few, target, row_bytes)
+                if tokens - token >= panel:
+                    write(full(w, x, columns, x_row), target, row_bytes, accumulate)
+                    token += panel
+                elif tokens - token >= 4:
+                    write(four(w, x, columns, x_row), target, row_bytes, accumulate)
                     token += 4
                 else:
-                    result = one(w, x, columns, x_row)
-                    if accumulate:
-                        result = add_to_tile(result, target, row_bytes)
-                    store_tile(result, target, row_bytes)
+                    write(one(w, x, columns, x_row), target, row_bytes, accumulate)
                     token += 1
 
     return kernel
