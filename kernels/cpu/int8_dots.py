@@ -33,34 +33,56 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
             weights = quants(group)
             tile = _each(b, tile, lambda t, total: dot(b, total, weights, activations(group, t), signed=signed))  # noqa: B023
         return tile
+    tokens = range(tile.type.count)
+    totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
     together = 32767 // (2 * 127 * largest)
-    totals = [half for t in range(tile.type.count) for half in _halves(b, b.extract_value(tile, t))]
-    for start in range(0, len(groups), together):
-        sums: list[Any] = []  # as the totals, two vectors for each token, but of words
-        for group in groups[start : start + together]:
-            weights = quants(group)
-            products = [half for t in range(tile.type.count) for half in _pair_products(b, weights, activations(group, t), signed)]
-            sums = [b.add(*pair) for pair in zip(sums, products, strict=True)] if sums else products
-            if together > 1:
-                sums = _settled(b, sums)
-        totals = _settled(b, [_add_pairs(b, *pair) for pair in zip(totals, sums, strict=True)])
-    return _each(b, tile, lambda t, _: _join(b, totals[2 * t : 2 * t + 2]))
+    runs = [groups[start : start + together] for start in range(0, len(groups), together)]
+    if together > 2:
+        for run in runs:
+            sums: list[list[Any]] = []
+            for group in run:
+                weights = quants(group)
+                products = [_pair_products(b, weights, activations(group, t), signed) for t in tokens]
+                sums = _settled(b, [_added(b, *both) for both in zip(sums, products, strict=True)] if sums else products)
+            totals = [_added(b, total, _widened(b, words)) for total, words in zip(totals, sums, strict=True)]
+        return _each(b, tile, lambda t, _: _join(b, totals[t]))
+    for few in (tokens[start : start + 3] for start in range(0, len(tokens), 3)):  # what registers have room for beside a run's quants
+        for run in runs:
+            unpacked = [quants(group) for group in run]
+            for t in few:
+                words, *more = (_pair_products(b, w, activations(group, t), signed) for w, group in zip(unpacked, run, strict=True))
+                for others in more:
+                    words = _added(b, words, others)
+                totals[t] = _added(b, totals[t], _widened(b, words))
+            totals[few.start : few.stop] = _settled(b, totals[few.start : few.stop])
+    return _each(b, tile, lambda t, _: _join(b, totals[t]))
 
 
-def _settled(b: Any, vectors: list[Any]) -> list[Any]:
+def _added(b: Any, x: list[Any], y: list[Any]) -> list[Any]:
+    return [b.add(*both) for both in zip(x, y, strict=True)]
+
+
+def _widened(b: Any, words: list[Any]) -> list[Any]:
+    """Sums of two 16-bit lanes each, in 32 bits."""
+    doubles = ir.VectorType(_I32, 8)
+    return [_call(b, "llvm.x86.avx2.pmadd.wd", doubles, half, _constant(half.type, 1)) for half in words]
+
+
+def _settled(b: Any, pairs: list[list[Any]]) -> list[list[Any]]:
     """The same vectors, by an empty piece of assembly that takes them all in registers.
 
     So what makes them comes before and what uses them comes after. LLVM would else finish one token before it starts the next, and keep the
     unpacked weights of a block in memory.
     """
+    vectors = [vector for pair in pairs for vector in pair]
     kinds = [vector.type for vector in vectors]
     constraints = ",".join(["=x"] * len(vectors) + [str(i) for i in range(len(vectors))])
     settled = b.call(ir.InlineAsm(ir.FunctionType(ir.LiteralStructType(kinds), kinds), "", constraints, side_effect=True), vectors)
-    return [b.extract_value(settled, i) for i in range(len(vectors))]
+    return [[b.extract_value(settled, i), b.extract_value(settled, i + 1)] for i in range(0, len(vectors), 2)]
 
 
 def _pair_products(b: Any, weights: Any, activations: Any, signed: bool) -> list[Any]:
-    """AVX2: 16-bit sums of two products each."""
+    """AVX2: 16-bit sums of two products each, in two vectors."""
     products = []
     for w, a in zip(_halves(b, weights), _halves(b, activations), strict=True):
         if signed:  # |w| times a with w's sign
@@ -68,11 +90,6 @@ def _pair_products(b: Any, weights: Any, activations: Any, signed: bool) -> list
             w = _call(b, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
         products.append(_call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), w, a))
     return products
-
-
-def _add_pairs(b: Any, total: Any, sums: Any) -> Any:
-    """Eight int32 plus two of the 16-bit sums each."""
-    return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", total.type, sums, _constant(sums.type, 1)))
 
 
 def dot(b: Any, total: Any, weights: Any, activations: Any, *, signed: bool = False) -> Any:
@@ -86,8 +103,7 @@ def dot(b: Any, total: Any, weights: Any, activations: Any, *, signed: bool = Fa
         parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
         return _join(b, [_call(b, "llvm.x86.avx512.vpdpbusd.256", words, t, b.bitcast(w, words), b.bitcast(a, words)) for t, w, a in parts])
     if isa.name == "avx2":
-        products = _pair_products(b, weights, activations, signed)
-        return _join(b, [_add_pairs(b, *pair) for pair in zip(_halves(b, total), products, strict=True)])
+        return _join(b, _added(b, _halves(b, total), _widened(b, _pair_products(b, weights, activations, signed))))
     if isa.has_usdot and not signed:
         return _neon(b, "usdot", total, weights, activations)
     if isa.has_sdot:
