@@ -91,7 +91,7 @@ def launches_of(runner: CudaRunner) -> list[Launch]:
 
 
 def test_queries_keys_and_values_are_one_launch(tmp_path: Path) -> None:
-    config, values, _, _ = golden(GOLDENS[0].parent / "llama.npz")
+    config, values, _, _ = golden(GOLDENS[0].parent / "mistral.npz")
     runner = runner_of(load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, "Q8_0")), "90")
     launches = runner.model.program(Size(1, 1, False)).launches
     layers = sum(launch.kernel.name == "attention_decode" for launch in launches)
