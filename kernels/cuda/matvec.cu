@@ -65,7 +65,7 @@ __device__ __forceinline__ void dot_rows(
         }
     }
 #else
-    const int ahead = WORDS_AHEAD / ((BITS + HIGH) * N) > 1 ? WORDS_AHEAD / ((BITS + HIGH) * N) : 1;
+    const int fit = WORDS_AHEAD / ((BITS + HIGH) * N), ahead = fit < 1 ? 1 : fit > 4 ? 4 : fit;  // 4 are a row of 4096 columns
     for (int begin = lane; begin < m[0].blocks; begin += 32 * ahead) {
         Raw raw[ahead][N];
 #pragma unroll

@@ -122,7 +122,8 @@ class Layout:
                 if part.size:
                     vectors = np.ascontiguousarray(part[some]).view(f"u{item}").reshape(-1, target.shape[1] // item, ROWS)
                     own = target[first * ROWS : (first + _TILES) * ROWS]
-                    own[:] = vectors.transpose(0, 2, 1).reshape(ROWS * len(vectors), -1).view(np.uint8)[: len(own)]
+                    by_rows = np.ascontiguousarray(vectors.transpose(0, 2, 1))
+                    own[:] = by_rows.view(np.uint8).reshape(-1, target.shape[1])[: len(own)]
 
         for _ in run(by_row, range(0, count, _TILES)):
             pass
