@@ -6,7 +6,10 @@ Each part is saved when it is done, and what fails is noted and left out. The 8B
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ from pymistral.engine.types import Segment
 from pymistral.models.registry import build_model
 from pymistral.nn import record
 from pymistral.nn.cuda_gpu import Gpu, GpuLike
-from pymistral.nn.graph import Graph
+from pymistral.nn.graph import OUTPUTS, TOKENS, Graph
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
 from pymistral.requests.sampling import SamplingParams
 
@@ -87,7 +90,7 @@ def seconds_of(gpu: GpuLike, run: Callable[[], None], passes: int) -> float:
 
 
 def copy_bandwidth(limits: Limits, report: Report) -> None:
-    """A copy of 1 GiB within the card's memory."""
+    """A copy of 1 GiB within the card's memory, read and written."""
     import cupy
 
     size = 1 << 30
@@ -106,7 +109,7 @@ def copy_bandwidth(limits: Limits, report: Report) -> None:
 
 
 def cublas_peak(limits: Limits, report: Report) -> None:
-    """A product of bfloat16 matrices 8192 x 8192 by cuBLAS, through torch or, without it, CuPy."""
+    """A product of bfloat16 matrices 8192 x 8192 by cuBLAS, through torch or, without it, CuPy (which finds the wheel nvidia-cublas)."""
     size = 8192
     try:
         import torch
@@ -187,14 +190,21 @@ def product_row(gpu: GpuLike, limits: Limits, weights: list[ops.Weights], tokens
     x = ops.Rows(stride, *(gpu.allocate(size) for size in sizes))
     out, count = gpu.allocate(4 * tokens * first.rows), gpu.allocate(8)
     gpu.copy_in(count, np.array([tokens], np.int64))
-    few = tokens <= ops.MATVEC_TOKENS
+    few = tokens <= ops.MATVEC_ROWS
     counted: dict[str, Any] = {"accumulate": False, "count": count, "max_rows": tokens}
     cores = gpu.arch >= 80 and first.layout.name != "f32"
-    launches: list[Launch] = [
-        ops.matvec(w, x, out, first.rows, **counted) if few else ops.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)
-        for w in weights
-    ]
-    seconds = seconds_of(gpu, gpu.capture(launches), 5) / len(launches)
+    unpacked = gpu.allocate(2 * first.rows * stride) if cores and tokens >= ops.UNPACKED_ROWS else 0
+
+    def launches(w: ops.Weights) -> list[Launch]:
+        if few:
+            return [ops.matvec([ops.Product(w, out, first.rows)], x, **counted)]
+        if not unpacked:
+            return [ops.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)]
+        if w.layout.name == "bf16":
+            return [ops.matmul_bf16(w.address, w, x, out, first.rows, **counted)]
+        return [ops.dequantize(w, unpacked), ops.matmul_bf16(unpacked, w, x, out, first.rows, **counted)]
+
+    seconds = seconds_of(gpu, gpu.capture([launch for w in weights for launch in launches(w)]), 5) / len(weights)
     nbytes, flops = first.layout.nbytes(first.rows, first.columns), 2 * first.rows * first.columns * tokens
     limit = nbytes / limits.copy / 1e9 if few and limits.copy else flops / limits.bf16 / 1e12 if not few and limits.bf16 else 0.0
     return {
@@ -251,6 +261,11 @@ def random_llama(config: dict[str, Any], type: GgmlType) -> Graph:
     return record(build_model(config, weights))
 
 
+def multiplied(graph: Graph, rows: set[str]) -> Graph:
+    """The products with arrays of these rows: not the embeddings, of which a token reads one row."""
+    return Graph([node for node in graph.nodes if node.op != "embedding" and node.output.rows in rows])
+
+
 def model_rows(
     gpu: GpuLike,
     limits: Limits,
@@ -279,7 +294,7 @@ def model_rows(
             if isinstance(result, Exception):
                 raise result
 
-    macs = sum(int(np.prod(tensor.shape)) for tensor in graph.matrices()) - vocabulary * graph.nodes[0].output.columns
+    macs = sum(int(np.prod(tensor.shape)) for tensor in multiplied(graph, {TOKENS}).matrices())  # for a token of a prompt
     count = min(prefill, context)
     seconds = seconds_of(gpu, lambda: step([Segment(tokens[:count], 0, tables[0], 1)]), -(-passes // 4))
     tflops = 2 * macs * count / seconds / 1e12
@@ -288,7 +303,7 @@ def model_rows(
         part="models", name=f"{name}, prefill", type=type, tokens=count, microseconds=seconds * 1e6, tflops=tflops, percent=percent,
         tokens_per_sec=count / seconds,
     )  # fmt: skip
-    weights, per_token = weight_bytes(graph), cache_token_bytes(graph)
+    weights, per_token = weight_bytes(multiplied(graph, {TOKENS, OUTPUTS})), cache_token_bytes(graph)
     for length in (64, context - 1):
         for batch in batches:
             segments = [Segment([tokens[0]], length, tables[i], 1) for i in range(batch)]
@@ -312,12 +327,13 @@ def transformers_rows(limits: Limits, report: Report, config: dict[str, Any], pr
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("cuda"):
+    with torch.device(torch.cuda.current_device()):
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(LlamaConfig(**options)).eval()
         torch.set_default_dtype(torch.float32)
-    ids = torch.randint(0, config["vocab_size"], (1, prefill), device="cuda")
-    parameters = sum(p.numel() for p in model.parameters()) - config["vocab_size"] * config["hidden_size"]
+    ids = torch.randint(0, config["vocab_size"], (1, prefill), device=model.device)
+    vocabulary = config["vocab_size"] * config["hidden_size"]
+    parameters = sum(p.numel() for p in model.parameters()) - vocabulary  # that a step reads
 
     def timed(run: Callable[[], Any], passes: int) -> float:
         run()
@@ -332,7 +348,7 @@ def transformers_rows(limits: Limits, report: Report, config: dict[str, Any], pr
 
     with torch.inference_mode():
         seconds = timed(lambda: model(ids, logits_to_keep=1), 5)
-        tflops = 2 * parameters * prefill / seconds / 1e12
+        tflops = 2 * (parameters - vocabulary) * prefill / seconds / 1e12
         percent = 100 * tflops / limits.bf16 if limits.bf16 else None
         name = "8B in transformers"
         report.add(part="models", name=f"{name}, prefill", type="BF16", tokens=prefill, microseconds=seconds * 1e6, tflops=tflops,
@@ -356,7 +372,7 @@ def parts(args: argparse.Namespace, limits: Limits, report: Report) -> Iterator[
     yield "copy bandwidth", lambda: copy_bandwidth(limits, report)
     yield "cuBLAS", lambda: cublas_peak(limits, report)
     names = ["q4_k", "q8_0", "bf16"] if args.quick else ["q4_k", "q8_0", "bf16", "q6_k", "q4_0", "f16"]
-    shapes, counts = (SHAPES[:1], (1, 64)) if args.quick else (SHAPES, (1, 8, 64, 512, PREFILL))
+    shapes, counts = (SHAPES[:1], (1, 64)) if args.quick else (SHAPES, (1, 8, 32, 128, 512, PREFILL))
     yield "kernels", lambda: products(Gpu(args.device), limits, report, names, shapes, COLD_BYTES, counts)
     batches = (1,) if args.quick else (1, 8, 32)
     for path in args.model:
@@ -397,16 +413,33 @@ def main() -> None:
     report = Report("gpu", COLUMNS)
     report.machine |= {"gpu": device.name, "gpu_details": str(dataclasses.asdict(device)), "cuda": ".".join(map(str, driver.version))}
     limits = Limits()
-    for name, measure in parts(args, limits, report):
-        try:
-            measure()
-        except Exception as error:  # the rest is worth having
-            traceback.print_exc()
-            report.notes.append(f"{name}: not measured, {type(error).__name__}: {str(error)[:300]}")
-        if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / "gpu.json").write_text(report.as_json() + "\n")
+    with on_device(args.device):
+        for name, measure in parts(args, limits, report):
+            begin = time.perf_counter()
+            try:
+                measure()
+            except Exception as error:  # the rest is worth having
+                traceback.print_exc()
+                report.notes.append(f"{name}: not measured, {type(error).__name__}: {str(error)[:300]}")
+            gc.collect()  # and with it the memory of the part's device
+            print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            if args.output is not None:
+                report.save(args.output)
     report.finish(args)
+
+
+@contextlib.contextmanager
+def on_device(index: int) -> Iterator[None]:
+    """For what CuPy and torch are told without a device."""
+    import cupy
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cupy.cuda.Device(index))
+        with contextlib.suppress(ImportError):
+            import torch
+
+            stack.enter_context(torch.cuda.device(index))
+        yield
 
 
 if __name__ == "__main__":

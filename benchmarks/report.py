@@ -52,14 +52,17 @@ class Report:
     def finish(self, args: argparse.Namespace) -> None:
         """Print the table or the JSON, and write the files that were asked for."""
         print(self.as_json() if args.json else self.as_text())
-        if args.output is None:
-            return
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{self.name}.json").write_text(self.as_json() + "\n")
-        (args.output / f"{self.name}.md").write_text(self.as_markdown())
+        if args.output is not None:
+            self.save(args.output)
+
+    def save(self, folder: Path) -> None:
+        """Write what there is so far."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(self.as_json() + "\n")
+        (folder / f"{self.name}.md").write_text(self.as_markdown())
         if self.plot is not None:
             try:
-                self.plot(self, args.output / f"{self.name}.png")
+                self.plot(self, folder / f"{self.name}.png")
             except ImportError:
                 print("no plot: it needs matplotlib, pip install -e '.[bench]'", file=sys.stderr)
 

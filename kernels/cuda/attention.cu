@@ -13,13 +13,21 @@ typedef u16 Cached;
 #define WARPS 4
 #define STREAMS (32 / LANES * WARPS)  // positions that a block looks at together
 
-__device__ __forceinline__ void load_cached(const Cached* source, float* out) {
+// Eight items as they lie in memory.
 #if CACHE_F32
-    float4 a = ((const float4*)source)[0], b = ((const float4*)source)[1];
+struct Eight {
+    float4 low, high;
+};
+#else
+typedef uint4 Eight;
+#endif
+
+__device__ __forceinline__ void floats_of(const Eight& items, float* out) {
+#if CACHE_F32
+    const float4 a = items.low, b = items.high;
     out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 #else
-    uint4 words = *(const uint4*)source;
-    u32 w[4] = {words.x, words.y, words.z, words.w};
+    const u32 w[4] = {items.x, items.y, items.z, items.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) out[2 * i] = __uint_as_float(w[i] << 16), out[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
 #endif
@@ -59,16 +67,24 @@ extern "C" __global__ void attention_decode(
             out[g][i] = 0.0f;
         }
     }
+    Eight key, value;
+    auto fetch = [&](int position) {
+        if (position >= stop || !used) return;
+        const i64 block = table[position / block_size];
+        const i64 at = ((block * kv_heads + kv_head) * block_size + position % block_size) * HEAD_DIM + piece * 8;
+        key = *(const Eight*)(keys + at);
+        value = *(const Eight*)(values + at);
+    };
+    fetch(start + stream);
     const int rounds = (stop - start + STREAMS - 1) / STREAMS;  // all lanes take the same, for the shuffles
     for (int round = 0; round < rounds; round++) {
         const int position = start + round * STREAMS + stream;
         const bool visible = position < stop;
         float k[8], v[8];
         if (visible && used) {
-            const i64 block = table[position / block_size];
-            const i64 at = ((block * kv_heads + kv_head) * block_size + position % block_size) * HEAD_DIM + piece * 8;
-            load_cached(keys + at, k);
-            load_cached(values + at, v);
+            floats_of(key, k);
+            floats_of(value, v);
+            fetch(position + STREAMS);  // under way while these are used
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++) k[i] = v[i] = 0.0f;
@@ -120,27 +136,41 @@ extern "C" __global__ void attention_decode(
     }
 }
 
-// The splits of each head, in order. A warp makes 32 columns of a token's row: columns of a head, and with narrow heads of several.
+#define MERGED (126 / HEAD_DIM + 2)  // heads that 128 columns may belong to
+#define MAX_SPLITS 128
+
+// The splits of each head, in order. A block of 4 warps makes 128 columns of a token's row.
 extern "C" __global__ void attention_merge(
     const float* partials, int splits, int heads, const int* positions, int window, ROWS_ARGUMENTS, const int* count
 ) {
+    __shared__ float shares[MERGED][MAX_SPLITS];  // of each head: what a split's outputs are multiplied by
     const i64 token = blockIdx.y;
-    const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (token >= *count || column / 32 * 32 >= heads * HEAD_DIM) return;
-    float value = 0.0f;
-    if (column < heads * HEAD_DIM) {
-        const int last = positions[token] + 1, length = window ? min(window, last) : last;
-        const int run = split_length(length, splits), used = (length + run - 1) / run;
-        const float* own = partials + (token * heads + column / HEAD_DIM) * splits * (HEAD_DIM + 2);
+    if (token >= *count) return;
+    const int columns = heads * HEAD_DIM, begin = blockIdx.x * 128, column = begin + threadIdx.x;
+    const int last = positions[token] + 1, length = window ? min(window, last) : last;
+    const int run = split_length(length, splits), used = (length + run - 1) / run;
+    const int first_head = begin / HEAD_DIM, own_heads = min(begin + 127, columns - 1) / HEAD_DIM - first_head + 1;
+    const float* own = partials + (token * heads + first_head) * splits * (HEAD_DIM + 2);  // [head][split][HEAD_DIM + 2]
+    for (int h = threadIdx.x / 32; h < own_heads; h += 4) {
+        const float* ends = own + (i64)h * splits * (HEAD_DIM + 2) + HEAD_DIM;  // maximum, sum
         float peak = LOWEST, total = 0.0f;
-        for (int s = 0; s < used; s++) peak = fmaxf(peak, own[s * (HEAD_DIM + 2) + HEAD_DIM]);
-        for (int s = 0; s < used; s++) {
-            const float* part = own + s * (HEAD_DIM + 2);
-            const float weight = __expf(part[HEAD_DIM] - peak);
-            total += weight * part[HEAD_DIM + 1];
-            value += weight * part[column % HEAD_DIM];
+        for (int s = threadIdx.x % 32; s < used; s += 32) peak = fmaxf(peak, ends[s * (HEAD_DIM + 2)]);
+        peak = warp_max(peak);
+        for (int s = threadIdx.x % 32; s < used; s += 32) {
+            shares[h][s] = __expf(ends[s * (HEAD_DIM + 2)] - peak);
+            total += shares[h][s] * ends[s * (HEAD_DIM + 2) + 1];
         }
-        value /= total;
+        total = warp_sum(total);
+        for (int s = threadIdx.x % 32; s < used; s += 32) shares[h][s] /= total;
+    }
+    __syncthreads();
+    if (column / 32 * 32 >= columns) return;
+    float value = 0.0f;
+    if (column < columns) {
+        const int h = column / HEAD_DIM - first_head;
+        const float* outputs = own + (i64)h * splits * (HEAD_DIM + 2) + column % HEAD_DIM;
+#pragma unroll 8
+        for (int s = 0; s < used; s++) value += shares[h][s] * outputs[s * (HEAD_DIM + 2)];
     }
     emit(ROWS_OUT, token, column, value);
 }

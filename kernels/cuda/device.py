@@ -42,10 +42,15 @@ class Device:
             known = self._functions[kernel] = module.get_function(kernel.name)
         return known
 
-    def launch(self, launch: Launch) -> None:
-        """Launch on the current stream. Load kernels first if that stream is being captured."""
+    def prepare(self, launch: Launch) -> Any:
+        """The kernel, loaded and allowed its shared memory."""
         function = self.load(launch.kernel)
         if launch.shared > _STATIC_SHARED and function.max_dynamic_shared_size_bytes < launch.shared:
             function.max_dynamic_shared_size_bytes = launch.shared
+        return function
+
+    def launch(self, launch: Launch) -> None:
+        """Launch on the current stream. `prepare` first if that stream is being captured."""
+        function = self.prepare(launch)
         arguments = tuple(_CONVERT[kind](value) for kind, value in zip(launch.kernel.arguments, launch.arguments, strict=True))
         function(launch.grid, (launch.block, 1, 1), arguments, shared_mem=launch.shared)

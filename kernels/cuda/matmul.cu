@@ -14,13 +14,13 @@ extern "C" __global__ void __launch_bounds__(256) matmul(
     const int* places, const int* tile_experts, int choices_per_row, const int* count
 ) {
     // Without experts `count` is rows of x; with them, tiles.
-    const int tile = blockIdx.y, live = *count;
+    const int tile = blockIdx.x, live = *count;
     if (places ? tile >= live : tile * BM >= live) return;
     DYNAMIC_SHARED(shared);
     u16* a_tiles = (u16*)shared;               // [2][BM][WIDTH]
     u16* b_tile = a_tiles + 2 * BM * WIDTH;    // [BN][WIDTH]
     const Matrix m = matrix_at(places ? weights + tile_experts[tile] * expert_bytes : weights, rows, blocks);
-    const int first_row = blockIdx.x * BN, columns = blocks * 32;
+    const int first_row = blockIdx.y * BN, columns = blocks * 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_m = warp / 4 * (BM / 2), warp_n = warp % 4 * (BN / 4);
 

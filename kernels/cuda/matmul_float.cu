@@ -11,10 +11,10 @@ extern "C" __global__ void __launch_bounds__(256) matmul_float(
     const int* places, const int* tile_experts, int choices_per_row, const int* count
 ) {
     __shared__ float a_tile[BK][BM + 4], b_tile[BK][BN + 4];
-    const int tile = blockIdx.y, live = *count;
+    const int tile = blockIdx.x, live = *count;
     if (places ? tile >= live : tile * BM >= live) return;
     const Matrix m = matrix_at(places ? weights + tile_experts[tile] * expert_bytes : weights, rows, blocks);
-    const int first_row = blockIdx.x * BN;
+    const int first_row = blockIdx.y * BN;
     auto place = [&](int r) {
         if (places) return places[tile * BM + r];
         return tile * BM + r < live ? tile * BM + r : -1;

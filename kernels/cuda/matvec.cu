@@ -9,30 +9,47 @@ struct Inputs {
     int stride;
 };
 
-// sums[r][t] += weights[row + r] . x[t], in every lane. Rows from `live` on are not read.
-template <int R, int T>
-__device__ __forceinline__ void dot_rows(float (&sums)[R][T], const Matrix& m, int row, const Inputs& x, i64 first, int live) {
+// Memory answers after some 700 ns, so that an SM needs 20 KB on their way: a lane asks for this many words of each
+// row, in all, before it computes.
+#if FLOAT_BYTES
+#define WORDS_AHEAD 32
+#else
+#define WORDS_AHEAD (BITS + HIGH > 4 ? 36 : 32)
+#endif
+
+// sums[n][t] = row rows[n] of matrix m[n] . x[first + t], in every lane. Rows of x from `live` on are not read.
+template <int N, int T>
+__device__ __forceinline__ void dot_rows(
+    float (&sums)[N][T], const Matrix (&m)[N], const int (&rows)[N], const Inputs& x, i64 first, int live
+) {
     const int lane = threadIdx.x % 32;
-    int rows[R];
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        rows[r] = min(row + r, m.rows - 1);
+    for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int t = 0; t < T; t++) sums[r][t] = 0.0f;
-    }
+        for (int t = 0; t < T; t++) sums[n][t] = 0.0f;
 #if FLOAT_BYTES
     const int piece = 16 / FLOAT_BYTES;  // columns in 16 bytes
-    const int pieces = m.blocks * 32 / piece;
-    for (int p = lane; p < pieces; p += 32) {
-        uint4 words[R];
+    const int pieces = m[0].blocks * 32 / piece;
+    const int ahead = WORDS_AHEAD / (4 * N);
+    for (int begin = lane; begin < pieces; begin += 32 * ahead) {
+        uint4 words[ahead][N];
 #pragma unroll
-        for (int r = 0; r < R; r++) words[r] = ((const uint4*)(m.base + (i64)rows[r] * m.blocks * 32 * FLOAT_BYTES))[p];
-        float w[R][piece];
+        for (int u = 0; u < ahead; u++)
 #pragma unroll
-        for (int r = 0; r < R; r++) floats_of(words[r], w[r]);
+            for (int n = 0; n < N; n++) {
+                const uint4* source = (const uint4*)(m[n].base + (i64)rows[n] * m[n].blocks * 32 * FLOAT_BYTES);
+                if (begin + 32 * u < pieces) words[u][n] = source[begin + 32 * u];
+            }
 #pragma unroll
-        for (int t = 0; t < T; t++) {
-            if (t < live) {
+        for (int u = 0; u < ahead; u++) {
+            const int p = begin + 32 * u;
+            if (p >= pieces) break;
+            float w[N][piece];
+#pragma unroll
+            for (int n = 0; n < N; n++) floats_of(words[u][n], w[n]);
+#pragma unroll
+            for (int t = 0; t < T; t++) {
+                if (t >= live) break;
                 const float4* source = (const float4*)(x.f32 + (first + t) * x.stride + p * piece);
                 float a[piece];
 #pragma unroll
@@ -41,31 +58,39 @@ __device__ __forceinline__ void dot_rows(float (&sums)[R][T], const Matrix& m, i
                     a[4 * i] = v.x, a[4 * i + 1] = v.y, a[4 * i + 2] = v.z, a[4 * i + 3] = v.w;
                 }
 #pragma unroll
-                for (int r = 0; r < R; r++)
+                for (int n = 0; n < N; n++)
 #pragma unroll
-                    for (int i = 0; i < piece; i++) sums[r][t] += w[r][i] * a[i];
+                    for (int i = 0; i < piece; i++) sums[n][t] += w[n][i] * a[i];
             }
         }
     }
 #else
-    for (int b = lane; b < m.blocks; b += 32) {
-        Raw raw[R];
+    const int fit = WORDS_AHEAD / ((BITS + HIGH) * N), ahead = fit < 1 ? 1 : fit > 4 ? 4 : fit;  // 4 are a row of 4096 columns
+    for (int begin = lane; begin < m[0].blocks; begin += 32 * ahead) {
+        Raw raw[ahead][N];
 #pragma unroll
-        for (int r = 0; r < R; r++) raw[r] = load_raw(m, rows[r], b);
-        Block blocks[R];
+        for (int u = 0; u < ahead; u++)
 #pragma unroll
-        for (int r = 0; r < R; r++) blocks[r] = decode(raw[r]);
+            for (int n = 0; n < N; n++)
+                if (begin + 32 * u < m[0].blocks) raw[u][n] = load_raw(m[n], rows[n], begin + 32 * u);
 #pragma unroll
-        for (int t = 0; t < T; t++) {
-            if (t < live) {
-                i64 at = (first + t) * (x.stride / 32) + b;
+        for (int u = 0; u < ahead; u++) {
+            const int b = begin + 32 * u;
+            if (b >= m[0].blocks) break;
+            Block blocks[N];
+#pragma unroll
+            for (int n = 0; n < N; n++) blocks[n] = decode(raw[u][n]);
+#pragma unroll
+            for (int t = 0; t < T; t++) {
+                if (t >= live) break;
+                const i64 at = (first + t) * (x.stride / 32) + b;
                 const int4* source = (const int4*)(x.q8 + at * 32);
-                int4 u = source[0], v = source[1];
-                int a[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
-                float2 scale = x.scales[at];
+                const int4 low = source[0], high = source[1];
+                const int a[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                const float2 scale = x.scales[at];
 #pragma unroll
-                for (int r = 0; r < R; r++) {
-                    const Block& k = blocks[r];
+                for (int n = 0; n < N; n++) {
+                    const Block& k = blocks[n];
                     float part = 0.0f;
 #pragma unroll
                     for (int h = 0; h < HALVES; h++) {
@@ -78,41 +103,57 @@ __device__ __forceinline__ void dot_rows(float (&sums)[R][T], const Matrix& m, i
                         part += k.scale[h] * (scale.x * (float)dot);
                         if (HAS_MINIMUM) part += k.minimum[h] * (HALVES == 2 ? scale.x * (float)sum : scale.y);
                     }
-                    sums[r][t] += part;
+                    sums[n][t] += part;
                 }
             }
         }
     }
 #endif
 #pragma unroll
-    for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int t = 0; t < T; t++) sums[r][t] = warp_sum(sums[r][t]);
+        for (int t = 0; t < T; t++) sums[n][t] = warp_sum(sums[n][t]);
 }
 
-// out = x @ weights.T, or out += ...; a warp makes ROWS columns of out. blockIdx.y counts groups of TOKENS rows of x.
+// out = x @ weights.T, or out += ..., for up to three matrices of one width, the queries', keys' and values': a warp makes ROWS columns
+// of one of them. blockIdx.y counts groups of TOKENS rows of x.
 extern "C" __global__ void matvec(
-    const u8* weights, int rows, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride, float* out,
-    int out_stride, int accumulate, const int* count
+    const u8* weights0, int rows0, float* out0, int stride0, const u8* weights1, int rows1, float* out1, int stride1, const u8* weights2,
+    int rows2, float* out2, int stride2, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride,
+    int accumulate, const int* count
 ) {
     const i64 first = (i64)blockIdx.y * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
-    const int row = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * ROWS;
+    const u8* weights = weights0;
+    float* out = out0;
+    int row = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * ROWS, rows = rows0, stride = stride0;
+    if (row >= rows) {
+        row -= (rows + ROWS - 1) / ROWS * ROWS;
+        weights = weights1, rows = rows1, out = out1, stride = stride1;
+    }
+    if (row >= rows) {
+        row -= (rows + ROWS - 1) / ROWS * ROWS;
+        weights = weights2, rows = rows2, out = out2, stride = stride2;
+    }
     if (live <= 0 || row >= rows) return;
     float sums[ROWS][TOKENS];
-    dot_rows<ROWS, TOKENS>(sums, matrix_at(weights, rows, blocks), row, Inputs{x_f32, x_q8, x_scales, x_stride}, first, live);
+    Matrix matrices[ROWS];
+    int own[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) matrices[r] = matrix_at(weights, rows, blocks), own[r] = min(row + r, rows - 1);
+    dot_rows<ROWS, TOKENS>(sums, matrices, own, Inputs{x_f32, x_q8, x_scales, x_stride}, first, live);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             if ((r * TOKENS + t) % 32 == lane && t < live && row + r < rows) {
-                float* target = out + (first + t) * out_stride + row + r;
+                float* target = out + (first + t) * stride + row + r;
                 *target = accumulate ? *target + sums[r][t] : sums[r][t];
             }
 }
 
-// activation(x @ gate.T) * (x @ up.T), in every form: a block of 8 warps makes 32 columns.
+// activation(x @ gate.T) * (x @ up.T), in every form: a block of 4 or 8 warps makes 32 columns.
 extern "C" __global__ void gated_matvec(
     const u8* gate, const u8* up, int rows, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride,
     int kind, ROWS_ARGUMENTS, const int* count
@@ -121,24 +162,26 @@ extern "C" __global__ void gated_matvec(
     const i64 first = (i64)blockIdx.y * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
     if (live <= 0) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const Inputs x = {x_f32, x_q8, x_scales, x_stride};
-    for (int i = 0; i < 4; i += ROWS) {
-        const int column = warp * 4 + i, row = blockIdx.x * 32 + column;
-        float gates[ROWS][TOKENS], ups[ROWS][TOKENS];
+    const Matrix gates = matrix_at(gate, rows, blocks), ups = matrix_at(up, rows, blocks);
+    const Matrix matrices[4] = {gates, gates, ups, ups};
+    for (int column = 2 * warp; column < 32; column += 2 * warps) {
+        const int row = blockIdx.x * 32 + column;
+        float sums[4][TOKENS];
         if (row < rows) {
-            dot_rows<ROWS, TOKENS>(gates, matrix_at(gate, rows, blocks), row, x, first, live);
-            dot_rows<ROWS, TOKENS>(ups, matrix_at(up, rows, blocks), row, x, first, live);
+            const int next = min(row + 1, rows - 1), own[4] = {row, next, row, next};
+            dot_rows<4, TOKENS>(sums, matrices, own, x, first, live);
         }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < 2; r++)
 #pragma unroll
             for (int t = 0; t < TOKENS; t++)
                 if ((r * TOKENS + t) % 32 == lane && t < live)
-                    products[t][column + r] = row + r < rows ? activation(kind, gates[r][t]) * ups[r][t] : 0.0f;
+                    products[t][column + r] = row + r < rows ? activation(kind, sums[r][t]) * sums[r + 2][t] : 0.0f;
     }
     __syncthreads();
-    for (int t = warp; t < live; t += 8) emit(ROWS_OUT, first + t, blockIdx.x * 32 + lane, products[t][lane]);
+    for (int t = warp; t < live; t += warps) emit(ROWS_OUT, first + t, blockIdx.x * 32 + lane, products[t][lane]);
 }
 
 // One row for each (token, choice): its expert's product. `shared_x`: a token's choices have one row of x, else each its own.
@@ -151,8 +194,11 @@ extern "C" __global__ void expert_matvec(
     if (choice >= *count * top_k || row >= rows) return;
     float sums[ROWS][1];
     const u8* expert = weights + (i64)chosen[choice] * expert_bytes;
-    const Inputs x = {x_f32, x_q8, x_scales, x_stride};
-    dot_rows<ROWS, 1>(sums, matrix_at(expert, rows, blocks), row, x, shared_x ? choice / top_k : choice, 1);
+    Matrix matrices[ROWS];
+    int own[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) matrices[r] = matrix_at(expert, rows, blocks), own[r] = min(row + r, rows - 1);
+    dot_rows<ROWS, 1>(sums, matrices, own, Inputs{x_f32, x_q8, x_scales, x_stride}, shared_x ? choice / top_k : choice, 1);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)

@@ -12,6 +12,8 @@ The KV cache of a layer is ``[num_blocks][kv_heads][block_size][head_dim]``, bfl
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +22,9 @@ from .planes import Layout
 
 ACTIVATIONS = {"silu": 1, "gelu": 2, "relu": 3}  # common.cuh
 MATVEC_TOKENS = 8
-"""Rows for which `matvec` reads weights once; with more, `matmul` is the better kernel."""
+"""Rows for which `matvec` reads weights once."""
+MATVEC_ROWS = 32
+"""Rows up to which `matvec` is the better kernel. `matmul` has few blocks then, each of which waits for memory in every step."""
 
 _OUT = "ppppi"  # ROWS_ARGUMENTS
 
@@ -81,7 +85,7 @@ def embedding(weights: Weights, tokens: int, out: Rows, scale: float, *, count: 
 
 
 def dequantize(weights: Weights, out: int) -> Launch:
-    """The matrix in bfloat16 ``[rows][columns rounded up to 32]``, for a library's product."""
+    """The matrix in bfloat16 ``[rows][columns rounded up to 32]``, for `matmul_bf16`."""
     kernel = Kernel("dequantize", "unpack.cu", "piip", weights.layout.macros)
     blocks = min(_ceil(weights.rows * weights.blocks, 256), 4096)
     return Launch(kernel, (blocks, 1, 1), 256, 0, (weights.address, weights.rows, weights.blocks, out))
@@ -95,13 +99,29 @@ def _group_of_tokens(max_rows: int) -> int:
     return next((tokens for tokens in (1, 2, 4) if max_rows <= tokens), MATVEC_TOKENS)
 
 
-def matvec(weights: Weights, x: Rows, out: int, out_stride: int, *, accumulate: bool, count: int, max_rows: int) -> Launch:
-    """``out = x @ weights.T`` (float32), or ``out += ...``. Quantised weights take ``x.q8``, floats ``x.f32``."""
+class Product(NamedTuple):
+    """A matrix, and where its product goes: float32 rows ``stride`` columns apart."""
+
+    weights: Weights
+    out: int
+    stride: int
+
+
+MATVEC_PRODUCTS = 3
+
+
+def matvec(products: Sequence[Product], x: Rows, *, accumulate: bool, count: int, max_rows: int) -> Launch:
+    """``out = x @ weights.T`` (float32), or ``out += ...``, for up to `MATVEC_PRODUCTS` matrices of one layout and width.
+    Quantised weights take ``x.q8``, floats ``x.f32``.
+    """
     tokens, rows, warps = _group_of_tokens(max_rows), 2, 4
-    kernel = _vector_kernel("matvec", "piipppipiip", weights.layout, tokens, rows)
-    arguments = (weights.address, weights.rows, weights.blocks, *x.vector, out, out_stride, int(accumulate), count)
-    grid = (_ceil(weights.rows, rows * warps), _ceil(max_rows, tokens), 1)
-    return Launch(kernel, grid, 32 * warps, 0, arguments)
+    first = products[0].weights
+    kernel = _vector_kernel("matvec", "pipipipipipiipppiip", first.layout, tokens, rows)
+    parts = [(each.weights.address, each.weights.rows, each.out, each.stride) for each in products]
+    parts += [(0, 0, 0, 0)] * (MATVEC_PRODUCTS - len(parts))
+    arguments = (*itertools.chain.from_iterable(parts), first.blocks, *x.vector, int(accumulate), count)
+    groups = sum(_ceil(each.weights.rows, rows) for each in products)  # a warp has one
+    return Launch(kernel, (_ceil(groups, warps), _ceil(max_rows, tokens), 1), 32 * warps, 0, arguments)
 
 
 def gated_matvec(gate: Weights, up: Weights, x: Rows, activation: str, out: Rows, *, count: int, max_rows: int) -> Launch:
@@ -109,7 +129,9 @@ def gated_matvec(gate: Weights, up: Weights, x: Rows, activation: str, out: Rows
     tokens = _group_of_tokens(max_rows)
     kernel = _vector_kernel("gated_matvec", f"ppiipppii{_OUT}p", gate.layout, tokens, 2)
     arguments = (gate.address, up.address, gate.rows, gate.blocks, *x.vector, ACTIVATIONS[activation], *out.out, count)
-    return Launch(kernel, (_ceil(gate.rows, 32), _ceil(max_rows, tokens), 1), 256, 0, arguments)
+    blocks = _ceil(gate.rows, 32)
+    threads = 256 if blocks <= 256 else 128  # registers let a block of 256 have two neighbours on an SM, one of 128 five
+    return Launch(kernel, (blocks, _ceil(max_rows, tokens), 1), threads, 0, arguments)
 
 
 def matmul_tile(max_rows: int) -> int:
@@ -137,6 +159,20 @@ def matmul(
     return _matmul(weights, x, out, out_stride, accumulate, experts, tile, _ceil(max_rows, tile), tensor_cores)
 
 
+UNPACKED_ROWS = 512
+"""Rows from which on weights are written down in bfloat16 (`dequantize`) for `matmul_bf16`; `matmul` unpacks them again for every 128."""
+
+
+def matmul_bf16(
+    unpacked: int, weights: Weights, x: Rows, out: int, out_stride: int, *, accumulate: bool, count: int, max_rows: int
+) -> Launch:
+    """As `matmul`, on what `dequantize` made of the weights (or on a BF16 matrix itself); takes ``x.bf16``."""
+    kernel = Kernel("matmul_bf16", "matmul_bf16.cu", "piipipiip", (), 80)
+    arguments = (unpacked, weights.rows, 32 * weights.blocks, x.bf16, x.stride, out, out_stride, int(accumulate), count)
+    grid = (_ceil(max_rows, 128), _ceil(weights.rows, 128), 1)
+    return Launch(kernel, grid, 128, 4 * (128 + 128) * (32 + 8) * 2, arguments)
+
+
 def _matmul(
     weights: Weights,
     x: Rows,
@@ -159,7 +195,8 @@ def _matmul(
         kernel = Kernel("matmul_float", "matmul_float.cu", signature, weights.layout.macros)
     source = x.bf16 if tensor_cores else x.f32
     arguments = (weights.address, expert_bytes, weights.rows, weights.blocks, source, x.stride, out, out_stride, int(accumulate), *places)
-    return Launch(kernel, (_ceil(weights.rows, width), tiles, 1), 256, shared, arguments)
+    # Tiles of x come first: blocks that run together share their weights.
+    return Launch(kernel, (tiles, _ceil(weights.rows, width), 1), 256, shared, arguments)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -186,7 +223,8 @@ def norm(
     out, branch = out or Rows(32), branch or Rows(32)
     kernel = Kernel("norm_rows", "rows.cu", f"pipipppif{_OUT}p")
     arguments = (x.f32, x.stride, branch.f32, branch.stride, branch_weight, weight, indices, columns, epsilon, *out.out, count)
-    return Launch(kernel, (max_rows, 1, 1), 256 if columns > 512 else 128, 0, arguments)
+    threads = 128 if columns <= 512 else 256 if max_rows > MATVEC_TOKENS or columns < 4096 else 1024  # few rows: the time of one counts
+    return Launch(kernel, (max_rows, 1, 1), threads, 0, arguments)
 
 
 def _element(name: str, kinds: str, x: Rows, columns: int, parameters: tuple[int | float, ...], out: Rows, count: int, rows: int) -> Launch:
@@ -454,9 +492,9 @@ def combine(rows: Rows, weights: int, top_k: int, columns: int, out: Rows, *, co
 
 def sampling_scratch_floats(vocab_size: int, max_rows: int) -> int:
     """float32 of scratch that `sample` needs."""
-    return 2 * vocab_size * max_rows
+    return 2 * _ceil(vocab_size, 4) * 4 * max_rows
 
 
 def sample(descriptions: int, vocab_size: int, scratch: int, *, count: int, max_rows: int) -> Launch:
     """Sample rows: ``descriptions`` int64 ``[rows][ROW_WORDS]`` as `kernels.cpu.sampling_layout` states, with device addresses in them."""
-    return Launch(Kernel("sample", "sampling.cu", "pipp"), (max_rows, 1, 1), 512, 0, (descriptions, vocab_size, scratch, count))
+    return Launch(Kernel("sample", "sampling.cu", "pipp"), (max_rows, 1, 1), 1024, 0, (descriptions, vocab_size, scratch, count))

@@ -17,6 +17,7 @@ These are the tiles of `kernels.cpu.tiles` with a row's items side by side: ever
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from ..cpu.tiles import COLUMNS, FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat,
 
 Macros = tuple[tuple[str, str], ...]
 
+_TILES = 16  # that are turned into planes together: they fit a core's cache
 _SCALES = {"f16": 0, "u8": 1, "i8": 2, "nibbles": 3, "e8m0": 4, "super": 5}  # weights.cuh
 
 
@@ -85,8 +87,8 @@ class Layout:
         *items, last = [*self._plane_items(), 0] if self.is_float else self._plane_items()
         return sum(_whole(rows * blocks * item) for item in items) + _whole(rows * (blocks // 8) * last)
 
-    def pack(self, tiles: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uint8]:
-        """Planes from a matrix in tiles."""
+    def pack(self, tiles: NDArray[np.uint8], rows: int, columns: int, run: Callable[..., Iterable[None]] = map) -> NDArray[np.uint8]:
+        """Planes from a matrix in tiles; ``run`` is `map`, or that of threads."""
         format = self.format
         count = -(-rows // ROWS)
         if tiles.size != format.nbytes(rows, columns):
@@ -101,23 +103,30 @@ class Layout:
         per_record = format.columns // COLUMNS
         records = tiles.reshape(count, columns // format.columns, format.record_bytes)
         bodies = records[..., format.header_bytes :].reshape(count, blocks, format.block_bytes)
-
-        def by_row(part: NDArray[np.uint8], item: int) -> NDArray[np.uint8]:
-            """Vectors of an item for each of 16 rows -> the items of each row, side by side."""
-            vectors = part.reshape(count, part.shape[1], -1, ROWS, item)
-            rows_of: NDArray[np.uint8] = vectors.transpose(0, 3, 1, 2, 4).reshape(count * ROWS, -1)
-            return rows_of[:rows]
-
-        at = 0
         quants, planes = format.quant_bytes, format.quant_bytes + format.plane_bytes
+        # The parts of blocks, with the bytes of an item: there is a vector of one for each of 16 rows.
         parts = [(bodies[..., :quants], 4), (bodies[..., quants:planes], 4), (bodies[..., planes:], format.scale_bytes // ROWS)]
         if per_record > 1:
             parts.append((records[..., : format.header_bytes], 2))
-        for part, item in parts:
-            if part.size:
-                plane = by_row(np.ascontiguousarray(part), item).reshape(-1)
-                out[at : at + plane.size] = plane
-                at += _whole(plane.size)
+        at = 0
+        targets = []
+        for part, _ in parts:
+            row_bytes = part[0].size // ROWS
+            targets.append(out[at : at + rows * row_bytes].reshape(rows, row_bytes))
+            at += _whole(rows * row_bytes)
+
+        def by_row(first: int) -> None:
+            """Some tiles: their vectors -> the items of each row, side by side."""
+            some = slice(first, first + _TILES)
+            for (part, item), target in zip(parts, targets, strict=True):
+                if part.size:
+                    vectors = np.ascontiguousarray(part[some]).view(f"u{item}").reshape(-1, target.shape[1] // item, ROWS)
+                    own = target[first * ROWS : (first + _TILES) * ROWS]
+                    by_rows = np.ascontiguousarray(vectors.transpose(0, 2, 1))
+                    own[:] = by_rows.view(np.uint8).reshape(-1, target.shape[1])[: len(own)]
+
+        for _ in run(by_row, range(0, count, _TILES)):
+            pass
         return out
 
 

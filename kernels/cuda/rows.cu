@@ -3,7 +3,7 @@
 
 // x += branch, or x += rms_norm(branch) * branch_weight; then out = rms_norm(x) * weight, in every form. A null pointer leaves a part out.
 // With `indices` out has one row for each of them, and only those rows of x change.
-extern "C" __global__ void norm_rows(
+extern "C" __global__ void __launch_bounds__(1024) norm_rows(
     float* x, int x_stride, const float* branch, int branch_stride, const float* branch_weight, const float* weight, const int* indices,
     int columns, float epsilon, ROWS_ARGUMENTS, const int* count
 ) {

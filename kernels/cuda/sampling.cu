@@ -21,6 +21,17 @@ struct Room {
     int found;
 };
 
+// f(index, value) for all values of a row, by all threads; 16 bytes at a time, where the row is aligned.
+template <class F>
+__device__ __forceinline__ void each(const float* values, int count, F f) {
+    const int pieces = (u64)values % 16 ? 0 : count / 4;
+    for (int p = threadIdx.x; p < pieces; p += blockDim.x) {
+        const float4 v = ((const float4*)values)[p];
+        f(4 * p, v.x), f(4 * p + 1, v.y), f(4 * p + 2, v.z), f(4 * p + 3, v.w);
+    }
+    for (int i = 4 * pieces + threadIdx.x; i < count; i += blockDim.x) f(i, values[i]);
+}
+
 __device__ __forceinline__ u64 warp_sum_u64(u64 value) {
     for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(FULL, value, offset);
     return value;
@@ -72,18 +83,15 @@ __device__ Cut find_cut(const float* values, int count, u64 target, Room& room) 
     for (int shift = 30; shift >= 0; shift -= 2) {
         // sums[d]: of values whose bits above `shift` are those of low, then d + 1 or more
         u64 sums[3] = {0, 0, 0};
-        for (int i = threadIdx.x; i < count; i += blockDim.x) {
-            const float value = values[i];
-            const u32 key = order_of(value);
+        const u32 base = low >> shift;
+        each(values, count, [&](int, float value) {
+            const u32 digit = order_of(value) >> shift;
+            if ((digit | 3) != (base | 3)) return;
             const u64 unit = WEIGHTS ? fixed(value) : 1;
-            const u32 digit = key >> shift;
-            const u32 base = low >> shift;
-            if ((digit | 3) == (base | 3)) {
-                if (digit > base) sums[0] += unit;
-                if (digit > base + 1) sums[1] += unit;
-                if (digit > base + 2) sums[2] += unit;
-            }
-        }
+            if (digit > base) sums[0] += unit;
+            if (digit > base + 1) sums[1] += unit;
+            if (digit > base + 2) sums[2] += unit;
+        });
         block_sums<3>(sums, room);
         int digit = 0;
         while (digit < 3 && above + sums[digit] >= target) digit++;
@@ -96,14 +104,22 @@ __device__ Cut find_cut(const float* values, int count, u64 target, Room& room) 
 // The index of the n-th of those that have this key, or `count` if there are no more than n.
 __device__ int last_equal(const float* values, int count, u32 key, u64 n, Room& room) {
     u64 ties[1] = {0};
-    for (int i = threadIdx.x; i < count; i += blockDim.x) ties[0] += order_of(values[i]) == key;
+    each(values, count, [&](int, float value) { ties[0] += order_of(value) == key; });
     block_sums<1>(ties, room);
     if (n >= ties[0]) return count;
-    if (threadIdx.x == 0) {
-        int i = 0;
-        for (; i < count; i++)
-            if (order_of(values[i]) == key && --n == 0) break;
-        room.found = i;
+    if (threadIdx.x < 32) {
+        for (int i = 0; i < count; i += 32) {
+            const int lane = threadIdx.x;
+            u32 bits = __ballot_sync(FULL, i + lane < count && order_of(values[min(i + lane, count - 1)]) == key);
+            const u32 ties_here = __popc(bits);
+            if (n > ties_here) {
+                n -= ties_here;
+                continue;
+            }
+            for (; n > 1; n--) bits &= bits - 1;
+            if (lane == 0) room.found = i + __ffs((int)bits) - 1;
+            break;
+        }
     }
     __syncthreads();
     const int found = room.found;
@@ -181,21 +197,21 @@ __device__ void list_largest(const float* row, int count, int wanted, int* ids, 
 }
 
 // descriptions: [rows][ROW_WORDS]; scratch: [rows][2][count] floats.
-extern "C" __global__ void sample(i64* descriptions, int count, float* scratch, const int* rows) {
+extern "C" __global__ void __launch_bounds__(1024) sample(i64* descriptions, int count, float* scratch, const int* rows) {
     if (blockIdx.x >= *rows) return;
     __shared__ Room room;
     i64* words = descriptions + (i64)blockIdx.x * ROW_WORDS;
     double* numbers = (double*)words;
-    float* copy = scratch + (i64)blockIdx.x * 2 * count;
-    float* weights = copy + count;
+    const int padded = (count + 3) / 4 * 4;
+    float* copy = scratch + (i64)blockIdx.x * 2 * padded;
+    float* weights = copy + padded;
     const i64 mode = words[MODE];
     const float* row = (const float*)words[LOGITS];
     const u32* mask = (const u32*)words[MASK];
     const bool changes = words[DRY_SIZE] + words[COUNT_SIZE] + words[BIAS_SIZE] != 0;
     if (mode == ADJUST || mask || (changes && mode == SAMPLE)) {
         float* out = mode == ADJUST ? (float*)words[OUT] : copy;
-        for (int i = threadIdx.x; i < count; i += blockDim.x)
-            out[i] = !mask || mask[i / 32] >> (i % 32) & 1 ? row[i] : NEGATIVE_INFINITY;
+        each(row, count, [&](int i, float value) { out[i] = !mask || mask[i / 32] >> (i % 32) & 1 ? value : NEGATIVE_INFINITY; });
         __syncthreads();
         row = out;
         if (mode != ADJUSTED) {
@@ -207,11 +223,10 @@ extern "C" __global__ void sample(i64* descriptions, int count, float* scratch, 
     if (mode == ADJUST) return;
 
     float peak = NEGATIVE_INFINITY, bad = 0.0f;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const float value = row[i];
+    each(row, count, [&](int, float value) {
         if (value != value) bad = 1.0f;
         peak = fmaxf(peak, value);
-    }
+    });
     peak = block_max(peak, room);
     bad = block_max(bad, room);
     if (threadIdx.x == 0) {
@@ -220,11 +235,11 @@ extern "C" __global__ void sample(i64* descriptions, int count, float* scratch, 
     }
     __syncthreads();
     if (bad > 0.0f || peak == NEGATIVE_INFINITY || peak == -NEGATIVE_INFINITY) return;
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
-        if (row[i] == peak) {
-            atomicMin(&room.found, i);
-            break;
-        }
+    int first = count;
+    each(row, count, [&](int i, float value) {
+        if (value == peak) first = min(first, i);
+    });
+    if (first < count) atomicMin(&room.found, first);
     __syncthreads();
     int token = room.found;
     __syncthreads();
@@ -235,10 +250,10 @@ extern "C" __global__ void sample(i64* descriptions, int count, float* scratch, 
     const bool draws = temperature > 0.0 && top_k != 1;
     if (top_n >= 0 || draws) {
         u64 total[1] = {0};
-        for (int i = threadIdx.x; i < count; i += blockDim.x) {
-            weights[i] = weight_of(row[i], peak, scale);
+        each(row, count, [&](int i, float value) {
+            weights[i] = weight_of(value, peak, scale);
             total[0] += fixed(weights[i]);
-        }
+        });
         block_sums<1>(total, room);
         if (top_n >= 0 && threadIdx.x == 0) numbers[TOTAL] = (double)total[0] / 1099511627776.0;
         if (draws) {
@@ -246,11 +261,11 @@ extern "C" __global__ void sample(i64* descriptions, int count, float* scratch, 
                 const Cut cut = find_cut<false>(row, count, top_k, room);
                 const int last = last_equal(row, count, cut.key, top_k - cut.above, room);
                 total[0] = 0;
-                for (int i = threadIdx.x; i < count; i += blockDim.x) {
-                    const u32 key = order_of(row[i]);
+                each(row, count, [&](int i, float value) {
+                    const u32 key = order_of(value);
                     if (key < cut.key || (key == cut.key && i > last)) weights[i] = 0.0f;
                     total[0] += fixed(weights[i]);
-                }
+                });
                 block_sums<1>(total, room);
             }
             // Kept are the weights above a floor, and those equal to it up to an index.

@@ -1,4 +1,4 @@
-// Rows of weights as floats: embeddings, and whole matrices for a library's product. Macros: those of weights.cuh.
+// Rows of weights as floats: embeddings, and whole matrices for matmul_bf16. Macros: those of weights.cuh.
 #include "weights.cuh"
 
 // A row of the matrix for each token, times `scale`. A token that is not in the matrix gives zeros.

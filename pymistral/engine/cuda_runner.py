@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from ..nn.cuda import CudaModel, CudaProgram, Size, stride_of
 from ..nn.cuda_gpu import GpuLike
 from ..nn.cuda_sampling import GpuSampling
 from ..nn.cuda_weights import gpu_layout
-from ..nn.graph import Graph
+from ..nn.graph import TOKENS, Graph
 from ..nn.memory import address
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram, SamplingRow
@@ -25,7 +26,7 @@ from .types import Segment
 _MAX_TOKENS = 2048  # in one step: enough for the tensor cores
 _BLOCK_SIZE = 32
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
-_RESERVE = 1 << 30  # bytes for activations, graphs and the driver
+_RESERVE = 512 << 20  # bytes for logits, sampling, graphs and the driver
 _FEW_OUTPUTS = 8  # rows of logits that a step with prompts is made for; with more, it is made for all
 
 
@@ -70,7 +71,8 @@ class CudaRunner(PagedRunner):
         progress: Progress | None = None,
     ) -> None:
         if cache_tokens is None:
-            cache_tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), free_after_weights(graph, gpu) // cache_token_bytes(graph))
+            free = free_after_weights(graph, gpu, max_tokens)
+            cache_tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), free // cache_token_bytes(graph))
             if cache_tokens < 256:
                 raise ModelLoadError(f"the GPU has room for the weights and {max(0, cache_tokens)} tokens of KV cache: too few")
         super().__init__(
@@ -179,6 +181,17 @@ def weight_bytes(graph: Graph) -> int:
     return sum(gpu_layout(tensor).nbytes(*tensor.shape) for tensor in graph.matrices())
 
 
-def free_after_weights(graph: Graph, gpu: GpuLike) -> int:
+def step_bytes(graph: Graph, max_tokens: int) -> int:
+    """About what lives during a step: rows as wide as the widest product (gate, up, and what they become), and a matrix in bfloat16."""
+    widest = largest = 0
+    for node in graph.nodes:
+        if node.op in ("linear", "gated_linear", "mixture_of_experts") and node.output.rows == TOKENS:
+            shapes = [tensor.shape for tensor in Graph([node]).matrices()]
+            widest = max(widest, max(shape[0] for shape in shapes) * node.attributes.get("top_k", 1))
+            largest = max(largest, max(prod(shape) for shape in shapes))
+    return 4 * 4 * max_tokens * widest + 2 * largest
+
+
+def free_after_weights(graph: Graph, gpu: GpuLike, max_tokens: int = _MAX_TOKENS) -> int:
     """Bytes that will be free for the KV cache."""
-    return max(0, gpu.free_memory() - weight_bytes(graph) - _RESERVE)
+    return max(0, gpu.free_memory() - weight_bytes(graph) - step_bytes(graph, max_tokens) - _RESERVE)

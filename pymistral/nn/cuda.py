@@ -14,6 +14,7 @@ from ..kernels.cpu.tiles import FloatFormat
 from ..kernels.cuda import ops
 from ..kernels.cuda.launch import Launch
 from ..kernels.cuda.ops import Heads, Places, Rows
+from ..kernels.cuda.planes import Layout
 from ..quantization.types import Tensor
 from .cpu_weights import tile_format
 from .cuda_gpu import GpuLike
@@ -161,6 +162,14 @@ class _Span:
     itemsize: int
 
 
+class _Matvec(NamedTuple):
+    """A launch that more products may join: of matrices of this layout and width with these rows."""
+
+    launch: Launch
+    key: tuple[Layout, int, Rows]
+    products: list[ops.Product]
+
+
 class _CudaLowering(Lowering):
     """The launches of one size. An array is kept in the forms that its readers want: float32, int8 with scales, bfloat16."""
 
@@ -168,6 +177,7 @@ class _CudaLowering(Lowering):
         super().__init__(model.graph, model.limits)
         self.model, self.size = model, size
         self.launches: list[Launch] = []
+        self._last_matvec: _Matvec | None = None
         self.q8_of: dict[Array, Buffer] = {}
         self.scales_of: dict[Array, Buffer] = {}
         self.bf16_of: dict[Array, Buffer] = {}
@@ -210,7 +220,7 @@ class _CudaLowering(Lowering):
     def _form_for(self, tensor: Tensor, rows: int) -> str:
         """The form of x that a product of so many rows takes."""
         format = tile_format(tensor)
-        if rows <= ops.MATVEC_TOKENS:
+        if rows <= ops.MATVEC_ROWS:
             return "f32" if isinstance(format, FloatFormat) else "q8"
         return "bf16" if self._tensor_cores(format.name) else "f32"
 
@@ -280,12 +290,31 @@ class _CudaLowering(Lowering):
         rows, stride = self._max_rows(x), stride_of(weight.shape[0])
         source = self._in(x, self._form_for(weight, rows))
         counted = self._counted(x)
-        if rows <= ops.MATVEC_TOKENS:
-            launch = ops.matvec(matrix, source, out.address, stride, accumulate=accumulate, **counted)
+        if rows <= ops.MATVEC_ROWS:
+            self._matvec(ops.Product(matrix, out.address, stride), source, accumulate, counted)
+            return
+        options: dict[str, Any] = {"accumulate": accumulate, **counted}
+        cores = self._tensor_cores(matrix.layout.name)
+        if not cores or rows < ops.UNPACKED_ROWS:
+            self.launches.append(ops.matmul(matrix, source, out.address, stride, tensor_cores=cores, **options))
+        elif matrix.layout.name == "bf16":
+            self.launches.append(ops.matmul_bf16(matrix.address, matrix, source, out.address, stride, **options))
         else:
-            cores = self._tensor_cores(matrix.layout.name)
-            launch = ops.matmul(matrix, source, out.address, stride, accumulate=accumulate, tensor_cores=cores, **counted)
-        self.launches.append(launch)
+            unpacked = self._new((weight.shape[0], stride_of(weight.shape[1])), np.uint16)
+            self.launches.append(ops.dequantize(matrix, unpacked.address))
+            self.launches.append(ops.matmul_bf16(unpacked.address, matrix, source, out.address, stride, **options))
+            self._give_back(unpacked)
+
+    def _matvec(self, product: ops.Product, x: Rows, accumulate: bool, counted: dict[str, int]) -> None:
+        """Products of the same rows that follow each other, say queries, keys and values, are one launch."""
+        key = (product.weights.layout, product.weights.columns, x)
+        last = self._last_matvec
+        joins = last is not None and last.launch is self.launches[-1] and last.key == key and not accumulate
+        products = [*last.products, product] if last is not None and joins else [product]
+        launch = ops.matvec(products, x, accumulate=accumulate, **counted)
+        self.launches[-1 if joins else len(self.launches) :] = [launch]
+        open_to_more = not accumulate and len(products) < ops.MATVEC_PRODUCTS
+        self._last_matvec = _Matvec(launch, key, products) if open_to_more else None
 
     def _embedding(self, node: Node) -> None:
         matrix = self.model.weights.matrix(node.attributes["weight"])
@@ -298,7 +327,7 @@ class _CudaLowering(Lowering):
         options = node.attributes
         gate, up = options["gate"], options["up"]
         counted = self._counted(x)
-        if self._max_rows(x) <= ops.MATVEC_TOKENS and tile_format(gate) is tile_format(up):
+        if self._max_rows(x) <= ops.MATVEC_ROWS and tile_format(gate) is tile_format(up):
             source = self._in(x, self._form_for(gate, self._max_rows(x)))
             first, second = self.model.weights.matrix(gate), self.model.weights.matrix(up)
             self.launches.append(ops.gated_matvec(first, second, source, options["activation"], self._out(node.output), **counted))
@@ -454,7 +483,7 @@ class _CudaLowering(Lowering):
                 **counted,
             )
         )
-        few = tokens <= ops.MATVEC_TOKENS
+        few = tokens <= ops.MATVEC_ROWS
         taken = [chosen, weights]
 
         def scratch(shape: tuple[int, ...], dtype: Any) -> Buffer:

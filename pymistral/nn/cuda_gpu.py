@@ -58,21 +58,30 @@ class Gpu:
     def __init__(self, index: int) -> None:
         import cupy
 
+        try:
+            cupy.cuda.nvrtc.getVersion()  # a wheel of its own, which CuPy looks for when it compiles
+        except RuntimeError as error:
+            major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+            message = f"CuPy finds no NVRTC, which compiles the kernels: pip install 'pymistral[cuda{major}]'"
+            raise ModelLoadError(message) from error
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
-        with self._device:
-            self._launcher = Device()
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+        try:
+            with self._device:
+                self._launcher = Device()
+                self._stream = cupy.cuda.Stream(non_blocking=True)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise ModelLoadError(f"CUDA device {index} cannot be used: {error}; does nvidia-smi show another program on it?") from error
         self.arch, self.multiprocessors = self._launcher.arch, self._launcher.multiprocessors
         self._alive: list[Any] = []
 
     def allocate(self, nbytes: int) -> int:
         try:
             with self._device:
-                memory = self._cupy.cuda.Memory(
-                    max(1, nbytes)
-                )  # past CuPy's pool: what is asked for here is never given back piece by piece
-                self._cupy.cuda.runtime.memset(memory.ptr, 0, memory.size)
+                # Past CuPy's pool: what is asked for here is never given back piece by piece. Zeroed in the order of our stream,
+                # which does not wait for the default one: zeros must not arrive after the first copy.
+                memory = self._cupy.cuda.Memory(max(1, nbytes))
+                self._cupy.cuda.runtime.memsetAsync(memory.ptr, 0, memory.size, self._stream.ptr)
         except (self._cupy.cuda.memory.OutOfMemoryError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
             gib, free = nbytes / 2**30, self.free_memory() / 2**30
             raise ModelLoadError(
@@ -107,8 +116,8 @@ class Gpu:
 
     def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
         with self._device, self._stream:
-            for kernel in {launch.kernel: None for launch in launches}:
-                self._launcher.load(kernel)  # loading is not possible while a stream is captured
+            for launch in launches:
+                self._launcher.prepare(launch)  # nothing may be loaded while a stream is captured
             self._stream.begin_capture()
             try:
                 for launch in launches:

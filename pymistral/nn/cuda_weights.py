@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,9 @@ class GpuWeights:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
             tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), thread_pool(available_threads()))
-            planes = gpu_layout(tensor).pack(tiles, *tensor.shape)
+            with ThreadPoolExecutor(available_threads()) as threads:
+                rows, columns = tensor.shape
+                planes = gpu_layout(tensor).pack(tiles, rows, columns, threads.map)
         self.gpu.copy_in(target, planes)
         self.gpu.synchronize()  # the planes are dropped
         forget(tensor.data)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pymistral.engine.core import EngineCore
-from pymistral.engine.cuda_runner import CudaRunner
+from pymistral.engine.cuda_runner import CudaRunner, step_bytes
 from pymistral.engine.types import Delta, EngineRequest, Event, Segment
 from pymistral.errors import ModelLoadError
 from pymistral.nn import Array, Batch, Rope, record
@@ -140,7 +140,7 @@ def test_the_engine_over_it(kind: str) -> None:
 
 
 def test_too_little_memory() -> None:
-    gpu = SimulatedGpu(memory=(1 << 30) + (64 << 10))
     graph = runner("90").model.graph
+    gpu = SimulatedGpu(memory=(512 << 20) + step_bytes(graph, 2048) + (64 << 10))
     with pytest.raises(ModelLoadError, match="tokens of KV cache: too few"):
         CudaRunner(graph, gpu, max_position_embeddings=CONTEXT)

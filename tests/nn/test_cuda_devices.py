@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from pymistral.builders import common
 from pymistral.errors import ModelLoadError
 from pymistral.nn import cuda_devices
 from pymistral.nn.cuda_devices import cuda_device, cuda_driver, default_cuda_device
+from pymistral.nn.cuda_gpu import Gpu
 
 
 class Driver:
@@ -102,6 +105,19 @@ def test_what_is_missing(driver: Driver | None, packages: tuple[str, ...], messa
     assert default_cuda_device() is None
     with pytest.raises(ModelLoadError, match=message):
         common.choose_device(ModelBuilder("m", device="cuda"))
+
+
+def test_the_extra_is_there_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy is installed without the wheels of the toolkit."""
+
+    def missing() -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so"')
+
+    runtime = SimpleNamespace(runtimeGetVersion=lambda: 12090)
+    cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=missing), runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    with pytest.raises(ModelLoadError, match=r"finds no NVRTC.*pip install 'pymistral\[cuda12\]'"):
+        Gpu(0)
 
 
 def test_a_device_that_is_not_there(machine: Any) -> None:

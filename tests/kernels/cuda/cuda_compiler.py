@@ -89,7 +89,8 @@ def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
 def _nvrtc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    flags = [f"-arch=sm_{arch}", "-std=c++17", "--ptxas-options=-v", *options]
+    as_cupy = ("-std=c++17", *options, "-ftz=true", "--device-as-default-execution-space")
+    flags = [f"-arch=sm_{arch}", "--ptxas-options=-v", *as_cupy]
     values = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     nvrtc.nvrtcCompileProgram(program, len(flags), values)
     size = ctypes.c_size_t()

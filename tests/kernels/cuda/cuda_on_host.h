@@ -13,6 +13,9 @@
 #include <ucontext.h>
 #include <utility>
 #include <vector>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -134,8 +137,19 @@ T take(const char (*slots)[PAYLOAD], unsigned lane) {
     return value;
 }
 
+// CuPy compiles with -ftz=true: what is too small for a normal number is 0.
+struct FlushToZero {
+#ifdef __SSE2__
+    unsigned before = _mm_getcsr();
+    FlushToZero() { _mm_setcsr(before | 0x8040); }
+    ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
 inline const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared) {
+    const FlushToZero mode;
     grid = {x, y, z}, size = threads, error = nullptr;
+    if (x > 0x7fffffff || y > 65535 || z > 65535) return "a grid has 65535 blocks at most in its second and third dimension";
     if (threads % 32 || threads > 1024) return "a block is whole warps, 1024 threads at most";
     if (fibers.size() < threads) fibers.resize(threads);
     for (unsigned i = 0; i < threads; i++)

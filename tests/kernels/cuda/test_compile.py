@@ -18,16 +18,17 @@ def kernels() -> list[Kernel]:
     found = []
     for name in ("q4_k", "q6_k", "q8_0", "iq2_xs", "bf16"):
         w = ops.Weights(LAYOUTS[name], 1, 4096, 4096)
-        found.append(ops.matvec(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=1).kernel)
+        found.append(ops.matvec([ops.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=1).kernel)
         found.append(ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=True).kernel)
     w = ops.Weights(LAYOUTS["q5_k"], 1, 4096, 4096)
     found += [
-        ops.matvec(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=8).kernel,
+        ops.matvec([ops.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=8).kernel,
         ops.gated_matvec(w, w, ROWS, "silu", ROWS, count=1, max_rows=8).kernel,
         ops.expert_matvec(w, ROWS, 1, 1, chosen=1, top_k=2, shared_x=True, count=1, max_rows=8).kernel,
         ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=False).kernel,
         ops.embedding(w, 1, ROWS, 1.0, count=1, max_rows=8).kernel,
         ops.dequantize(w, 1).kernel,
+        ops.matmul_bf16(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
         ops.norm(ROWS, 4096, 1e-5, count=1, max_rows=8).kernel,
         ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
         ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
@@ -37,6 +38,7 @@ def kernels() -> list[Kernel]:
     for dim in (64, 128, 256):
         heads = ops.Heads(32, 8, dim, 1, 1, 32)
         found.append(ops.attention_decode(ROWS, heads, PLACES, partials=1, splits=2, max_rows=8, **common).kernel)  # type: ignore[arg-type]
+        found.append(ops.attention_merge(heads, PLACES, ROWS, partials=1, splits=2, max_rows=8, window=0, count=1).kernel)
         found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
     norms = {"q_norm": 0, "k_norm": 0, "epsilon": 0.0, "rotations": 0, "pairs": 0, "scale": 1.0, "count": 1, "max_rows": 8}
     found.append(ops.rope_and_cache(ROWS, ROWS, ROWS, heads, PLACES, **norms).kernel)  # type: ignore[arg-type]
