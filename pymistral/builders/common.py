@@ -124,7 +124,7 @@ class ModelOptions:
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
         if self.device is not None:
             self.device = Device.parse(self.device)
-        self.dtype = ModelDType.parse(self.dtype)
+        self.dtype = ModelDType(self.dtype)
         self.token_source = TokenSource(self.token_source)
         if self.isq is not None:
             self.isq = IsqType.of(self.isq)
@@ -427,7 +427,7 @@ def load_runner(builder: Builder) -> Loaded:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
-    device, dtype = choose_device(builder), ModelDType.parse(builder.dtype)
+    device, dtype = choose_device(builder), ModelDType(builder.dtype)
     model_id, files = builder._source()
     path = resolve(
         model_id,
