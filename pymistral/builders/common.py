@@ -266,6 +266,8 @@ class ModelOptions:
     def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
         from ..agents.tool import tool_callback
 
+        if not isinstance(name, str) or not name:
+            raise RequestValidationError(f"a tool callback goes with the name of its tool, got {name!r} for a name")
         return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
 
     def _set(self, option: str, value: object) -> Self:
