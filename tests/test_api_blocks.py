@@ -184,6 +184,17 @@ async def test_tokens_and_logits(model: Model) -> None:
     assert await model.detokenize([int(logits[-1].argmax())]) == " Paris"
 
 
+async def test_raw_logits_of_a_request(model: Model) -> None:
+    request = RequestBuilder().add_message("system", SYSTEM).add_message("user", QUESTION).set_sampler_max_len(1)
+    logits, tokens = await model.send_raw_chat_request(request)
+    assert tokens == await model.tokenize(request)
+    assert logits.shape == (len(tokens), model.config()["vocab_size"])
+    first = (await model.send_chat_request(request)).choices[0].message.content
+    assert await model.detokenize([int(logits[-1].argmax())]) == first
+    again, _ = BlockingModel(model).send_raw_chat_request(request)
+    assert np.array_equal(again, logits)
+
+
 def test_blocking(smollm2_path: Path) -> None:
     messages = TextMessages().add_message("system", SYSTEM).add_message("user", QUESTION)
     with BlockingModel.from_builder(ModelBuilder(smollm2_path)) as model:
