@@ -93,9 +93,10 @@ class _Values:
         items: list[Any] = []
         while True:
             yield from self.scanner.skip_space()
-            if not self.scanner.text or self.scanner.text[0] in "]}":
-                if self.scanner.text[:1] != "}":  # a brace here ends what the array is in
-                    self.scanner.take(1)
+            if not self.scanner.text or self.scanner.text[0] == "}":  # which ends what the array is in
+                return items
+            if self.scanner.text[0] == "]":
+                self.scanner.take(1)
                 return items
             if self.scanner.text[0] == ",":
                 self.scanner.take(1)
