@@ -78,8 +78,9 @@ async def test_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         await eval(code, names)
     else:
         exec(code, names)
-    for built in (model, names["model"]):
-        await (built.close() if isinstance(built, Model) else asyncio.sleep(0))
+    if isinstance(names["model"], Model):
+        await names["model"].close()
+    await model.close()
 
 
 @pytest_asyncio.fixture
