@@ -119,6 +119,11 @@ class BlockingModel:
         """As `Model.logits`."""
         return self._model._member(model_id)._engine.logits(list(map(int, tokens))).result()
 
+    def send_raw_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> tuple[NDArray[np.float32], list[int]]:
+        """As `Model.send_raw_chat_request`."""
+        tokens = self.tokenize(RequestBuilder.of(request), model_id=model_id)
+        return self.logits(tokens, model_id=model_id), tokens
+
     def re_isq_model(self, isq: IsqType | IsqBits | str | int, *, model_id: str | None = None) -> None:
         """As `Model.re_isq_model`."""
         self._model._member(model_id)._re_isq(isq)

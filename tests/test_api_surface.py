@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,39 @@ def test_each_name_can_be_imported_and_is_documented(name: str) -> None:
                 inspect.isfunction(method) or isinstance(method, property | classmethod | staticmethod)
             ):
                 assert inspect.getdoc(method), f"{name}.{method_name} has no docstring"
+
+
+@pytest.mark.parametrize("name", [name for module in (pymistral.blocking, pymistral.errors) for name in vars(module)])
+def test_the_modules_are_documented(name: str) -> None:
+    module = pymistral.blocking if hasattr(pymistral.blocking, name) else pymistral.errors
+    value = getattr(module, name)
+    if inspect.isclass(value) and value.__module__ == module.__name__:
+        assert inspect.getdoc(value), name
+        assert [key for key, method in vars(value).items() if key[0] != "_" and callable(method) and not inspect.getdoc(method)] == []
+
+
+ENUMS = [value for value in map(pymistral.__getattr__, pymistral.__all__) if inspect.isclass(value) and issubclass(value, Enum)]
+
+
+@pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.__name__)
+def test_an_enum_takes_its_plain_value(enum: type[Enum]) -> None:
+    for member in enum:
+        plain = [member.value.lower(), member.value.upper()] if isinstance(member.value, str) else [member.value]
+        assert all(enum(value) is member for value in plain)
+    with pytest.raises(pymistral.errors.PymistralError, match="nonsense"):
+        enum("nonsense")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(pymistral.Agent, pymistral.blocking.BlockingAgent)])
+def test_blocking_twins(theirs: type, ours: type) -> None:
+    def public(cls: type) -> set[str]:
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    assert public(ours) == public(theirs) | {"from_builder", "inner"}
+    for name in public(theirs):
+        method, twin = inspect.getattr_static(theirs, name), inspect.getattr_static(ours, name)
+        assert isinstance(method, property) or inspect.signature(method).parameters == inspect.signature(twin).parameters
+        assert not inspect.iscoroutinefunction(twin)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

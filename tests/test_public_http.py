@@ -95,6 +95,13 @@ def server() -> Iterator[str]:
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::808:808", True),
+        ("::127.0.0.1", False),
+        ("::2", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("::ffff:0:8.8.8.8", True),
+        ("64:ff9b:1::808:808", False),
+        ("fec0::1", False),
+        ("192.0.0.192", False),
         ("2002:7f00:1::", False),
     ],
 )

@@ -261,7 +261,8 @@ class AgentBuilder:
     def __init__(self, model: Any) -> None:
         inner = model if isinstance(model, Model) else getattr(model, "inner", None)
         if not isinstance(inner, Model):
-            raise RequestValidationError(f"AgentBuilder takes a Model or a BlockingModel, got {model!r}")
+            remedy = "; build it first" if hasattr(model, "build") else ""
+            raise RequestValidationError(f"AgentBuilder takes a Model or a BlockingModel, got a {type(model).__name__}{remedy}")
         self._model = inner
         self._callbacks: dict[str, ToolCallback] = {}
         self._system_prompt: str | None = None
@@ -332,7 +333,8 @@ class AgentBuilder:
 
     def _add(self, tool: Tool, callback: Callable[..., Any], timeout: float | None) -> Self:
         if not isinstance(tool, Tool):
-            raise RequestValidationError(f"a tool must be a Tool, got {tool!r}")
+            remedy = "; with_tool takes it" if isinstance(tool, FunctionTool) else ""
+            raise RequestValidationError(f"a tool must be a Tool, got {tool!r}{remedy}")
         name = tool.function.name
         if name in self._callbacks:
             raise RequestValidationError(f"two tools are named {name!r}; give each its own name")

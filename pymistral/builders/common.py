@@ -124,7 +124,7 @@ class ModelOptions:
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
         if self.device is not None:
             self.device = Device.parse(self.device)
-        self.dtype = ModelDType.parse(self.dtype)
+        self.dtype = ModelDType(self.dtype)
         self.token_source = TokenSource(self.token_source)
         if self.isq is not None:
             self.isq = IsqType.of(self.isq)
@@ -266,6 +266,8 @@ class ModelOptions:
     def _add_callback(self, name: str, callback: Any, tool: Tool | None, timeout: float | None) -> Self:
         from ..agents.tool import tool_callback
 
+        if not isinstance(name, str) or not name:
+            raise RequestValidationError(f"a tool callback goes with the name of its tool, got {name!r} for a name")
         return self._set("tool_callbacks", {**self.tool_callbacks, name: tool_callback(callback, tool, timeout)})
 
     def _set(self, option: str, value: object) -> Self:
@@ -427,7 +429,7 @@ def load_runner(builder: Builder) -> Loaded:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
-    device, dtype = choose_device(builder), ModelDType.parse(builder.dtype)
+    device, dtype = choose_device(builder), ModelDType(builder.dtype)
     model_id, files = builder._source()
     path = resolve(
         model_id,

@@ -53,10 +53,10 @@ class ModelDType(str, Enum):
     F32 = "f32"
 
     @classmethod
-    def parse(cls, value: ModelDType | str) -> ModelDType:
-        """A member, or its plain value. Raises ModelLoadError if it is none."""
-        try:
-            return cls(value.lower() if isinstance(value, str) and not isinstance(value, ModelDType) else value)
-        except ValueError:
-            known = ", ".join(repr(member.value) for member in cls)
-            raise ModelLoadError(f"dtype must be one of {known}, got {value!r}") from None
+    def _missing_(cls, value: object) -> ModelDType:
+        """The plain value in any case. Raises ModelLoadError if it is none."""
+        for member in cls:
+            if isinstance(value, str) and value.lower() == member.value:
+                return member
+        known = ", ".join(repr(member.value) for member in cls)
+        raise ModelLoadError(f"dtype must be one of {known}, got {value!r}")

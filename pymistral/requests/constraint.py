@@ -90,7 +90,8 @@ def _schema(schema: object) -> Any:
     elif isinstance(schema, Mapping):
         schema = json.loads(_dumps("json_schema", schema))
     if not isinstance(schema, dict | bool):
-        raise RequestValidationError(f"Constraint.json_schema takes a schema as a dict or as JSON text, got {schema!r}")
+        remedy = "; generate_structured takes types" if isinstance(schema, type) else ""
+        raise RequestValidationError(f"Constraint.json_schema takes a schema as a dict or as JSON text, got {schema!r}{remedy}")
     return schema
 
 

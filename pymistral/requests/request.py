@@ -103,6 +103,8 @@ class RequestBuilder(TextMessages):
 
     def set_tools(self, tools: Iterable[Tool | Mapping[str, Any]]) -> Self:
         """Set the tools that the chat template tells the model of; OpenAI-style dicts work too."""
+        if not isinstance(tools, Iterable) or isinstance(tools, Mapping | str):
+            raise RequestValidationError(f"set_tools takes a list of tools, got {tools!r}")
         self.tools = [Tool.from_dict(tool) if isinstance(tool, Mapping) else _checked_tool(tool) for tool in tools]
         return self
 
@@ -281,7 +283,8 @@ class RequestBuilder(TextMessages):
 
 def _checked_tool(tool: object) -> Tool:
     if not isinstance(tool, Tool):
-        raise RequestValidationError(f"set_tools takes Tool objects or dicts in OpenAI's form, got {tool!r}")
+        remedy = "; give its attribute 'tool'" if isinstance(getattr(tool, "tool", None), Tool) else ""
+        raise RequestValidationError(f"set_tools takes Tool objects or dicts in OpenAI's form, got {tool!r}{remedy}")
     return tool
 
 

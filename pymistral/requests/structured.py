@@ -27,7 +27,6 @@ class StructuredOutput(Generic[T]):
 
     def __init__(self, type: type[T] | Any) -> None:
         from pydantic import TypeAdapter
-        from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
         from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
         class Schema(GenerateJsonSchema):
@@ -39,8 +38,11 @@ class StructuredOutput(Generic[T]):
         try:
             self._adapter: TypeAdapter[T] = type if isinstance(type, TypeAdapter) else TypeAdapter(type)
             schema = self._adapter.json_schema(schema_generator=Schema)
-        except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError) as error:
-            raise RequestValidationError(f"{self.name} has no JSON schema: {error}") from error
+        except Exception as error:  # pydantic takes text for the name of a type, a dict for a schema of its own, and runs what types define
+            raise RequestValidationError(
+                f"{self.name} has no JSON schema: {error}; give a type, as a class of BaseModel or list[str], "
+                "or put a schema of your own into the request with set_constraint(Constraint.json_schema(...))"
+            ) from error
         try:
             self.constraint = Constraint.json_schema(_left_to_pydantic(schema, "#"))
         except RequestValidationError as error:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, quoted
+import json
+import re
+from typing import Any
+
+from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, quoted, with_system
 from .json_calls import arguments
 from .reading import Reading, Scanner
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 FENCE = "```"
+
+# The headings are those of the model card of V3.1, whose template leaves the tools to the system prompt.
+INSTRUCTIONS = """## Tools
+You have access to the following tools:
+
+{functions}
+
+To call tools, use exactly this format:
+{call}"""
+_CALLS_OR_TEXT = re.compile(r"== 'assistant' and message\['content'\] is none")
 
 
 class DeepSeek(Dialect):
@@ -40,6 +54,27 @@ class DeepSeek(Dialect):
             return f"{quoted(name)} {self.mark(SEPARATOR)} {arguments} {self.mark(END)}"
 
         return alternatives(schemas, call)
+
+    def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
+        """The templates of R1 and V3.1 say nothing of tools; that of R1 shows the calls of a message only if it has no text."""
+        messages = [part for message in messages for part in self._parts(message)]
+        if tools and not self.tells_tools:
+            head, foot = (f"function{SEPARATOR}NAME\n{FENCE}json\n", f"\n{FENCE}") if self.fenced else (f"NAME{SEPARATOR}", "")
+            call = f"{CALLS_BEGIN}{BEGIN}{head}ARGUMENTS{foot}{END}{CALLS_END}"
+            messages = with_system(messages, INSTRUCTIONS.format(functions="\n\n".join(map(_described, tools)), call=call))
+        return messages, tools
+
+    def _parts(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        if not message.get("tool_calls") or not _CALLS_OR_TEXT.search(self.source):
+            return [message]
+        text = {key: value for key, value in message.items() if key != "tool_calls"}
+        return [*([text] if message["content"] else []), {**message, "content": None}]
+
+
+def _described(tool: dict[str, Any]) -> str:
+    function = tool["function"]
+    parameters = json.dumps(function.get("parameters", {}), ensure_ascii=False)
+    return f"### {function['name']}\nDescription: {function.get('description', '')}\n\nParameters: {parameters}"
 
 
 def _layout(scanner: Scanner) -> Reading:

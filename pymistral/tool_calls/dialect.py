@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -121,7 +122,40 @@ class Dialect(ABC):
 
     def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
         """Messages and tools as the family's template can show them."""
-        return messages, tools
+        return (one_call_each(messages) if "tool_calls[0]" in self.source else messages), tools
+
+    @property
+    def tells_tools(self) -> bool:
+        """Whether the template tells the model of the tools by itself."""
+        return re.search(r"\btools\b", self.source) is not None
+
+
+def one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call in a message of its own, its result behind it: some templates show the first call only, or refuse several."""
+    turns: list[dict[str, Any]] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            turns.append(message)
+            continue
+        place = {call.get("id"): index for index, call in enumerate(calls)}
+        results = list(itertools.takewhile(lambda following: following["role"] == "tool", rest))
+        del rest[: len(results)]
+        results.sort(key=lambda result: place.get(result.get("tool_call_id"), len(calls)))
+        for index, call in enumerate(calls):
+            turns += [{**message, "content": "" if index else message["content"], "tool_calls": [call]}, *results[index : index + 1]]
+        turns += results[len(calls) :]
+    return turns
+
+
+def with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The messages with a text at the end of the system message."""
+    if messages and messages[0]["role"] == "system":
+        first = messages[0]
+        return [{**first, "content": f"{first['content']}\n\n{text}".strip()}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def alternatives(schemas: Schemas, call: Callable[[str, str], str]) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from .dialect import CallTrigger, Dialect, Handlers, Mark, Schemas, quoted, text_until
+from .dialect import CallTrigger, Dialect, Handlers, Mark, Schemas, quoted, text_until, with_system
 from .notation import Notation, typed
 from .reading import DEEPEST, Reading, Scanner
 
@@ -18,10 +18,9 @@ class Markup(NamedTuple):
     quote: str
 
 
-MARKUPS = (
-    Markup("<start_function_call>", "<end_function_call>", "<escape>"),
-    Markup("<|tool_call>", "<tool_call|>", '<|"|>'),
-)
+FUNCTION_GEMMA = Markup("<start_function_call>", "<end_function_call>", "<escape>")
+FUNCTION_GEMMA_SYSTEM = "You are a model that can do function calling with the following functions"  # as it was trained
+MARKUPS = (FUNCTION_GEMMA, Markup("<|tool_call>", "<tool_call|>", '<|"|>'))
 
 
 class Gemma(Dialect):
@@ -47,6 +46,13 @@ class Gemma(Dialect):
         notation = _Notation(self.mark(self.markup.quote))
         calls = " | ".join(f"({quoted(f'call:{name}')} {notation.value(schema, schema)})" for name, schema in schemas.items())
         return f"({calls}) {self.mark(self.markup.end)}\n" + "\n".join(notation.rules)
+
+    def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
+        """FunctionGemma calls functions only where a message before the user's says that it can."""
+        messages, tools = super().adapt(messages, tools)
+        if tools and self.markup is FUNCTION_GEMMA and messages[0]["role"] not in ("system", "developer"):
+            messages = with_system(messages, FUNCTION_GEMMA_SYSTEM)
+        return messages, tools
 
     def _read_call(self, scanner: Scanner) -> Reading:
         head: list[str] = []
@@ -87,7 +93,9 @@ class _Values:
         items: list[Any] = []
         while True:
             yield from self.scanner.skip_space()
-            if not self.scanner.text or self.scanner.text[0] == "]":
+            if not self.scanner.text or self.scanner.text[0] == "}":  # which ends what the array is in
+                return items
+            if self.scanner.text[0] == "]":
                 self.scanner.take(1)
                 return items
             if self.scanner.text[0] == ",":

@@ -31,13 +31,14 @@ class Mistral(Dialect):
 
 
 class MistralNamed(Mistral):
-    """``[TOOL_CALLS]name[ARGS]{...}``, one after the other."""
+    """``[TOOL_CALLS]name[ARGS]{...}``, one after the other; v11 has ``[CALL_ID]`` and an id behind the name."""
 
     def required(self, schemas: Schemas) -> str:
         return f"start: call+\ncall: {self.mark(BEGIN)} {self._body(schemas)}"
 
     def _body(self, schemas: Schemas) -> str:
-        return alternatives(schemas, lambda name, arguments: f"{quoted(name)} {self.mark(ARGUMENTS)} {arguments}")
+        call_id = f"({self.mark(CALL_ID)} /[a-zA-Z0-9]{{9}}/)?" if CALL_ID in self.source else ""
+        return alternatives(schemas, lambda name, arguments: f"{quoted(name)} {call_id} {self.mark(ARGUMENTS)} {arguments}")
 
 
 def _read_calls(scanner: Scanner) -> Reading:

@@ -42,7 +42,7 @@ class Phi4(Dialect):
     def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
         """The template finds tools in the system message, and calls as the text that they were."""
         if re.search(r"\btool_calls\b", self.source):
-            return messages, tools
+            return super().adapt(messages, tools)
         messages = [_with_calls_as_text(message) for message in messages]
         if tools and re.search(r"\[['\"]tools['\"]\]|message\.tools", self.source):
             functions = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call
+from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call, with_system
 from .llama import bare_calls, bare_triggers
 from .reading import Reading, Scanner
 
@@ -25,9 +25,11 @@ class PlainJson(Dialect):
     """``{"name": ..., "arguments": {...}}``, one after the other."""
 
     @property
-    def tells(self) -> bool:
-        """Whether the template tells the model of the tools by itself."""
-        return re.search(r"\btools\b", self.source) is not None
+    def takes_system(self) -> bool:
+        """Whether the template takes a system message: Gemma 2 and the first Mistral refuse it."""
+        if "system" not in self.source:
+            return "raise_exception" not in self.source
+        return re.search(r"system role not supported", self.source, re.IGNORECASE) is None
 
     def read(self, scanner: Scanner, tools: Schemas) -> Reading:
         if tools and self.reasoning is None:
@@ -60,20 +62,19 @@ class PlainJson(Dialect):
         return f"start: {alternatives(schemas, json_call())}"
 
     def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
-        if self.tells:
-            return messages, tools
+        if self.tells_tools:
+            return super().adapt(messages, tools)
         messages = _as_turns(messages)
         if tools:
             functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-            messages = _with_system(messages, INSTRUCTIONS.format(functions=functions))
+            tell = with_system if self.takes_system else _before_the_first
+            messages = tell(messages, INSTRUCTIONS.format(functions=functions))
         return messages, None
 
 
-def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    if messages and messages[0]["role"] == "system":
-        first = messages[0]
-        return [{**first, "content": f"{first['content']}\n\n{text}".strip()}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+def _before_the_first(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    first, *others = messages
+    return [{**first, "content": f"{text}\n\n{first['content']}"}, *others]
 
 
 def _as_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from pymistral import (
     CalledFunction,
     Function,
     Model,
+    ModelBuilder,
     Tool,
     tool,
 )
@@ -325,6 +326,8 @@ async def test_what_the_builder_refuses() -> None:
         (lambda: builder.with_async_tool(ECHO, len), "takes an async function"),
         (lambda: builder.with_sync_tool(ECHO, "x"), "a tool callback is a function"),
         (lambda: builder.with_sync_tool("echo", len), "a tool must be a Tool"),
+        (lambda: builder.with_sync_tool(add, len), "with_tool takes it"),
+        (lambda: AgentBuilder(ModelBuilder("m")), "got a ModelBuilder; build it first"),
         (lambda: builder.with_sync_tool(ECHO, len, timeout=0), "a number of seconds above 0"),
         (lambda: builder.with_max_iterations(0), "at least 1"),
         (lambda: builder.with_tool_choice("perhaps"), "is not one of"),

@@ -329,6 +329,7 @@ def test_tool_callbacks_accumulate() -> None:
     for wrong in (
         lambda: builder.with_tool_callback("x", "no function"),  # type: ignore[arg-type]
         lambda: builder.with_tool_callback("x", len, timeout=-1),
+        lambda: builder.with_tool_callback(add, add),  # type: ignore[arg-type]
         lambda: builder.with_tool_callback_and_tool("x", len, add.tool),
     ):
         with pytest.raises(RequestValidationError):

@@ -180,6 +180,33 @@ def schemas(count: int) -> list[Any]:
     return found
 
 
+SHAPES: list[Any] = [
+    {"$anchor": "here", "type": "array", "items": {"$ref": "#here"}, "maxItems": 2},
+    {"$id": "http://example.com/schema", "type": "array", "items": {"$ref": "#"}, "maxItems": 1},
+    {"definitions": {"a/b~c": {"const": 3}}, "$ref": "#/definitions/a~1b~0c"},
+    {"type": "array", "prefixItems": [{"const": 1}, {"type": "string", "maxLength": 3}], "items": False},
+    {"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "minItems": 2},
+    {"allOf": [{"enum": [1, 2, 3]}, {"enum": [2, 3, 4]}, {"minimum": 3}]},
+    {"allOf": [{"$ref": "#/$defs/x"}, {"maxLength": 4}], "$defs": {"x": {"type": "string", "minLength": 2}}},
+    {
+        "allOf": [
+            {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]},
+            {"type": "object", "properties": {"a": {"maximum": 5}, "b": {"type": "boolean"}}, "required": ["b"]},
+        ]
+    },
+    {"type": "integer", "maximum": 5, "anyOf": [{"minimum": 3}, {"type": "string"}]},
+    {"type": "object", "properties": {"a": {}, "b": True, "c": False}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["z"]},
+    {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}}, "required": ["a", "b"], "minProperties": 2},
+    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.001},
+    {"type": "integer", "exclusiveMinimum": -3, "exclusiveMaximum": -1},
+    {"type": "string", "minLength": 3, "maxLength": 3, "pattern": "^[é🎉]+$"},
+    {"type": "string", "format": "date", "pattern": "^2"},
+    {"enum": [1, 1.0, "1", None, [1], {"a": 1}]},
+]
+"""Forms that chance does not compose."""
+
+
 REFUSED: list[tuple[str, Any]] = [
     ("uniqueItems", {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}),
     ("uniqueItems", {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}),

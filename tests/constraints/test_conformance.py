@@ -18,7 +18,7 @@ from pymistral.errors import RequestValidationError
 from pymistral.requests import Constraint, SamplingParams
 from tests.engine.fakes import Collector
 
-from .schemas import REFUSED, schemas
+from .schemas import REFUSED, SHAPES, schemas
 
 COUNT = 500
 
@@ -26,7 +26,7 @@ COUNT = 500
 def test_every_finished_answer_satisfies_its_schema(noise: tuple[EngineCore, GrammarCompiler]) -> None:
     core, compiler = noise
     answers: list[tuple[Any, Collector]] = []
-    for seed, schema in enumerate(schemas(COUNT)):
+    for seed, schema in enumerate([*schemas(COUNT), *SHAPES]):
         sampling = SamplingParams(temperature=1.0, max_len=900, seed=seed)
         constraint = compiler.compile(Constraint.json_schema(schema))
         collector = Collector()

@@ -60,6 +60,7 @@ def test_noise_follows_the_constraint(noise: tuple[EngineCore, GrammarCompiler],
         (lambda: Constraint.lark(7), "Constraint.lark takes a non-empty string, got 7"),  # type: ignore[arg-type]
         (lambda: Constraint.json_schema("{"), "the schema is no JSON"),
         (lambda: Constraint.json_schema([]), "takes a schema as a dict"),  # type: ignore[arg-type]
+        (lambda: Constraint.json_schema(int), "generate_structured takes types"),  # type: ignore[arg-type]
         (lambda: Constraint.json_schema({"const": {1, 2}}), "cannot be written as JSON"),
         (lambda: Constraint.llguidance("{}"), "grammars"),
         (lambda: Constraint.llguidance("x"), "no JSON"),

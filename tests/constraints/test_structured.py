@@ -129,6 +129,9 @@ def test_types_that_cannot_be() -> None:
 
     with pytest.raises(RequestValidationError, match="Callback has no JSON schema"):
         StructuredOutput(Callback)
+    for no_type in ({"type": "object"}, "Give me a city", Point(1)):  # a schema, swapped arguments, an object
+        with pytest.raises(RequestValidationError, match="give a type, as a class of BaseModel"):
+            StructuredOutput(no_type)
     with pytest.raises(RequestValidationError, match=r"Looking: .*#/properties/text: 'not' cannot be enforced"):
         StructuredOutput(Looking)
 

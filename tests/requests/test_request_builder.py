@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pymistral import Function, RequestBuilder, SamplingParams, TextMessageRole, TextMessages, Tool, ToolChoice, ToolType
@@ -154,6 +156,10 @@ def test_bad_tools() -> None:
         Function(name="f", parameters="{}")  # type: ignore[arg-type]
     with pytest.raises(RequestValidationError, match="set_tools"):
         RequestBuilder().set_tools([print])  # type: ignore[list-item]
+    with pytest.raises(RequestValidationError, match="set_tools takes a list"):
+        RequestBuilder().set_tools(Tool(function=Function(name="f")))  # type: ignore[arg-type]
+    with pytest.raises(RequestValidationError, match="give its attribute 'tool'"):
+        RequestBuilder().set_tools([SimpleNamespace(tool=Tool(function=Function(name="f")))])  # type: ignore[list-item]
     with pytest.raises(RequestValidationError, match="'auto', 'none'"):
         RequestBuilder().set_tool_choice("sometimes")
     with pytest.raises(RequestValidationError, match="processor"):

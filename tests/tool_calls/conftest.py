@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SCHEMAS: dict[str, Any] = {tool["function"]["name"]: tool["function"]["parameter
 FAMILIES = sorted({golden["template"] for golden in GOLDENS})
 
 
+@lru_cache
 def template(name: str) -> str:
     folder = "tool_templates" if (DATA / "tool_templates" / f"{name}.jinja").exists() else "chat_templates"
     return (DATA / folder / f"{name}.jinja").read_text()
@@ -85,7 +87,7 @@ def read(name: str, parts: Sequence[str], *, tools: Mapping[str, Any] = SCHEMAS,
 
 
 def golden_id(golden: dict[str, Any]) -> str:
-    return f"{golden['template']}-{golden['case']}".replace(" ", "-")
+    return "-".join([golden["template"], *golden["models"], golden["case"]]).replace(" ", "-")
 
 
 @pytest.fixture(params=GOLDENS, ids=golden_id)

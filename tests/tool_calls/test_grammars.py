@@ -68,6 +68,8 @@ def follow(state: ConstraintState, vocabulary: ByteVocabulary, tokens: list[int]
 def test_calls_that_templates_render_are_allowed(golden: dict[str, Any], special: bool) -> None:
     family, vocabulary = dialect(golden["template"], special)
     answer = re.sub(r', "id": "\w+"', "", golden["answer"])  # in Mistral's history, but not said by the model
+    if golden["template"] == "gemma4":
+        answer = answer.replace(",None,", ",null,")  # as Jinja writes it
     state = triggered(family, vocabulary, SCHEMAS).start()
     ruled = follow(state, vocabulary, vocabulary.encode(answer))
     assert ruled >= 2

@@ -106,6 +106,7 @@ def test_families_are_told_by_their_templates() -> None:
     assert found == {
         "chatml": "PlainJson",
         "deepseek-r1": "DeepSeek",
+        "deepseek-r1-distill": "DeepSeek",
         "deepseek-v3.1": "DeepSeek",
         "functiongemma": "Gemma",
         "gemma3": "PlainJson",
@@ -117,6 +118,7 @@ def test_families_are_told_by_their_templates() -> None:
         "llama4": "Pythonic",
         "llama4-pythonic": "Pythonic",
         "mistral": "Mistral",
+        "mistral-call-id": "MistralNamed",
         "mistral-named": "MistralNamed",
         "phi4": "Phi4",
         "phi4-functools": "Phi4",
@@ -191,6 +193,7 @@ def test_ids_are_unique_and_of_the_form_that_mistral_wants() -> None:
         ("llama4-pythonic", "[get_weather(c) for c in x]", {"content": "[get_weather(c) for c in x]", "calls": []}),
         ("llama4-pythonic", "[1, 2] and [unknown(a=1)]", {"content": "[1, 2] and [unknown(a=1)]", "calls": []}),
         ("llama4-pythonic", '[get_weather(city="Ro', {"calls": [["get_weather", '{"city": "Ro']]}),
+        ("gemma4", "<|tool_call>call:f{a:[1,2}<tool_call|> ok", {"content": "ok", "calls": [["f", '{"a": [1, 2]}']]}),
         ("llama4", '[get_weather(city="Rome")]', {"calls": [["get_weather", '{"city": "Rome"}']]}),
     ],
 )

@@ -1,0 +1,69 @@
+"""What the templates show the model of tools, of its calls, and of their results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pymistral import RequestBuilder
+from pymistral.loading.chat_template import ChatTemplate
+from pymistral.tool_calls import dialect_for
+
+from .conftest import FAMILIES, TOOLS, template
+
+ALTERNATING = """{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}{{ bos_token }}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{%- endif %}
+    {{- '<start_of_turn>' + message['role'] + '\\n' + message['content'] + '<end_of_turn>\\n' }}
+{%- endfor %}"""
+"""As Gemma 2's."""
+USERS_ONLY = ALTERNATING.partition("{{ bos_token }}")[2]
+"""As that of the first Mistral."""
+
+
+def call(index: int) -> dict[str, Any]:
+    arguments = json.dumps({"city": f"city{index}", "days": 40 + index})
+    return {"id": f"abcdefgh{index}", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+def prompt_of(source: str, request: RequestBuilder) -> str:
+    messages, tools = dialect_for(source, lambda name: None).adapt(request.template_messages(), request.template_tools())
+    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, tools=tools)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("source", [*map(template, FAMILIES), ALTERNATING, USERS_ONLY], ids=[*FAMILIES, "alternating", "users-only"])
+def test_tools_calls_and_results_are_shown(source: str, calls: int) -> None:
+    made = [call(index) for index in range(calls)]
+    request = RequestBuilder().add_message("user", "Weather?").set_tools(TOOLS).add_message_with_tool_call("assistant", "", made)
+    for index in reversed(range(calls)):
+        request.add_tool_message(f"result{index}", made[index]["id"])
+    prompt = prompt_of(source, request)
+    shown = ["get_weather", "Weather?", *(f"city{i}" for i in range(calls)), *(f"result{i}" for i in range(calls))]
+    if source != template("qwen3"):  # an imitation without that part
+        shown.append("anything-2")
+    assert [text for text in shown if text not in prompt] == []
+
+
+def test_a_template_that_shows_one_call_gets_each_before_its_result() -> None:
+    request = RequestBuilder().add_message("user", "Weather?").add_message_with_tool_call("assistant", "", [call(0), call(1)])
+    request.add_tool_message("result1", call(1)["id"]).add_tool_message("result0", call(0)["id"]).add_message("user", "Thanks.")
+    prompt = prompt_of(template("llama3"), request)
+    places = [prompt.index(text) for text in ("Weather?", "city0", "result0", "city1", "result1", "Thanks.")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1-distill", "deepseek-v3.1"])
+def test_the_system_prompt_stays_before_the_tools(name: str) -> None:
+    request = RequestBuilder().add_message("system", "Be brief.").add_message("user", "Weather?").set_tools(TOOLS)
+    prompt = prompt_of(template(name), request)
+    assert prompt.startswith("<s>Be brief.")
+    assert prompt.index("Be brief.") < prompt.index("### get_weather") < prompt.index("Weather?")
+
+
+def test_text_beside_a_call_is_shown_by_a_template_that_takes_one_or_the_other() -> None:
+    request = RequestBuilder().add_message("user", "Weather?").add_message_with_tool_call("assistant", "Let me look.", [call(0)])
+    prompt = prompt_of(template("deepseek-r1-distill"), request)
+    assert prompt.index("Let me look.") < prompt.index("city0")
