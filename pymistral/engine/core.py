@@ -421,7 +421,7 @@ class EngineCore:
         for job in [job for job in self.jobs if job.request.deadline is not None and job.request.deadline <= now]:
             made = sum(len(sequence.tokens) - sequence.prompt_length for sequence in job.sequences)
             passed = perf_counter() - job.submitted
-            self.fail(job, InferenceError(f"the deadline passed {passed:.3f} s after submission; {made} tokens had been generated"))
+            self.fail(job, InferenceError(f"the time for the request was over after {passed:.3f} s; {made} tokens had been generated"))
         deadlines = (job.request.deadline for job in self.jobs)
         self._next_deadline = min((deadline for deadline in deadlines if deadline is not None), default=inf)
 
