@@ -93,7 +93,7 @@ class DraftModel:
     def __init__(self, runner: Runner, vocab_size: int) -> None:
         self.runner = runner
         self.vocab_size = min(runner.vocab_size, vocab_size)
-        self.pool = BlockPool(runner.num_blocks)
+        self.pool = BlockPool(runner.num_blocks // len(runner.windows))  # one table for all groups of layers: all positions stay
         self._caches: dict[Sequence, DraftCache] = {}
 
     def draft(self, wanted: list[tuple[Sequence, int]]) -> list[Tokens[int]]:

@@ -46,16 +46,17 @@ def drain(core: EngineCore, limit: int = 10_000) -> None:
 
 def check_invariants(core: EngineCore) -> None:
     scheduler, size = core.scheduler, core.runner.block_size
-    check_pool(core.pool, [list(sequence.block_table) for sequence in scheduler.running])
+    check_pool(core.pool, [sequence.blocks.held() for sequence in scheduler.running])
     for sequence in scheduler.running:
         assert not sequence.finished
         assert not sequence.job.done
         assert sequence.computed < len(sequence.tokens)
-        assert sequence.computed <= len(sequence.block_table) * size
-        for block in sequence.block_table[sequence.computed // size :]:
+        assert sequence.computed <= len(sequence.blocks) * size
+        assert len(sequence.blocks.held()) <= core.cache.most_blocks(len(sequence.tokens))
+        for block in sequence.blocks.held(sequence.computed // size):
             assert core.pool.references[block] == 1, "a shared block would be written"
             assert core.pool.keys[block] is None, "a cached block would be written"
-    assert all(not sequence.block_table and not sequence.finished for sequence in scheduler.waiting)
+    assert all(not sequence.blocks and not sequence.finished for sequence in scheduler.waiting)
     for queue in (scheduler.running, list(scheduler.waiting)):
         assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
     assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -99,6 +100,7 @@ actions = st.lists(
     st.booleans(),
     st.none() | st.integers(1, 8),
     st.sampled_from([0.0, 3.0]),
+    st.sampled_from([(None,), (7,), (None, 5), (None, None, 3, 9)]),
 )
 def test_greedy_is_the_same_in_any_company(
     script: list[Any],
@@ -109,8 +111,10 @@ def test_greedy_is_the_same_in_any_company(
     prefix_cache: bool,
     prefill_chunk: int | None,
     eos_bonus: float,
+    windows: tuple[int | None, ...],
 ) -> None:
-    runner = FakeRunner(-(-positions // block_size), block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus)
+    blocks = -(-positions // block_size) * len(windows)
+    runner = FakeRunner(blocks, block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus, windows=windows)
     core = make_core(runner, prefix_cache_n=int(prefix_cache), prefill_chunk=prefill_chunk)
     sent: list[tuple[Job, Collector, list[int], int, int]] = []
     canceled: set[int] = set()
