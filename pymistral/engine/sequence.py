@@ -96,6 +96,7 @@ class Sequence:
         self.keys: list[bytes] = []
         self.registered = 0
         """How many blocks of the table are known to the prefix cache, or have been offered to it."""
+        self.segment = Segment((), 0, (), 0)
         self.use(blocks)
         self.draft: Tokens[int] = ()
         """Guesses that the step computes behind the scheduled tokens."""
@@ -106,10 +107,9 @@ class Sequence:
         self.finished = False
 
     def use(self, blocks: BlockTables) -> None:
-        """Have these block tables, and a segment that says so."""
+        """Have these block tables."""
         self.blocks = blocks
-        table, *further = blocks.tables
-        self.segment = Segment((), 0, table, 0, further_tables=further)
+        self.segment.block_table, *self.segment.further_tables = blocks.tables
 
     def extend_keys(self, count: int, block_size: int) -> None:
         """Have the keys of the first ``count`` full blocks."""

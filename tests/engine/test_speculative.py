@@ -23,6 +23,8 @@ from .test_core import Only, check_invariants, drain, greedy_alone, make_core, s
 class Foresight:
     """Guesses what greedy decoding will say, except for some of the tokens."""
 
+    seconds = 0.0
+
     def __init__(self, wrong: Sequence[bool], eos_bonus: float = 0.0) -> None:
         self.wrong, self.eos_bonus = wrong, eos_bonus
         self.made = 0
@@ -348,6 +350,15 @@ def test_guesses_are_made_where_they_pay() -> None:
     # Where the time of a step is its tokens', a guess is worth less than another stream's token.
     steps(speculation.cost, 0.0001, 0.003)
     assert speculation.lengths([0.9] * 4, [16] * 4, 4, 60) == [0] * 4
+
+
+def test_a_draft_model_that_takes_too_long_is_not_asked() -> None:
+    small = Lookalike(0.0, num_blocks=64, block_size=4, delay=0.002)
+    core = make_core(FakeRunner(delay=0.001), speculation=Speculation(DraftModel(small, VOCAB), 4))
+    _, collector = submit(core, [65, 66], Params(max_len=100))
+    drain(core)
+    assert collector.tokens[0] == greedy_alone([65, 66], 100, 128, 0.0)[0]
+    assert 5 <= collector.end.usage.drafted_tokens < 40
 
 
 def test_many_streams_are_not_guessed_for() -> None:

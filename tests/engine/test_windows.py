@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from array import array
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +123,32 @@ def test_tables_for_other_groups_are_refused() -> None:
         runner().forward([Segment([1], 0, [0], 1, further_tables=[[1]])])
     with pytest.raises(ValueError, match="does not exist"):
         runner().forward([Segment([1], 0, [0], 1, further_tables=[[1], [2], [3], [10**6]])])
+
+
+def test_a_long_run_leaves_nothing_behind() -> None:
+    """Blocks, objects, memory: after as many tokens again there is no more of them."""
+    core, rng = make_core(runner(cache_tokens=288), max_num_seqs=4), np.random.default_rng(3)
+
+    def serve(requests: int) -> None:
+        for number in range(requests):
+            prompt = rng.integers(0, 250, rng.integers(1, 120)).tolist()
+            job, _ = submit(core, prompt, Params(max_len=50, temperature=0.8, n_choices=1 + number % 2))
+            for _ in range(25):
+                core.step()
+            if number % 5 == 0:
+                core.cancel(job)
+        drain(core)
+
+    def used() -> tuple[int, int]:
+        gc.collect()
+        return len(gc.get_objects()), int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    serve(60)
+    objects, resident = used()
+    serve(60)
+    assert core.snapshot().completion_tokens > 6000
+    assert used()[0] - objects < 500
+    assert used()[1] - resident < 4 << 20
 
 
 def test_a_long_text_holds_its_windows_alone() -> None:
