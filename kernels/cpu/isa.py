@@ -109,5 +109,5 @@ def current_isa() -> Isa:
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, 4)
     if name == "avx2":
-        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, False, 4)
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, False, 6)
     return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, False, 4)

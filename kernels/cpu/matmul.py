@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from . import simd
 from .helpers import inline
+from .int8_dots import add_groups, start_dot_tile, takes_signed
 from .isa import current_isa
 from .quantize import quantize_block
 from .simd import (
@@ -30,15 +31,17 @@ from .simd import (
     load_i64,
     maximum,
     multiply_tile,
+    prefetch,
     scale_tile,
     splat_f32,
-    start_dot_tile,
     store_tile,
     sum_tile,
     zero_tile,
 )
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
+
+_AHEAD = 1024  # bytes: a Zen 3 core reads 10 to 15 % faster when it is told of what comes so much later
 
 
 @intrinsic(prefer_literal=True)
@@ -48,21 +51,18 @@ def dot_groups(typing_context, tile, layout, block, activations, stride, first, 
 
     def codegen(context, b, sig, values):
         total, _, address, x, _, _, _ = values
-        step = sig.args[4].literal_value
-        signed = simd._is_signed(format.zero)
-        for group in range(sig.args[5].literal_value, sig.args[6].literal_value):
+        step, begin, end = (sig.args[i].literal_value for i in (4, 5, 6))
+        signed = takes_signed(format.zero)
+
+        def quants(group):
             weights = group_of(b, format, address, group)
-            if signed:
-                weights = b.xor(weights, simd._constant(simd.i8x64.llvm, 0x80))
-            dot = simd._dot_signed if signed else simd._dot_unsigned
+            return b.xor(weights, simd._constant(weights.type, 0x80)) if signed else weights
+
+        def four(group, t):
             base = b.add(x, ir.Constant(ir.IntType(64), 4 * group))
+            return b.bitcast(simd._scalar_row(b, base, step, t, ir.IntType(32)), simd.i8x64.llvm)
 
-            def add(t, sums, weights=weights, dot=dot, base=base):
-                quad = simd._scalar_row(b, base, step, t, ir.IntType(32))
-                return dot(b, sums, weights, b.bitcast(quad, simd.i8x64.llvm))
-
-            total = simd._each(b, total, add)
-        return total
+        return add_groups(b, total, range(begin, end), quants, four, largest=128 if signed else format.largest, signed=signed)
 
     return tile(tile, layout, types.intp, types.intp, stride, first, last), codegen
 
@@ -79,6 +79,7 @@ def _tile_product(layout: str, tokens: int) -> Any:
     blocks_per_record = format.columns // 32
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
     zero, halves, minimum = format.zero, format.scales == 2, format.minimum
+    ahead = _AHEAD if tokens == 1 and not current_isa().has_avx512 else 0
 
     @inline
     def tile_product(weights, x, blocks):
@@ -105,6 +106,9 @@ def _tile_product(layout: str, tokens: int) -> Any:
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
                 if minimum:
                     tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
+            if ahead:
+                for line in range(0, block_bytes, 64):
+                    prefetch(block + ahead + line)
             x += record
             block += block_bytes
             if blocks_per_record > 1:
@@ -268,7 +272,12 @@ def float_matmul(*, layout: str) -> Any:
 
         return product
 
-    one, four = product_of(1), product_of(4)
+    panel = current_isa().tokens
+    one, four, full = product_of(1), product_of(4), product_of(panel)
+
+    @inline
+    def write(tile, target, row_bytes, accumulate):
+        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -285,17 +294,14 @@ def float_matmul(*, layout: str) -> Any:
             while token < tokens:
                 x = load_i64(slots + 8) + token * x_row
                 target = out + token * row_bytes + unit * 64
-                if tokens - token >= 4:
-                    few = four(w, x, columns, x_row)
-                    if accumulate:
-                        few = add_to_tile(few, target, row_bytes)
-                    store_tile(few, target, row_bytes)
+                if tokens - token >= panel:
+                    write(full(w, x, columns, x_row), target, row_bytes, accumulate)
+                    token += panel
+                elif tokens - token >= 4:
+                    write(four(w, x, columns, x_row), target, row_bytes, accumulate)
                     token += 4
                 else:
-                    result = one(w, x, columns, x_row)
-                    if accumulate:
-                        result = add_to_tile(result, target, row_bytes)
-                    store_tile(result, target, row_bytes)
+                    write(one(w, x, columns, x_row), target, row_bytes, accumulate)
                     token += 1
 
     return kernel

@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
+from .int8_dots import add_groups
 from .isa import current_isa
 from .simd import load_f32, load_f32x16, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16, zero_tile
 
@@ -54,15 +55,18 @@ FMAS_IN_UNIT = 4096
 
 @intrinsic(prefer_literal=True)
 def _dot_all(typing_context, tile, weights, address):
-    """``tile[t] += dot(weights, the 64 bytes at address + 64 t)``."""
+    """``tile[t] += dot(weights, the 64 bytes at address + 64 t)``, eight times, with other weights each time."""
 
     def codegen(context, b, sig, values):
         total, quants, base = values
 
-        def add(t, sums):
-            return simd._dot_unsigned(b, sums, quants, simd._load(b, simd._row(b, base, 64, t), simd.i8x64.llvm))
+        def of_group(group):
+            return _small(b, quants, 3 * group)
 
-        return simd._each(b, total, add)
+        def activations(group, t):
+            return simd._load(b, simd._row(b, base, 64, t), simd.i8x64.llvm)
+
+        return add_groups(b, total, range(8), of_group, activations, largest=15, signed=False)
 
     return tile(tile, simd.i8x64, types.intp), codegen
 
@@ -86,10 +90,14 @@ def _store_integers(typing_context, tile, address):
     return types.void(tile, types.intp), codegen
 
 
+def _small(b, value, step):
+    """Different bytes of 0 to 15, so that no product can be computed once and for all."""
+    return b.and_(b.add(value, simd._constant(value.type, step)), simd._constant(value.type, 15))
+
+
 @simd._operation(simd.i8x64, simd.i8x64)
 def _another(b, value):
-    """Different bytes of 0 to 15, so that no product can be computed once and for all."""
-    return b.and_(b.add(value, simd._constant(simd.i8x64.llvm, 3)), simd._constant(simd.i8x64.llvm, 15))
+    return _small(b, value, 1)
 
 
 def int8_dots() -> Any:
@@ -103,7 +111,7 @@ def int8_dots() -> Any:
         scratch = load_i64(slots) + thread * load_i64(slots + 8)
         weights = simd.load_i8x64(scratch)
         total = _zero_integers(accumulators)
-        for _ in range((end - begin) * DOTS_IN_UNIT):
+        for _ in range((end - begin) * DOTS_IN_UNIT // 8):
             total = _dot_all(total, weights, scratch)
             weights = _another(weights)
         _store_integers(total, scratch)

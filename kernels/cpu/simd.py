@@ -668,90 +668,6 @@ def _join(b, parts):
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, count), list(range(count))))
 
 
-# ---- the int8 dot product -------------------------------------------------------------------------------------------
-
-
-def _dot_unsigned(b, total, weights, activations):
-    """Each int32 lane of ``total`` plus four products, uint8 weights by int8 activations."""
-    isa = current_isa()
-    if isa.has_avx512:
-        words = i32x16.llvm
-        return _call(b, "llvm.x86.avx512.vpdpbusd.512", words, total, b.bitcast(weights, words), b.bitcast(activations, words))
-    if isa.name == "avxvnni":
-        words = ir.VectorType(_I32, 8)
-        parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
-        return _join(b, [_call(b, "llvm.x86.avx512.vpdpbusd.256", words, t, b.bitcast(w, words), b.bitcast(a, words)) for t, w, a in parts])
-    if isa.name == "avx2":
-        parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
-        return _join(b, [b.add(t, _pair_sums(b, w, a)) for t, w, a in parts])
-    if isa.has_usdot:
-        return _dot_neon(b, "usdot", total, weights, activations)
-    if isa.has_sdot:
-        return _dot_neon(b, "sdot", total, weights, activations)  # weights of eight bits come signed: see `_is_signed`
-    return b.add(total, _dot_portable(b, weights, activations, signed=False))
-
-
-def _dot_signed(b, total, weights, activations):
-    """As `_dot_unsigned` for int8 weights."""
-    isa = current_isa()
-    if isa.name == "avx2":
-        # |w| * (a with w's sign): stays below the 16-bit saturation that a uint8 above 127 would meet
-        results = []
-        for t, w, a in zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True):
-            size = _call(b, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
-            signed = _call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
-            results.append(b.add(t, _pair_sums(b, size, signed)))
-        return _join(b, results)
-    if isa.has_sdot:
-        return _dot_neon(b, "sdot", total, weights, activations)
-    return b.add(total, _dot_portable(b, weights, activations, signed=True))
-
-
-def _pair_sums(b, weights, activations):
-    """AVX2: 32 products summed by fours. The 16-bit sums of two must not saturate: weights up to 128."""
-    words, doubles = ir.VectorType(_I16, 16), ir.VectorType(_I32, 8)
-    pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", words, weights, activations)
-    return _call(b, "llvm.x86.avx2.pmadd.wd", doubles, pairs, _constant(words, 1))
-
-
-def _quarters(b, value):
-    return [quarter for half in _halves(b, value) for quarter in _halves(b, half)]
-
-
-def _join_quarters(b, parts):
-    return _join(b, [_join(b, parts[:2]), _join(b, parts[2:])])
-
-
-def _dot_neon(b, instruction, total, weights, activations):
-    """AArch64: sixteen products at a time."""
-    name = f"llvm.aarch64.neon.{instruction}.v4i32.v16i8"
-    parts = zip(_quarters(b, total), _quarters(b, weights), _quarters(b, activations), strict=True)
-    return _join_quarters(b, [_call(b, name, t.type, t, w, a) for t, w, a in parts])
-
-
-def _dot_portable(b, weights, activations, signed):
-    """Products of 16-bit values, even and odd bytes apart, so that nothing is shuffled: no product leaves the 16 bits."""
-    words, doubles = ir.VectorType(_I16, 32), i32x16.llvm
-    weights, activations = b.bitcast(weights, words), b.bitcast(activations, words)
-
-    def even(value, signed):
-        return b.ashr(b.shl(value, _constant(words, 8)), _constant(words, 8)) if signed else b.and_(value, _constant(words, 255))
-
-    def odd(value, signed):
-        return b.ashr(value, _constant(words, 8)) if signed else b.lshr(value, _constant(words, 8))
-
-    def pair_sums(x, y):
-        if "x86_64" in b.module.triple:  # every one has SSE2
-            narrow = ir.VectorType(_I32, 4)
-            parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
-            return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
-        products = b.bitcast(b.mul(x, y), doubles)
-        low = b.ashr(b.shl(products, _constant(doubles, 16)), _constant(doubles, 16))
-        return b.add(low, b.ashr(products, _constant(doubles, 16)))
-
-    return b.add(pair_sums(even(weights, signed), even(activations, True)), pair_sums(odd(weights, signed), odd(activations, True)))
-
-
 # ---- register tiles: one vector for each of T tokens, as a tuple ----------------------------------------------------
 
 
@@ -787,32 +703,6 @@ def zero_tile(typing_context, tokens):
 
 
 @intrinsic(prefer_literal=True)
-def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
-    """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums`` for each token.
-
-    Starting there takes the weights' zero point off exactly, at the price of a shift where it is a power of two. All but the address are
-    literals. Where the dot product is a signed one (`matmul.dot_groups`), the start is 0.
-    """
-    count = tokens.literal_value
-
-    def codegen(context, b, sig, values):
-        offset, step = sig.args[1].literal_value, sig.args[3].literal_value
-        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
-
-        def start(t, _):
-            if offset == 0 or _is_signed(offset):
-                return _constant(i32x16.llvm, 0)
-            total = _scalar_row(b, values[2], step, t, _I32)
-            if offset & (offset - 1) == 0:
-                return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
-            return b.mul(total, _constant(i32x16.llvm, offset))
-
-        return _each(b, tile, start)
-
-    return _tile(i32x16, count)(tokens, zero, types.intp, stride), codegen
-
-
-@intrinsic(prefer_literal=True)
 def sum_tile(typing_context, tokens, minus_sums, stride):
     """The activations' sums, in every lane: what minimums are multiplied with."""
     count = tokens.literal_value
@@ -823,11 +713,6 @@ def sum_tile(typing_context, tokens, minus_sums, stride):
         return _each(b, tile, lambda t, _: b.neg(_scalar_row(b, values[1], step, t, _I32)))
 
     return _tile(i32x16, count)(tokens, types.intp, stride), codegen
-
-
-def _is_signed(zero: int) -> bool:
-    """Eight-bit weights are taken as signed where a uint8 x int8 product would saturate."""
-    return zero == 128 and not current_isa().has_vnni
 
 
 @intrinsic(prefer_literal=True)

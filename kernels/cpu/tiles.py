@@ -76,6 +76,11 @@ class TileFormat:
     unit: float = 1.0
 
     @property
+    def largest(self) -> int:
+        """The largest quant, as products take it: never negative."""
+        return max(self.codebook) + self.zero if self.codebook else (1 << self.bits + self.high_bits) - 1
+
+    @property
     def scales(self) -> int:
         """Scales for each row and 32 columns."""
         return COLUMNS // self.scale_columns

@@ -10,7 +10,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
-from pymistral.kernels.cpu import simd
+from pymistral.kernels.cpu import int8_dots, simd
 from pymistral.kernels.cpu.isa import _NEEDS, Isa, current_isa
 
 CHECKS = Path(__file__).with_name("isa_checks.py")
@@ -48,15 +48,14 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dot_product_on_aarch64(features: str, signed: bool, instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows by 4 columns take four instructions of 16 products each."""
     neon = Isa("neon", "generic", features, False, True, False, 4, has_sdot="dotprod" in features, has_usdot="i8mm" in features)
-    monkeypatch.setattr(simd, "current_isa", lambda: neon)
+    monkeypatch.setattr(int8_dots, "current_isa", lambda: neon)
     module = ir.Module()
     module.triple = "aarch64-unknown-linux-gnu"
     pointers = [vector.llvm.as_pointer() for vector in (simd.i32x16, simd.i8x64, simd.i8x64)]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
     b = ir.IRBuilder(function.append_basic_block())
     total, weights, activations = (b.load(argument) for argument in function.args)
-    dot = simd._dot_signed if signed else simd._dot_unsigned
-    b.store(dot(b, total, weights, activations), function.args[0])
+    b.store(int8_dots.dot(b, total, weights, activations, signed=signed), function.args[0])
     b.ret_void()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
