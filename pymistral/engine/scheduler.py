@@ -26,7 +26,7 @@ class PrefillPacer:
     a few tokens hide in a step that waits for memory, and say little about many.
     """
 
-    def __init__(self, stretch: float = 2.5, least: int = 8) -> None:
+    def __init__(self, stretch: float = 2.5, least: int = 4) -> None:
         self.stretch, self.least = stretch, least
         self._alone: dict[int, deque[float]] = {}
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
@@ -86,7 +86,7 @@ class Scheduler:
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         # Where prompts have a pass over all weights of their own, it takes panels of 32 tokens, and nearly as long for a part of one.
-        self.pacer = PrefillPacer(least=32 if prompts_apart else 8)
+        self.pacer = PrefillPacer(least=32 if prompts_apart else 4)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0

@@ -320,6 +320,11 @@ def hidden(streams: int, prompt: int) -> float:
     return max(0.003, 0.0004 * (streams + prompt))
 
 
+def test_a_prompt_whose_tokens_are_dear_still_leaves_short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = gaps_before_and_during(TimedRunner(lambda streams, prompt: 0.005 + 0.0025 * prompt, monkeypatch), 1)
+    assert np.median(during) <= 3.01 * np.median(before)
+
+
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("cost", [linear, hidden])
 def test_a_prompt_stretches_the_gaps_of_streams_as_far_as_wanted(
