@@ -347,7 +347,7 @@ def test_gaps_stay_short_on_a_machine_that_others_use(seed: int, monkeypatch: py
     runner = TimedRunner(noisy, monkeypatch)
     before, during = gaps_before_and_during(runner, 4)
     assert 1.3 < np.median(during) / np.median(before) < 2.75
-    assert np.median(runner.prompt_tokens[-20:]) > 4  # and the prompt gets ahead
+    assert np.mean([tokens for tokens in runner.prompt_tokens if tokens]) > 5  # and the prompt gets ahead
 
 
 def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
