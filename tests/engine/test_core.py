@@ -361,7 +361,7 @@ def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.Monke
     while not all(collector.tokens for collector in late):
         core.step()
         steps += 1
-    assert steps < 2400 / 8
+    assert steps < 2400 / 7  # the floor of four tokens in a step alone would take 600
 
 
 def test_the_oldest_request_is_never_preempted() -> None:
