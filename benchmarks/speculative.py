@@ -1,9 +1,13 @@
 """Speculative decoding beside plain decoding of the same model: the same answers, in less time where guesses come true.
 
-"edit" (this code again, with a word changed) and "quote" (sentences of this text) copy much of the prompt, after an
-example of what is wanted; "chat" has nothing to copy. Prompt lookup always runs; a draft model does if --draft names
-one. Kinds take turns within each repetition. The exit code is 1 if an answer differs from the plain one, if prompt
-lookup gains less than a factor of 1.5 where it can copy, or if chat falls below 0.95 of plain speed.
+"quote" (this text again), "extract" (these lines as JSON) and "edit" (this code again, with a word changed) can copy
+much of the prompt, after an example of what is wanted; "chat" has nothing to copy. Prompt lookup always runs; a draft
+model does if --draft names one, and --isq and --draft-isq make a pair of one file. Kinds take turns within each
+repetition. The exit code is 1 if an answer differs from the plain one, if prompt lookup gains less than a factor of 1.5
+where the model copies, or if chat falls below 0.95 of plain speed.
+
+A small model seldom copies code that it is asked to edit (SmolLM2 writes something else): "edit" is reported, and has no
+floor.
 """
 
 from __future__ import annotations
@@ -43,17 +47,32 @@ LIGHTHOUSE = (
     "Divers found its remains on the floor of the eastern harbour in 1994."
 )
 BRIDGE = "The old bridge fell in the flood of 1872. A new one of iron was opened two years later, and stands to this day."
+BOOKS = """- Dracula, Bram Stoker, 1897
+- The Time Machine, H. G. Wells, 1895
+"""
+MORE_BOOKS = """- Moby-Dick, Herman Melville, 1851
+- Middlemarch, George Eliot, 1871
+- Treasure Island, Robert Louis Stevenson, 1883
+- Frankenstein, Mary Shelley, 1818
+- Walden, Henry David Thoreau, 1854
+- Persuasion, Jane Austen, 1817
+"""
+AS_JSON = """{"title": "Dracula", "author": "Bram Stoker", "year": 1897}
+{"title": "The Time Machine", "author": "H. G. Wells", "year": 1895}
+"""
+EXTRACT = 'Write each of these books as a JSON object with the keys "title", "author" and "year", one on a line:\n\n{books}'
 EDIT, QUOTE = "Rename the function to `{name}` and write all of it again:\n\n{code}", "Say this text again, word for word:\n\n{text}"
 TASKS = {
+    "quote": (QUOTE.format(text=BRIDGE), BRIDGE, QUOTE.format(text=LIGHTHOUSE)),
+    "extract": (EXTRACT.format(books=BOOKS), AS_JSON, EXTRACT.format(books=MORE_BOOKS)),
     "edit": (
         EDIT.format(name="add", code=SUM.format(name="total")),
         SUM.format(name="add"),
         EDIT.format(name="load", code=READ.format(name="read")),
     ),
-    "quote": (QUOTE.format(text=BRIDGE), BRIDGE, QUOTE.format(text=LIGHTHOUSE)),
     "chat": ("Explain how a sailing boat can move against the wind.",),
 }
-FLOORS = {"edit": 1.5, "quote": 1.5, "chat": 0.95}
+FLOORS = {"quote": 1.5, "extract": 1.5, "edit": 0.0, "chat": 0.95}
 
 
 def ask(model: BlockingModel, task: str, temperature: float, tokens: int) -> ChatCompletionResponse:
@@ -63,14 +82,14 @@ def ask(model: BlockingModel, task: str, temperature: float, tokens: int) -> Cha
     return model.send_chat_request(request)
 
 
-def builders(model: str, draft: str | None, gamma: int) -> dict[str, Buildable]:
-    target = ModelBuilder(model)
+def builders(model: str, isq: str | None, draft: str | None, draft_isq: str | None, gamma: int) -> dict[str, Buildable]:
+    target = ModelBuilder(model, isq=isq)
     kinds: dict[str, Buildable] = {
         "plain": target,
         "prompt lookup": TextSpeculativeBuilder(target, config=SpeculativeConfig.prompt_lookup(3, gamma=gamma)),
     }
     if draft:
-        kinds["draft model"] = TextSpeculativeBuilder(target, ModelBuilder(draft), SpeculativeConfig(gamma=gamma))
+        kinds["draft model"] = TextSpeculativeBuilder(target, ModelBuilder(draft, isq=draft_isq), SpeculativeConfig(gamma=gamma))
     return kinds
 
 
@@ -78,6 +97,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"the target: a GGUF file or model id (default: {DEFAULT_MODEL})")
     parser.add_argument("-d", "--draft", help="a smaller model with the same tokenizer")
+    parser.add_argument("--isq", metavar="TYPE", help="quantise the target to this type first")
+    parser.add_argument("--draft-isq", metavar="TYPE", help="quantise the draft to this type first")
     parser.add_argument("-g", "--gamma", type=int, default=16, metavar="N", help="tokens to guess at most (default: 16)")
     parser.add_argument("-n", "--tokens", type=int, default=200, metavar="N", help="tokens of each answer at most (default: 200)")
     parser.add_argument("-r", "--repetitions", type=int, default=7, metavar="N", help="answers of each kind (default: 7)")
@@ -89,7 +110,7 @@ def main() -> None:
     with ExitStack() as stack:
         kinds = {
             kind: stack.enter_context(BlockingModel.from_builder(builder))
-            for kind, builder in builders(args.model, args.draft, args.gamma).items()
+            for kind, builder in builders(args.model, args.isq, args.draft, args.draft_isq, args.gamma).items()
         }
         for task in TASKS:
             for temperature in (0.0, 0.8):
@@ -114,7 +135,7 @@ def main() -> None:
                     )
                     floor = FLOORS[task] if temperature == 0.0 or task == "chat" else 0.0
                     failed |= not same or (kind == "prompt lookup" and gain < floor and not args.quick)
-    report.notes.append("Medians; the floor of prompt lookup is 1.5 where there is much to copy (greedy), and 0.95 for chat.")
+    report.notes.append("Medians; the floor of prompt lookup is 1.5 for quote and extract (greedy), and 0.95 for chat.")
     report.finish(args)
     if failed:
         raise SystemExit("an answer differs from the plain one, or prompt lookup gained too little")

@@ -72,12 +72,12 @@ class BlockingModel:
         """As `Model.send_chat_request`."""
         model = self._model._member(model_id)
         rounds = model._tool_rounds(RequestBuilder.of(request))
-        while rounds.goes_on(response := self._turn(model, rounds.request)):
+        while rounds.goes_on(response := self._turn(model, rounds)):
             run_to_end(rounds.run(response))
         return rounds.whole(response)
 
-    def _turn(self, model: Model, request: RequestBuilder) -> ChatCompletionResponse:
-        prepared = model._prepare(request)
+    def _turn(self, model: Model, rounds: ToolRounds) -> ChatCompletionResponse:
+        prepared = model._prepare(rounds)
         completion = Completion()
         handle = model._engine.submit(prepared.request, completion.on_event)
         try:
@@ -236,7 +236,7 @@ class BlockingChatStream:
             self._closed = True
 
     def _start(self) -> tuple[SimpleQueue[Event], Answer]:
-        prepared = self._model._prepare(self._rounds.request)
+        prepared = self._model._prepare(self._rounds)
         inbox: SimpleQueue[Event] = SimpleQueue()
         self._handle = self._model._engine.submit(prepared.request, inbox.put)
         return inbox, prepared.answer.continuing(self._answer)

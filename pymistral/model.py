@@ -135,12 +135,12 @@ class Model(ModelGroup):
         if (model := self._member(model_id)) is not self:
             return await model.send_chat_request(request)
         rounds = self._tool_rounds(RequestBuilder.of(request))
-        while rounds.goes_on(response := await self._turn(rounds.request)):
+        while rounds.goes_on(response := await self._turn(rounds)):
             await rounds.run(response)
         return rounds.whole(response)
 
-    async def _turn(self, request: RequestBuilder) -> ChatCompletionResponse:
-        prepared = await self._prepare_async(request)
+    async def _turn(self, rounds: ToolRounds) -> ChatCompletionResponse:
+        prepared = await self._prepare_async(rounds)
         completion = Completion()
         handle = self._engine.submit(prepared.request, completion.on_event)
         try:
@@ -338,7 +338,9 @@ class Model(ModelGroup):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model_id!r})"
 
-    def _prepare(self, request: RequestBuilder) -> Prepared:
+    def _prepare(self, rounds: ToolRounds) -> Prepared:
+        """The next turn, ready for the engine."""
+        request, deadline = rounds.request, rounds.deadline
         prompt = self._prompt(request)
         dialect = self._dialect
         tools = request.offered_tools()
@@ -348,6 +350,7 @@ class Model(ModelGroup):
             sampling=request.sampling,
             logits_processors=request.logits_processors,
             return_logprobs=request.logprobs,
+            deadline=deadline,
             truncate=request.truncate_sequence,
             constraint=self._constraint(request, tools, reasons),
             keep=dialect.keep(bool(tools)) if dialect else (),
@@ -359,11 +362,12 @@ class Model(ModelGroup):
 
         return Prepared(engine_request, Answer(self._model_id, self._tokenizer, request.sampling.n_choices, new_reader))
 
-    async def _prepare_async(self, request: RequestBuilder) -> Prepared:
+    async def _prepare_async(self, rounds: ToolRounds) -> Prepared:
+        request = rounds.request
         quick = not request.tools and request.constraint is None  # grammars take their time to compile
         if quick and sum(len(message["content"]) for message in request.messages) <= _QUICK_CHARACTERS:
-            return self._prepare(request)
-        return await asyncio.to_thread(self._prepare, request)
+            return self._prepare(rounds)
+        return await asyncio.to_thread(self._prepare, rounds)
 
     def _alarm(self, loop: asyncio.AbstractEventLoop) -> _Alarm:
         return self._alarms.setdefault(loop, _Alarm(loop))
@@ -493,7 +497,7 @@ class ChatStream:
             self._closed = True
 
     async def _start(self) -> tuple[_Inbox, Answer]:
-        prepared = await self._model._prepare_async(self._rounds.request)
+        prepared = await self._model._prepare_async(self._rounds)
         alarm = self._model._alarm(asyncio.get_running_loop())
         inbox = _Inbox(alarm)
         self._handle = self._model._engine.submit(prepared.request, inbox.put, alarm.ring)

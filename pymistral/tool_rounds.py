@@ -14,6 +14,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import RequestValidationError, ToolArgumentsError
@@ -158,6 +160,11 @@ class ToolRounds:
                 dispatched = dispatch_callback(url, request.tool_dispatch_private)
                 names = (tool.function.name for tool in request.tools)
                 self._callbacks.update({name: dispatched for name in names if name not in self._callbacks})
+
+    @cached_property
+    def deadline(self) -> float | None:
+        """The value of `time.monotonic` at which to give up. Time runs from when it is first asked for: the first turn."""
+        return None if self.request.timeout is None else monotonic() + self.request.timeout
 
     def goes_on(self, response: ChatCompletionResponse) -> bool:
         """Whether the calls of a turn are answered here, by `run`; else the response is for the caller."""

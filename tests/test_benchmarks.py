@@ -112,6 +112,13 @@ def test_speculative(smollm2_path: Path) -> None:
     assert all(row["accepted"] > 0 for row in result["rows"] if row["kind"] == "draft model" and row["temperature"] == 0)
 
 
+def test_soak(smollm2_path: Path) -> None:
+    crowd, *fifths = json.loads(run("benchmarks.soak", "--quick", "--json", "-m", str(smollm2_path)))["rows"]
+    assert (crowd["requests"], crowd["different"]) == (12, 0)
+    assert [row["used_blocks"] for row in fifths] == [0] * 5
+    assert fifths[-1]["tokens"] >= 300
+
+
 def test_gpu() -> None:
     """Its parts, on a GPU that is simulated; times mean nothing there."""
     from benchmarks import gpu as bench

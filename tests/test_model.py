@@ -264,6 +264,23 @@ async def test_timeout_cancels(endless: Model) -> None:
     wait_until_idle(endless)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_has_its_time(endless: Model, stream: bool) -> None:
+    request = RequestBuilder().add_message("user", "Hi").with_timeout(0.1)
+    begin = time.monotonic()
+    with pytest.raises(ModelError, match=r"time for the request was over after 0\.\d+ s; \d+ tokens") as failure:  # noqa: PT012
+        if stream:
+            async for _ in endless.stream_chat_request(request):
+                pass
+        await endless.send_chat_request(request)
+    assert time.monotonic() - begin < 5
+    assert failure.value.partial_response.choices[0].message.content.startswith("abc")
+    wait_until_idle(endless)
+    with pytest.raises(RequestValidationError, match="with_timeout takes a number of seconds above 0"):
+        request.with_timeout(0)
+    assert (await endless.send_chat_request(request.with_timeout(None).set_sampler_max_len(3))).choices[0].message.content == "abc"
+
+
 async def test_an_exception_in_the_consumer_cancels(endless: Model) -> None:
     with pytest.raises(KeyError):  # noqa: PT012
         async for _ in endless.stream_chat_request("Hi"):

@@ -12,6 +12,7 @@ from fake_model import call, scripted_model, wait_until_idle
 
 from pymistral import Constraint, Function, Model, RequestBuilder, Tool
 from pymistral.blocking import BlockingModel
+from pymistral.errors import ModelError
 from pymistral.responses import CalledFunction
 from pymistral.tool_rounds import Toolbox, ToolCallback
 
@@ -295,6 +296,21 @@ async def test_calls_of_a_turn_run_side_by_side_and_keep_their_order() -> None:
         assert await contents(model, "Add") == ['{"a": 1}', '{"a": 2}']
         ticking.cancel()
         assert ticks > 5, "the event loop went on meanwhile"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_all_rounds_have_the_time_of_the_request(stream: bool) -> None:
+    async def slow(function: CalledFunction) -> str:
+        await asyncio.sleep(0.4)
+        return "42"
+
+    async with model_with(call("add", a=1), "Never said.", callback=slow) as model:
+        request = RequestBuilder().add_message("user", "Go").with_timeout(0.3)
+        with pytest.raises(ModelError, match="time for the request was over"):  # noqa: PT012
+            if stream:
+                async for _ in model.stream_chat_request(request):
+                    pass
+            await model.send_chat_request(request)
 
 
 async def test_cancelling_while_a_tool_runs() -> None:

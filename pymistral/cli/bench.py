@@ -125,7 +125,10 @@ def measure(engine: Engine, test: Callable[[Runner, int], None], count: int, rep
 
 
 def _check_fits(engine: Engine, count: int) -> None:
-    room = engine.call(lambda runner: min(runner.max_sequence_length, runner.num_blocks * runner.block_size)).result()
+    def room_of(runner: Runner) -> int:
+        return min(runner.max_sequence_length, runner.num_blocks // len(runner.windows) * runner.block_size)
+
+    room = engine.call(room_of).result()
     if count > room:
         raise UsageError(f"{count} tokens do not fit into this model's context of {room}")
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InferenceError, PymistralError, RequestValidationError
-from .kv_cache import BlockPool
+from .kv_cache import BlockPool, PagedCache
 from .sampler import SampledToken, Sampler, fresh_seed, sample_rows
 from .scheduler import Scheduler
 from .sequence import Job, Sequence
@@ -71,11 +71,11 @@ class EngineCore:
     ) -> None:
         self.runner, self.tokenizer, self.speculation = runner, tokenizer, speculation
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.max_length = min(runner.max_sequence_length, runner.num_blocks * runner.block_size)
         self.pool = BlockPool(runner.num_blocks)
+        self.cache = PagedCache(self.pool, runner.block_size, runner.windows, runner.max_batch_tokens)
+        self.max_length = self.cache.capacity(runner.max_sequence_length)
         self.scheduler = Scheduler(
-            self.pool,
-            runner.block_size,
+            self.cache,
             max_num_seqs=max(1, min(max_num_seqs, runner.max_num_seqs, runner.max_batch_tokens, runner.max_output_rows)),
             max_batch_tokens=runner.max_batch_tokens,
             prefix_cache=prefix_cache_n > 0,
@@ -125,7 +125,7 @@ class EngineCore:
             )
             decoder = self.tokenizer.decode_stream(skip_special_tokens=request.skip_special_tokens, keep=request.keep)
             text = TextStream(decoder, stops)
-            job.sequences.append(Sequence(job, choice, tokens, max_tokens, stop_tokens, sampler, text))
+            job.sequences.append(Sequence(job, choice, tokens, max_tokens, stop_tokens, sampler, text, self.cache.new_tables()))
         if self.scheduler.prefix_cache:
             job.sequences[0].extend_keys((len(prompt) - 1) // self.runner.block_size, self.runner.block_size)
         return job
@@ -421,7 +421,7 @@ class EngineCore:
         for job in [job for job in self.jobs if job.request.deadline is not None and job.request.deadline <= now]:
             made = sum(len(sequence.tokens) - sequence.prompt_length for sequence in job.sequences)
             passed = perf_counter() - job.submitted
-            self.fail(job, InferenceError(f"the deadline passed {passed:.3f} s after submission; {made} tokens had been generated"))
+            self.fail(job, InferenceError(f"the time for the request was over after {passed:.3f} s; {made} tokens had been generated"))
         deadlines = (job.request.deadline for job in self.jobs)
         self._next_deadline = min((deadline for deadline in deadlines if deadline is not None), default=inf)
 
@@ -443,22 +443,25 @@ class EngineCore:
 
     def logits(self, tokens: Tokens[int]) -> NDArray[np.float32]:
         """The logits after each of the tokens, ``[len(tokens), vocab_size]``. Running sequences make room if they must."""
-        runner, pool = self.runner, self.pool
+        runner, cache = self.runner, self.cache
         if not 0 < len(tokens) <= self.max_length:
             raise RequestValidationError(f"logits of {len(tokens)} tokens were asked for; between 1 and {self.max_length} are possible")
         check_tokens(tokens, "the text", runner.vocab_size)
-        count = -(-len(tokens) // runner.block_size)
-        while pool.num_free < count:
-            self.scheduler.preempt(self.scheduler.running[-1])
-        table = [pool.allocate() for _ in range(count)]
+        blocks = cache.new_tables()
+        table, *further = blocks.tables
         result = np.empty((len(tokens), runner.vocab_size), np.float32)
         chunk = min(runner.max_batch_tokens, runner.max_output_rows)
         try:
             for start in range(0, len(tokens), chunk):
                 part = tokens[start : start + chunk]
-                result[start : start + len(part)] = runner.read_logits(runner.forward([Segment(part, start, table, len(part))]))
+                end = start + len(part)
+                while not cache.grow(blocks, end):
+                    self.scheduler.preempt(self.scheduler.running[-1])
+                segment = Segment(part, start, table, len(part), further_tables=further)
+                result[start:end] = runner.read_logits(runner.forward([segment]))
+                cache.slide(blocks, end)
         finally:
-            pool.release(table)
+            self.pool.release(blocks.held())
         return result
 
     def snapshot(self) -> EngineStats:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.geometry import ATTENTION_CHUNK
+from ..nn.cache_groups import cache_groups
 from ..nn.cpu import compile_for_prompts
 from ..nn.cpu_program import CpuProgram
 from ..nn.graph import Graph
@@ -41,13 +42,21 @@ class PagedRunner(ABC):
         return False
 
     def __init__(
-        self, graph: Graph, *, max_position_embeddings: int, max_num_seqs: int, block_size: int, cache_tokens: int, max_tokens: int
+        self,
+        graph: Graph,
+        *,
+        max_position_embeddings: int,
+        max_num_seqs: int,
+        block_size: int,
+        cache_tokens: int,
+        max_tokens: int,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
-        self.block_size = block_size
-        self.num_blocks = -(-cache_tokens // block_size)
-        self.max_sequence_length = min(max_position_embeddings, self.num_blocks * block_size)
+        self.block_size, self.windows = block_size, windows
+        self.num_blocks = -(-cache_tokens // block_size) * len(windows)
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max(max_tokens, max_num_seqs)
+        self.max_sequence_length = min(max_position_embeddings, self.num_blocks * block_size)
         self.max_output_rows = max(_MAX_OUTPUTS, max_num_seqs)
         self.limits = Limits(
             max_tokens=self.max_batch_tokens,
@@ -56,6 +65,7 @@ class PagedRunner(ABC):
             block_size=block_size,
             num_blocks=self.num_blocks,
             max_blocks=-(-self.max_sequence_length // block_size),
+            groups=len(windows),
         )
         # A model may give logits for more ids, or fewer, than it has embeddings for.
         self.vocab_size = graph.nodes[-1].output.columns
@@ -97,30 +107,45 @@ class PagedRunner(ABC):
         """Write how attention is dealt out; returns the numbers of items and merges."""
 
     def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
-        """Write one segment's tokens, positions, cache slots and block table into the state."""
+        """Write one segment's tokens, positions, cache slots and block tables into the state."""
         size = self.block_size
-        table = segment.block_table
+        tables = self._tables(segment)
         blocks = -(-end // size)
-        if len(table) < blocks:
-            raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
-        used = state.block_tables[row, :blocks]
-        used[:] = table[:blocks]
+        for group, table in enumerate(tables):
+            if len(table) < blocks:
+                raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
+            used = state.block_tables[group, row, :blocks]
+            used[:] = table[:blocks]
+            if not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+                raise ValueError("a block does not exist")
         if count == 1:
-            token, block = segment.tokens[0], int(used[-1])
-            if not 0 <= token < self._embeddings or not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
-                raise ValueError(f"token {token} or block {block} does not exist")
+            token = segment.tokens[0]
+            if not 0 <= token < self._embeddings:
+                raise ValueError(f"token {token} does not exist")
             state.tokens[at] = token
             state.positions[at] = start
-            state.cache_slots[at] = block * size + start % size
+            for group, table in enumerate(tables):
+                state.cache_slots[group, at] = table[blocks - 1] * size + start % size
             return
         place = slice(at, at + count)
         state.tokens[place] = segment.tokens
         ids = state.tokens[place]
-        if ids.min() < 0 or ids.max() >= self._embeddings or used.min() < 0 or used.max() >= self.num_blocks:
-            raise ValueError("a token or block does not exist")
+        if ids.min() < 0 or ids.max() >= self._embeddings:
+            raise ValueError("a token does not exist")
         positions = np.arange(start, end, dtype=np.int32)
         state.positions[place] = positions
-        state.cache_slots[place] = used[positions // size] * size + positions % size
+        state.cache_slots[:, place] = state.block_tables[:, row, positions // size] * size + positions % size
+
+    def _tables(self, segment: Segment) -> Sequence[Sequence[int]]:
+        """A block table for each group of layers."""
+        groups = len(self.windows)
+        if groups == 1:
+            return (segment.block_table,)
+        if not segment.further_tables:
+            return [[groups * block + group for block in segment.block_table] for group in range(groups)]
+        if len(segment.further_tables) != groups - 1:
+            raise ValueError(f"{1 + len(segment.further_tables)} block tables for {groups} groups of layers")
+        return (segment.block_table, *segment.further_tables)
 
 
 class CpuRunner(PagedRunner):
@@ -169,6 +194,7 @@ class CpuRunner(PagedRunner):
             block_size=block_size or _BLOCK_SIZE,
             cache_tokens=cache_tokens,
             max_tokens=_MAX_TOKENS,
+            windows=cache_groups(graph).windows,
         )
         self.threads = threads or available_threads()
         self.prompt_program, self.program = self.compile(graph, progress)
@@ -253,8 +279,9 @@ def _divided(segment: Segment) -> tuple[Segment, Segment]:
     """What is of the prompt, and what was generated; either may be empty."""
     count = len(segment.tokens) - segment.generated
     outputs = min(segment.outputs, segment.generated)
-    prompt = Segment(segment.tokens[:count], segment.start, segment.block_table, segment.outputs - outputs)
-    return prompt, Segment(segment.tokens[count:], segment.start + count, segment.block_table, outputs)
+    table, further = segment.block_table, segment.further_tables
+    prompt = Segment(segment.tokens[:count], segment.start, table, segment.outputs - outputs, further_tables=further)
+    return prompt, Segment(segment.tokens[count:], segment.start + count, table, outputs, further_tables=further)
 
 
 def cache_token_bytes(graph: Graph) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Tokens
 from operator import attrgetter
 from statistics import median
 
-from .kv_cache import BlockPool
+from .kv_cache import BlockTables, PagedCache
 from .sequence import Sequence
 
 by_order = attrgetter("order")
@@ -26,7 +26,7 @@ class PrefillPacer:
     a few tokens hide in a step that waits for memory, and say little about many.
     """
 
-    def __init__(self, stretch: float = 2.5, least: int = 8) -> None:
+    def __init__(self, stretch: float = 2.5, least: int = 4) -> None:
         self.stretch, self.least = stretch, least
         self._alone: dict[int, deque[float]] = {}
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
@@ -73,8 +73,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
-        block_size: int,
+        cache: PagedCache,
         *,
         max_num_seqs: int,
         max_batch_tokens: int,
@@ -82,12 +81,12 @@ class Scheduler:
         prompts_apart: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
-        self.pool, self.block_size = pool, block_size
+        self.cache, self.pool, self.block_size = cache, cache.pool, cache.block_size
         self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         # Where prompts have a pass over all weights of their own, it takes panels of 32 tokens, and nearly as long for a part of one.
-        self.pacer = PrefillPacer(least=32 if prompts_apart else 8)
+        self.pacer = PrefillPacer(least=32 if prompts_apart else 4)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -110,7 +109,7 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._register(sequence)
-            self.pool.release(sequence.forget_cache())
+            self._forget(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -124,7 +123,7 @@ class Scheduler:
             sequence = running[index]
             index += 1
             pending = len(sequence.tokens) - sequence.computed
-            if len(sequence.block_table) * block_size < len(sequence.tokens) and not self._grow(sequence):
+            if len(sequence.blocks) * block_size < self._reach(sequence) and not self._grow(sequence):
                 continue
             if pending > 1 and (pending > MOST_FORCED or sequence.computed < sequence.prompt_length):
                 prefilling.append(sequence)
@@ -161,76 +160,92 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence if there are blocks for all its tokens, and one to spare for each that runs already."""
-        found: list[int] = []
-        length = len(sequence.tokens)
+        cache, length = self.cache, len(sequence.tokens)
+        found = cache.new_tables()
         if self.prefix_cache:
             # At least one token is computed, for its logits.
             count = min(length - 1, self._shareable(sequence)) // self.block_size
             sequence.extend_keys(count, self.block_size)
-            found = self.pool.find(sequence.keys[:count])
-        missing = -(-length // self.block_size) - len(found)
-        spare = len(self.running)
-        if self.pool.num_free - self.pool.count_idle(found) < missing + spare:
+            found = cache.find(sequence.keys[:count])
+        shared = found.held()
+        missing = cache.most_blocks(length) - len(shared)
+        spare = len(cache.windows) * len(self.running)
+        if self.pool.num_free - self.pool.count_idle(shared) < missing + spare + self._promised():
             return False
-        self._start(sequence, found, missing)
+        self._start(sequence, found)
         return True
 
-    def _start(self, sequence: Sequence, shared: list[int], missing: int) -> None:
-        self.pool.share(shared)
-        sequence.block_table.extend(shared)
-        for _ in range(missing):
-            sequence.block_table.append(self.pool.allocate())
-        sequence.computed = len(shared) * self.block_size
+    def _promised(self) -> int:
+        """Blocks that prompts on their way will still take: with windows they do not take all at once."""
+        if not self.cache.slides:
+            return 0
+        under_way = (s for s in self.running if len(s.tokens) - len(s.blocks) * self.block_size > self.block_size)
+        return sum(max(0, self.cache.most_blocks(len(sequence.tokens)) - len(sequence.blocks.held())) for sequence in under_way)
+
+    def _start(self, sequence: Sequence, shared: BlockTables) -> None:
+        self.pool.share(shared.held())
+        sequence.use(shared)
         sequence.registered = len(shared)
+        sequence.computed = len(shared) * self.block_size
+        self.cache.grow(shared, self._reach(sequence))
         insort(self.running, sequence, key=by_order)
+
+    def _reach(self, sequence: Sequence) -> int:
+        """How many positions the tables must cover: all tokens, or, where windows give blocks back on the way, those of the next step."""
+        length = len(sequence.tokens)
+        return min(length, sequence.computed + self.max_batch_tokens) if self.cache.slides else length
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back all that a sequence has in the cache."""
+        self.pool.release(sequence.blocks.held())
+        sequence.use(self.cache.new_tables())
+        sequence.computed = sequence.registered = 0
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Start another choice of the prompt that ``parent`` has computed: it shares the full blocks and computes the rest by itself."""
         full = parent.prompt_length // self.block_size
         missing = -(-(parent.prompt_length + 1) // self.block_size) - full
-        if len(self.running) < self.max_num_seqs and self.pool.num_free >= missing + len(self.running):
+        room = len(self.cache.windows) * (missing + len(self.running)) + self._promised()
+        if len(self.running) < self.max_num_seqs and self.pool.num_free >= room:
             child.keys = parent.keys[:full]
-            self._start(child, list(parent.block_table[:full]), missing)
+            self._start(child, self.cache.prefix(parent.blocks, full))
         else:
             self.add(child)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for its new tokens, at the cost of the youngest ones; ``False`` if it was the youngest itself."""
-        while len(sequence.block_table) * self.block_size < len(sequence.tokens):
-            while self.pool.num_free == 0:
-                victim = self.running[-1]
-                self.preempt(victim)
-                if victim is sequence:
-                    return False
-            sequence.block_table.append(self.pool.allocate())
+        while not self.cache.grow(sequence.blocks, self._reach(sequence)):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return False
         return True
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a sequence back to the queue. It will compute its tokens again, except for what is still in the prefix cache."""
         self.running.remove(sequence)
-        self.pool.release(sequence.forget_cache())
+        self._forget(sequence)
         self.preemptions += 1
         self.add(sequence)
 
     def advance(self, batch: list[Sequence]) -> None:
-        """The step has been computed: its tokens are in the cache, and blocks that became full may be shared."""
+        """The step has been computed: its tokens are in the cache, blocks that became full may be shared, and windows have moved on."""
         for sequence in batch:
             sequence.computed += sequence.scheduled
             self._register(sequence)
+            if self.cache.slides:
+                self.cache.slide(sequence.blocks, sequence.computed)
 
     def extend(self, sequence: Sequence, draft: Tokens[int]) -> None:
         """Let the step compute guesses behind a stream's tokens, as far as free blocks reach: nobody makes room for them."""
-        table, size, length = sequence.block_table, self.block_size, len(sequence.tokens)
-        draft = draft[: (len(table) + self.pool.num_free) * size - length]
-        while len(table) * size < length + len(draft):
-            table.append(self.pool.allocate())
+        blocks, length = sequence.blocks, len(sequence.tokens)
+        draft = draft[: (len(blocks) + self.pool.num_free // len(self.cache.windows)) * self.block_size - length]
+        self.cache.grow(blocks, length + len(draft))
         sequence.schedule_draft(draft)
 
     def trim(self, sequence: Sequence) -> None:
         """Free the blocks that hold nothing but guesses that did not come true."""
-        used = -(-sequence.computed // self.block_size)
-        self.pool.release(sequence.block_table[used:])
-        del sequence.block_table[used:]
+        self.cache.cut(sequence.blocks, sequence.computed)
 
     def _shareable(self, sequence: Sequence) -> int:
         """Tokens whose keys and values are what any prompt that starts with them would have."""
@@ -243,5 +258,5 @@ class Scheduler:
             return
         sequence.extend_keys(full, self.block_size)
         for block in range(sequence.registered, full):
-            self.pool.register(sequence.block_table[block], sequence.keys[block])
+            self.cache.register(sequence.blocks, block, sequence.keys[block])
         sequence.registered = full

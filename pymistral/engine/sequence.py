@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from time import perf_counter
 
-from .kv_cache import chain_key
+from .kv_cache import BlockTables, chain_key
 from .sampler import Sampler
 from .text import TextStream
 from .types import EngineRequest, OnEvent, Segment, TokenLogprob, Usage
@@ -45,12 +44,13 @@ class Job:
 class Sequence:
     """One choice: its tokens, how many of them are in the cache, and where.
 
-    The invariant of the cache: positions below ``computed`` are written, and ``block_table`` covers them and those of the current step.
+    The invariant of the cache: positions below ``computed`` are written, and ``blocks`` covers those of them that are still seen, and those
+    of the current step.
     """
 
     __slots__ = (
         "accepted",
-        "block_table",
+        "blocks",
         "choice",
         "computed",
         "draft",
@@ -80,6 +80,7 @@ class Sequence:
         stops: dict[int, str | int | None],
         sampler: Sampler,
         text: TextStream,
+        blocks: BlockTables,
     ) -> None:
         self.job, self.choice = job, choice
         self.order = (0, choice)
@@ -92,11 +93,11 @@ class Sequence:
         self.sampler, self.text = sampler, text
         self.computed = 0
         self.scheduled = 0
-        self.block_table = array("i")
         self.keys: list[bytes] = []
         self.registered = 0
         """How many blocks of the table are known to the prefix cache, or have been offered to it."""
-        self.segment = Segment((), 0, self.block_table, 0)
+        self.segment = Segment((), 0, (), 0)
+        self.use(blocks)
         self.draft: Tokens[int] = ()
         """Guesses that the step computes behind the scheduled tokens."""
         self.accepted = 0
@@ -104,6 +105,11 @@ class Sequence:
         self.unsent: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finished = False
+
+    def use(self, blocks: BlockTables) -> None:
+        """Have these block tables."""
+        self.blocks = blocks
+        self.segment.block_table, *self.segment.further_tables = blocks.tables
 
     def extend_keys(self, count: int, block_size: int) -> None:
         """Have the keys of the first ``count`` full blocks."""
@@ -128,10 +134,3 @@ class Sequence:
         self.segment.tokens = [*self.segment.tokens, *draft]
         self.segment.outputs += len(draft)
         self.segment.generated += len(draft)
-
-    def forget_cache(self) -> Tokens[int]:
-        """Give up the block table, and return what it was."""
-        blocks, self.block_table = self.block_table, array("i")
-        self.segment.block_table = self.block_table
-        self.computed = self.registered = 0
-        return blocks

@@ -16,9 +16,12 @@ without a draft.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence as Tokens
 from heapq import heapify, heapreplace
 from math import isfinite
+from statistics import median
+from time import perf_counter
 from typing import Protocol
 
 from ..kernels.cpu import sampling_layout as at
@@ -34,6 +37,11 @@ MOST_STREAMS = 8
 class Drafter(Protocol):
     """Guesses how texts go on."""
 
+    @property
+    def seconds(self) -> float:
+        """What a guess takes; 0 for next to nothing, or as long as it is not known."""
+        ...
+
     def draft(self, wanted: list[tuple[Sequence, int]]) -> list[Tokens[int]]:
         """For each sequence at most so many tokens that may follow ``sequence.tokens``; none is a good answer, too."""
         ...
@@ -45,6 +53,8 @@ class Drafter(Protocol):
 
 class PromptLookup:
     """Guesses that a text goes on as it did when its last ``n`` tokens occurred in it before: good for edits, quotes and repetitions."""
+
+    seconds = 0.0
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -93,8 +103,14 @@ class DraftModel:
     def __init__(self, runner: Runner, vocab_size: int) -> None:
         self.runner = runner
         self.vocab_size = min(runner.vocab_size, vocab_size)
-        self.pool = BlockPool(runner.num_blocks)
+        self.pool = BlockPool(runner.num_blocks // len(runner.windows))  # one table for all groups of layers: all positions stay
         self._caches: dict[Sequence, DraftCache] = {}
+        self._recent: deque[float] = deque(maxlen=15)
+        """Seconds for each guess, of the latest steps."""
+
+    @property
+    def seconds(self) -> float:
+        return median(self._recent) if len(self._recent) >= 5 else 0.0
 
     def draft(self, wanted: list[tuple[Sequence, int]]) -> list[Tokens[int]]:
         guesses: list[list[int]] = [[] for _ in wanted]
@@ -105,12 +121,15 @@ class DraftModel:
         ]
         segments = self._catch_up(drafts)
         while segments:
+            begin, tokens = perf_counter(), sum(len(segment.tokens) for segment in segments)
             logits = self.runner.forward(segments)
             row, stride = address(logits), logits.strides[0]
             ready = [draft for draft in drafts if draft.segment.outputs]
             for place, draft in enumerate(ready):
                 draft.sequence.sampler.guess(row + place * stride, len(draft.sequence.tokens) + len(draft.guess))
             self.runner.sample([draft.sequence.sampler.row for draft in ready])
+            if tokens <= 4 * len(segments):  # to read a prompt is no guess
+                self._recent.append((perf_counter() - begin) / len(segments))
             drafts = [draft for draft in ready if draft.take(self.vocab_size)]
             segments = [draft.segment for draft in drafts]
         return list(guesses)
@@ -276,12 +295,14 @@ class Speculation:
     def lengths(self, likelihoods: list[float], most: list[int], tokens: int, room: int) -> list[int]:
         """How many tokens to guess for each stream.
 
-        A guess is worth its time if its chance of being accepted, per second that it adds, is above what the step yields per second so far.
+        A guess is worth its time, that of guessing included, if its chance of being accepted, per second that it adds, is above what the
+        step yields per second so far.
         """
         lengths = [0] * len(most)
         chances = [(-chance, stream) for stream, chance in enumerate(likelihoods) if most[stream] > 0]
         heapify(chances)
-        gain, seconds, each = float(len(most)), self.cost.fixed + self.cost.each * tokens, self.cost.each
+        gain, seconds = float(len(most)), self.cost.fixed + self.cost.each * tokens
+        each = self.cost.each + self.drafter.seconds
         while chances and room > 0:
             chance, stream = -chances[0][0], chances[0][1]
             if chance * seconds <= gain * each:

@@ -32,6 +32,9 @@ class Segment:
     """How many of the last tokens want logits: 0 for a part of a prompt, 1 as a rule, more for speculation and scoring."""
     generated: int = 0
     """How many of the last tokens were generated: they are not part of the prompt."""
+    further_tables: Sequence[Sequence[int]] = ()
+    """The block tables of the groups of layers after the first, where there are several (`Runner.windows`). Left out, the sequence keeps
+    all its positions in all layers, and a block of ``block_table`` stands for as many consecutive blocks as there are groups."""
 
 
 class Runner(Protocol):
@@ -55,6 +58,9 @@ class Runner(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def max_sequence_length(self) -> int: ...
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """How many of the latest positions each group of layers sees; ``None``: all. Blocks of one pool hold the positions of any group."""
 
     def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
         """Run one flat step; return logits ``[rows, vocab_size]`` in segment order, valid until the next call.

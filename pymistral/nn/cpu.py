@@ -16,6 +16,7 @@ from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.isa import current_isa
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
+from .cache_groups import cache_groups
 from .cpu_program import CpuProgram, Result
 from .cpu_weights import Matrix, TiledWeights, tile_format
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
@@ -89,6 +90,8 @@ class _Lowering(Lowering):
         self.panels_of: dict[Array, Buffer] = {}
         self.residuals_of: dict[Array, Buffer] = {}
         self.forms += [self.panels_of, self.residuals_of]
+        self.groups = cache_groups(graph)
+        self.cache_arrays: dict[int, tuple[Buffer, Buffer]] = {}  # keys and values of the layers at one place of their groups
         self.routings: dict[tuple[int, int], tuple[Buffer, ...]] = {}
         self.lower()
 
@@ -503,10 +506,11 @@ class _Lowering(Lowering):
         limits = self.limits
         shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
         dtype = np.float32 if self.exact else np.uint16  # bfloat16
-        if self.base:
-            keys, values = (Buffer(cache, address(cache)) for cache in self.base.state.caches[len(self.state.caches)])
-        else:
-            keys, values = self._allocate(shape, dtype), self._allocate(shape, dtype)
+        group_of_layers, place = self.groups.places[len(self.state.caches)] if limits.groups > 1 else (0, len(self.state.caches))
+        if place not in self.cache_arrays:
+            of_base = self.base.cache_arrays[place] if self.base else None
+            self.cache_arrays[place] = of_base or (self._allocate(shape, dtype), self._allocate(shape, dtype))
+        keys, values = self.cache_arrays[place]
         self.state.caches.append((keys.array, values.array))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group, head_dim))
         norms = [options[name] for name in ("q_norm", "k_norm")]
@@ -531,7 +535,7 @@ class _Lowering(Lowering):
             rope.pairs if rope else 0,
             _float_bits(options["scale"]),
             address(self.state.positions),
-            address(self.state.cache_slots),
+            address(self.state.cache_slots[group_of_layers]),
             keys.address,
             values.address,
             limits.block_size,
@@ -556,7 +560,7 @@ class _Lowering(Lowering):
             kv_heads,
             address(self.state.positions),
             address(self.state.items),
-            address(self.state.block_tables),
+            address(self.state.block_tables[group_of_layers]),
             self.state.table_width,
             options["window"] or 0,
             _float_bits(options["soft_cap"] or 0.0),

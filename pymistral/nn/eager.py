@@ -57,9 +57,9 @@ def evaluate(
         if count and not 0 <= tokens.min() <= tokens.max() < limit:
             raise ValueError(f"token ids must be 0 to {limit - 1}")
         state.tokens[:count] = tokens
-    for array in (state.positions, state.cache_slots, state.output_rows):
+    for array in (state.positions, state.cache_slots[0], state.output_rows):
         array[:count] = range(count)
-    state.block_tables[0, :blocks] = range(blocks)
+    state.block_tables[0, 0, :blocks] = range(blocks)
     tiles = range(0, count, state.query_tile)
     for item, first in enumerate(tiles):
         state.items[item] = (first, min(state.query_tile, count - first), 0, -1, 0)

@@ -32,9 +32,11 @@ class Limits:
     block_size
         Positions in a block of the KV cache; a multiple of 32.
     num_blocks
-        Blocks in the cache of each layer.
+        Blocks in the cache: what each layer of a group has room for.
     max_blocks
-        Blocks that one sequence may have.
+        Blocks that one sequence may have, in one group of layers.
+    groups
+        Groups of layers whose blocks come from one pool, each with block tables of its own (see `cache_groups`).
     """
 
     max_tokens: int
@@ -43,9 +45,11 @@ class Limits:
     block_size: int
     num_blocks: int
     max_blocks: int
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.max_tokens, self.max_outputs, self.max_sequences, self.block_size, self.num_blocks, self.max_blocks) < 1:
+        sizes = (self.max_tokens, self.max_outputs, self.max_sequences, self.block_size, self.num_blocks, self.max_blocks, self.groups)
+        if min(sizes) < 1:
             raise ValueError(f"all limits must be positive: {self}")
         if self.block_size % 32:
             raise ValueError(f"block_size={self.block_size}: must be a multiple of 32")
@@ -67,12 +71,12 @@ class State:
             "counts": (2 * len(_COUNTS),),  # int64, in the order of _COUNTS
             "tokens": per_token,
             "positions": per_token,
-            "cache_slots": per_token,
+            "cache_slots": (limits.groups, limits.max_tokens),
             "table_rows": per_token,
             "output_rows": (limits.max_outputs,),
             "items": (limits.max_tokens + self.max_partials, item_words),
             "merges": (SPLIT_SEQUENCES, 3),
-            "block_tables": (limits.max_sequences, self.table_width),
+            "block_tables": (limits.groups, limits.max_sequences, self.table_width),
         }
         starts, size = {}, 0
         for name, shape in shapes.items():

@@ -23,6 +23,7 @@ class NoiseRunner:
     block_size, num_blocks, max_sequence_length = 32, 2048, 1024
 
     prompts_apart = False
+    windows: Sequence[int | None] = (None,)
 
     def __init__(self, vocab_size: int, closing: Sequence[int]) -> None:
         self.vocab_size = vocab_size

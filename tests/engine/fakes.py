@@ -46,6 +46,7 @@ class FakeRunner:
     vocab_size = VOCAB
 
     prompts_apart = False
+    windows: Sequence[int | None] = (None,)
 
     def __init__(
         self,
@@ -56,11 +57,14 @@ class FakeRunner:
         max_sequence_length: int = 128,
         eos_bonus: float = 0.0,
         delay: float = 0.0,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        self.windows = windows
         self.num_blocks, self.block_size, self.max_num_seqs = num_blocks, block_size, max_num_seqs
         self.max_batch_tokens, self.max_output_rows, self.max_sequence_length = max_batch_tokens, max_batch_tokens, max_sequence_length
         self.eos_bonus, self.delay = eos_bonus, delay
-        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+        self.slots: dict[tuple[int, int], tuple[int, list[int]]] = {}
+        """What each slot holds: the group of layers that it was written for, and the text up to its position."""
         self.fail_on: int | None = None
         self.steps: list[list[tuple[int, int]]] = []
         self.computed = 0
@@ -77,19 +81,16 @@ class FakeRunner:
         assert sum(s.outputs for s in segments) <= self.max_output_rows
         self.steps.append([(s.start, len(s.tokens)) for s in segments])
         self.computed += sum(len(s.tokens) for s in segments)
-        users = Counter(block for s in segments for block in set(s.block_table))
+        users = Counter(block for s in segments for block in self.visible(s))
         for s in segments:
             assert len(s.tokens) > 0
             assert s.outputs <= len(s.tokens)
             assert s.start + len(s.tokens) <= len(s.block_table) * self.block_size
             assert s.start + len(s.tokens) <= self.max_sequence_length
-            assert len(set(s.block_table)) == len(s.block_table)
-            assert all(0 <= block < self.num_blocks for block in s.block_table)
-            for offset, token in enumerate(s.tokens):
-                position = s.start + offset
-                block = s.block_table[position // self.block_size]
-                assert users[block] == 1, "a block that another sequence reads was written"
-                self.slots[block, position % self.block_size] = (token, position)
+            blocks = self.visible(s)
+            assert len(set(blocks)) == len(blocks)
+            assert all(0 <= block < self.num_blocks for block in blocks)
+            assert all(users[block] == 1 for block in self.write(s)), "a block that another sequence reads was written"
         rows = []
         for s in segments:
             prefix = self.read(s)
@@ -98,14 +99,43 @@ class FakeRunner:
             rows += [logits_of(prefix[: len(prefix) - s.outputs + 1 + i], self.eos_bonus) for i in range(s.outputs)]
         return np.stack(rows) if rows else np.empty((0, VOCAB), np.float32)
 
+    def tables(self, s: Segment) -> list[Sequence[int]]:
+        groups = len(self.windows)
+        if groups > 1 and not s.further_tables:
+            return [[groups * block + group for block in s.block_table] for group in range(groups)]
+        assert len(s.further_tables) == groups - 1
+        return [s.block_table, *s.further_tables]
+
+    def visible(self, s: Segment) -> list[int]:
+        """The blocks that hold what the tokens of a segment see."""
+        oldest = [0 if window is None else max(0, s.start - window + 1) for window in self.windows]
+        return [b for table, at in zip(self.tables(s), oldest, strict=True) for b in table[at // self.block_size :]]
+
+    def write(self, s: Segment) -> list[int]:
+        """Store a segment's tokens; returns the blocks that they went to."""
+        written = []
+        for group, table in enumerate(self.tables(s)):
+            text = self.text(table, s.start)
+            for position, token in enumerate(s.tokens, s.start):
+                text = [*text, token]
+                written.append(table[position // self.block_size])
+                self.slots[written[-1], position % self.block_size] = (group, text)
+        return written
+
+    def text(self, table: Sequence[int], end: int) -> list[int]:
+        """All tokens before a position."""
+        return self.slots[table[(end - 1) // self.block_size], (end - 1) % self.block_size][1] if end else []
+
     def read(self, s: Segment) -> list[int]:
-        prefix = []
-        for position in range(s.start + len(s.tokens)):
-            token, written_for = self.slots[s.block_table[position // self.block_size], position % self.block_size]
-            assert written_for == position, "a slot holds another position"
-            prefix.append(token)
-        assert prefix[s.start :] == list(s.tokens)
-        return prefix
+        """The whole text up to a segment's end, if each group has what it sees of it."""
+        end = s.start + len(s.tokens)
+        whole = self.text(s.block_table, end)
+        assert whole[s.start :] == list(s.tokens)
+        for group, (table, window) in enumerate(zip(self.tables(s), self.windows, strict=True)):
+            for position in range(0 if window is None else max(0, s.start - window + 1), end):
+                found = self.slots[table[position // self.block_size], position % self.block_size]
+                assert found == (group, whole[: position + 1]), "a slot holds something else"
+        return whole
 
 
 class ByteStream:

@@ -46,16 +46,17 @@ def drain(core: EngineCore, limit: int = 10_000) -> None:
 
 def check_invariants(core: EngineCore) -> None:
     scheduler, size = core.scheduler, core.runner.block_size
-    check_pool(core.pool, [list(sequence.block_table) for sequence in scheduler.running])
+    check_pool(core.pool, [sequence.blocks.held() for sequence in scheduler.running])
     for sequence in scheduler.running:
         assert not sequence.finished
         assert not sequence.job.done
         assert sequence.computed < len(sequence.tokens)
-        assert sequence.computed <= len(sequence.block_table) * size
-        for block in sequence.block_table[sequence.computed // size :]:
+        assert sequence.computed <= len(sequence.blocks) * size
+        assert len(sequence.blocks.held()) <= core.cache.most_blocks(len(sequence.tokens))
+        for block in sequence.blocks.held(sequence.computed // size):
             assert core.pool.references[block] == 1, "a shared block would be written"
             assert core.pool.keys[block] is None, "a cached block would be written"
-    assert all(not sequence.block_table and not sequence.finished for sequence in scheduler.waiting)
+    assert all(not sequence.blocks and not sequence.finished for sequence in scheduler.waiting)
     for queue in (scheduler.running, list(scheduler.waiting)):
         assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
     assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -99,6 +100,7 @@ actions = st.lists(
     st.booleans(),
     st.none() | st.integers(1, 8),
     st.sampled_from([0.0, 3.0]),
+    st.sampled_from([(None,), (7,), (None, 5), (None, None, 3, 9)]),
 )
 def test_greedy_is_the_same_in_any_company(
     script: list[Any],
@@ -109,8 +111,10 @@ def test_greedy_is_the_same_in_any_company(
     prefix_cache: bool,
     prefill_chunk: int | None,
     eos_bonus: float,
+    windows: tuple[int | None, ...],
 ) -> None:
-    runner = FakeRunner(-(-positions // block_size), block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus)
+    blocks = -(-positions // block_size) * len(windows)
+    runner = FakeRunner(blocks, block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus, windows=windows)
     core = make_core(runner, prefix_cache_n=int(prefix_cache), prefill_chunk=prefill_chunk)
     sent: list[tuple[Job, Collector, list[int], int, int]] = []
     canceled: set[int] = set()
@@ -316,6 +320,11 @@ def hidden(streams: int, prompt: int) -> float:
     return max(0.003, 0.0004 * (streams + prompt))
 
 
+def test_a_prompt_whose_tokens_are_dear_still_leaves_short_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = gaps_before_and_during(TimedRunner(lambda streams, prompt: 0.005 + 0.0025 * prompt, monkeypatch), 1)
+    assert np.median(during) <= 3.01 * np.median(before)
+
+
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("cost", [linear, hidden])
 def test_a_prompt_stretches_the_gaps_of_streams_as_far_as_wanted(
@@ -338,7 +347,7 @@ def test_gaps_stay_short_on_a_machine_that_others_use(seed: int, monkeypatch: py
     runner = TimedRunner(noisy, monkeypatch)
     before, during = gaps_before_and_during(runner, 4)
     assert 1.3 < np.median(during) / np.median(before) < 2.75
-    assert np.median(runner.prompt_tokens[-20:]) > 4  # and the prompt gets ahead
+    assert np.mean([tokens for tokens in runner.prompt_tokens if tokens]) > 5  # and the prompt gets ahead
 
 
 def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +361,7 @@ def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.Monke
     while not all(collector.tokens for collector in late):
         core.step()
         steps += 1
-    assert steps < 2400 / 8
+    assert steps < 2400 / 7  # the floor of four tokens in a step alone would take 600
 
 
 def test_the_oldest_request_is_never_preempted() -> None:
@@ -522,7 +531,7 @@ def test_deadlines() -> None:
     _, never = submit(core, [65], Params(max_len=3), deadline=now + 1000)
     core.step()
     assert isinstance(missed.end, RequestFailed)
-    assert "deadline" in str(missed.end.error)
+    assert "was over after" in str(missed.end.error)
     assert later.end is None
     time.sleep(0.06)
     core.step()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import takewhile
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -33,7 +34,7 @@ class PoolMachine(RuleBasedStateMachine):
         keys: list[bytes] = []
         for token in tokens:
             keys.append(chain_key(keys[-1] if keys else b"", [token]))
-        found = self.pool.find(keys)
+        found = [self.pool.by_key[key] for key in takewhile(self.pool.by_key.__contains__, keys)]
         assert all(self.contents[block] == key for block, key in zip(found, keys, strict=False)), "evicted contents were found"
         if self.pool.num_free - self.pool.count_idle(found) < len(tokens) - len(found):
             return

@@ -23,6 +23,8 @@ from .test_core import Only, check_invariants, drain, greedy_alone, make_core, s
 class Foresight:
     """Guesses what greedy decoding will say, except for some of the tokens."""
 
+    seconds = 0.0
+
     def __init__(self, wrong: Sequence[bool], eos_bonus: float = 0.0) -> None:
         self.wrong, self.eos_bonus = wrong, eos_bonus
         self.made = 0
@@ -115,6 +117,7 @@ extras = st.sampled_from(
     st.sampled_from([0.0, 3.0]),
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4)), max_size=2),
     st.sampled_from([Speculation, Always, Always]),
+    st.sampled_from([(None,), (7,), (None, 5)]),
 )
 def test_the_text_is_the_same_with_and_without_guesses(
     requests: list[Any],
@@ -125,6 +128,7 @@ def test_the_text_is_the_same_with_and_without_guesses(
     eos_bonus: float,
     cancels: list[tuple[int, int]],
     policy: type[Speculation],
+    windows: tuple[int | None, ...],
 ) -> None:
     def answers(core: EngineCore, cancels: Sequence[tuple[int, int]]) -> list[Any]:
         sent = [submit(core, prompt, params, **extra) for prompt, params, extra in requests]
@@ -137,7 +141,7 @@ def test_the_text_is_the_same_with_and_without_guesses(
             core.step()
             check_invariants(core)
             for sequence in core.scheduler.running:
-                assert len(sequence.block_table) <= -(-len(sequence.tokens) // core.runner.block_size)
+                assert len(sequence.blocks) <= -(-len(sequence.tokens) // core.runner.block_size)
         assert core.pool.num_free == core.pool.num_blocks
         return [collector for _, collector in sent]
 
@@ -149,7 +153,7 @@ def test_the_text_is_the_same_with_and_without_guesses(
     size = {"block_size": block_size, "max_num_seqs": seqs, "max_batch_tokens": batch, "max_sequence_length": 40, "eos_bonus": eos_bonus}
     plain = answers(make_core(FakeRunner(num_blocks=400 // block_size, **size)), ())
     guesses = drafter(kind, wrong, eos_bonus)
-    tight = FakeRunner(num_blocks=-(-positions // block_size), **size)
+    tight = FakeRunner(num_blocks=-(-positions // block_size) * len(windows), windows=windows, **size)
     core = make_core(tight, speculation=policy(guesses, gamma), prefix_cache_n=int(prefix_cache))
     speculative = answers(core, cancels)
     assert core.speculation is not None, "the drafter failed"
@@ -185,7 +189,7 @@ def test_wrong_guesses_cost_steps_nothing_and_leave_no_block() -> None:
     while core.busy:
         core.step()
         check_invariants(core)
-        assert sum(len(s.block_table) for s in core.scheduler.running) <= -(-13 // 2)
+        assert sum(len(s.blocks) for s in core.scheduler.running) <= -(-13 // 2)
     assert collector.tokens[0] == greedy_alone([65, 66, 67], 10, 128, 0.0)[0]
     assert core.stats.steps == 10
     assert collector.end.usage.accepted_tokens == 0
@@ -253,15 +257,10 @@ def test_guesses_keep_the_distribution(kind: str) -> None:
         def forward(self, segments: Sequence[Any]) -> np.ndarray:
             rows = []
             for s in segments:
-                text = self.prefix(s)
+                self.write(s)
+                text = self.read(s)
                 rows += [self.row(text[: len(text) - s.outputs + 1 + i]) for i in range(s.outputs)]
             return np.array(rows, np.float32).reshape(-1, VOCAB)
-
-        def prefix(self, s: Any) -> list[int]:
-            for offset, token in enumerate(s.tokens):
-                position = s.start + offset
-                self.slots[s.block_table[position // self.block_size], position % self.block_size] = (token, position)
-            return self.read(s)
 
         def row(self, text: Sequence[int]) -> np.ndarray:
             row = np.full(VOCAB, -np.inf, np.float32)
@@ -351,6 +350,15 @@ def test_guesses_are_made_where_they_pay() -> None:
     # Where the time of a step is its tokens', a guess is worth less than another stream's token.
     steps(speculation.cost, 0.0001, 0.003)
     assert speculation.lengths([0.9] * 4, [16] * 4, 4, 60) == [0] * 4
+
+
+def test_a_draft_model_that_takes_too_long_is_not_asked() -> None:
+    small = Lookalike(0.0, num_blocks=64, block_size=4, delay=0.002)
+    core = make_core(FakeRunner(delay=0.001), speculation=Speculation(DraftModel(small, VOCAB), 4))
+    _, collector = submit(core, [65, 66], Params(max_len=100))
+    drain(core)
+    assert collector.tokens[0] == greedy_alone([65, 66], 100, 128, 0.0)[0]
+    assert 5 <= collector.end.usage.drafted_tokens < 40
 
 
 def test_many_streams_are_not_guessed_for() -> None:
