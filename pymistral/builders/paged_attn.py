@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,36 @@ MemoryGpuConfig = ContextSize | MbAmount | Utilization
 """The size of the KV cache, in one of three measures. The name is mistral.rs's: it holds for the CPU too."""
 
 
+class PagedCacheType(str, Enum):
+    """How keys and values are kept. The types of 8 bits have a scale for the key, and for the value, of each head at each position.
+
+    AUTO: BF16, or F32 for a model all of whose matrices are float32.
+    """
+
+    AUTO = "auto"
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    F8E4M3 = "f8e4m3"
+    INT8 = "int8"
+
+    @classmethod
+    def parse(cls, value: PagedCacheType | str) -> PagedCacheType:
+        """A member, or its plain value. Raises ModelLoadError if it is none."""
+        try:
+            return cls(value.lower() if isinstance(value, str) and not isinstance(value, PagedCacheType) else value)
+        except ValueError:
+            known = ", ".join(repr(member.value) for member in cls)
+            raise ModelLoadError(f"the KV cache's type must be one of {known}, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class PagedAttentionConfig:
     """What `PagedAttentionMetaBuilder` builds, for `with_paged_attn`."""
 
     block_size: int | None
     memory: MemoryGpuConfig
+    cache_type: PagedCacheType = PagedCacheType.AUTO
 
     def tokens(self, token_bytes: int, free: int | None = None) -> int:
         """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none.
@@ -94,16 +119,25 @@ class PagedAttentionMetaBuilder:
         Tokens in a block: 32, 64 or 128. None: what suits the device.
     gpu_memory
         The size of the cache.
+    paged_cache_type
+        How keys and values are kept: `PagedCacheType` or its plain value. ``"f8e4m3"`` and ``"int8"`` take half the memory.
 
     Examples
     --------
-    >>> PagedAttentionMetaBuilder().with_block_size(32).with_gpu_memory(ContextSize(4096)).build()
-    PagedAttentionConfig(block_size=32, memory=ContextSize(tokens=4096))
+    >>> PagedAttentionMetaBuilder().with_block_size(32).with_paged_cache_type("int8").build()
+    PagedAttentionConfig(block_size=32, memory=ContextSize(tokens=4096), cache_type=<PagedCacheType.INT8: 'int8'>)
     """
 
-    def __init__(self, *, block_size: int | None = None, gpu_memory: MemoryGpuConfig = ContextSize(4096)) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int | None = None,
+        gpu_memory: MemoryGpuConfig = ContextSize(4096),
+        paged_cache_type: PagedCacheType | str = PagedCacheType.AUTO,
+    ) -> None:
         self.block_size = block_size
         self.gpu_memory = gpu_memory
+        self.paged_cache_type = paged_cache_type
 
     def with_block_size(self, block_size: int) -> Self:
         """Set the tokens in a block."""
@@ -113,6 +147,11 @@ class PagedAttentionMetaBuilder:
     def with_gpu_memory(self, gpu_memory: MemoryGpuConfig) -> Self:
         """Set the size of the cache: `ContextSize`, `MbAmount` or `Utilization`."""
         self.gpu_memory = gpu_memory
+        return self
+
+    def with_paged_cache_type(self, paged_cache_type: PagedCacheType | str) -> Self:
+        """Keep keys and values in this type: a `PagedCacheType` or its plain value."""
+        self.paged_cache_type = paged_cache_type
         return self
 
     def build(self) -> PagedAttentionConfig:
@@ -132,4 +171,4 @@ class PagedAttentionMetaBuilder:
             raise ModelLoadError(
                 f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes) or Utilization(share), got {self.gpu_memory!r}"
             )
-        return PagedAttentionConfig(self.block_size, self.gpu_memory)
+        return PagedAttentionConfig(self.block_size, self.gpu_memory, PagedCacheType.parse(self.paged_cache_type))

@@ -35,6 +35,8 @@ class Limits:
         Blocks in the cache of each layer.
     max_blocks
         Blocks that one sequence may have.
+    cache_type
+        Of keys and values, as `Graph.cache_type` takes it.
     """
 
     max_tokens: int
@@ -43,6 +45,7 @@ class Limits:
     block_size: int
     num_blocks: int
     max_blocks: int
+    cache_type: str = "auto"
 
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.max_outputs, self.max_sequences, self.block_size, self.num_blocks, self.max_blocks) < 1:
