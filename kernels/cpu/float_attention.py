@@ -94,7 +94,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
     tile_rows = register_rows()  # of an item of several tokens
     parts = -(-group // tile_rows)
     part = -(-group // parts)  # rows of a single token that share a load
-    wide = 2 * part <= tile_rows and head_dim % 32 == 0  # two vectors at a time keep the multipliers busy
+    wide = 3 * part <= tile_rows and head_dim % 32 == 0  # two vectors at a time keep the multipliers busy
     capacity = float_rows(group)
     several = query_tile_tokens("float_attention", group) > 1
     row_bytes = head_dim * 4
@@ -237,29 +237,30 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
             position = load_i32(positions + 4 * first)
             q = load_i64(slots) + first * q_row + head * group * row_bytes
             oldest = max(0, position - window + 1) if window else 0
-            if only >= 0:
-                partial = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
-                partial_maxima = partial + group * row_bytes
-                partial_sums = partial_maxima + group * 4
-                start = only * CHUNK
-                if start + CHUNK <= oldest:
-                    clear(partial, partial_maxima, partial_sums, group, head_dim)
-                else:
-                    stop = min(position + 1, start + CHUNK)
-                    one_token(slots, q, table, head, position, start, stop, scratch, partial, partial_maxima, partial_sums)
-                continue
             rows = tokens * group
-            clear(outputs, maxima, sums, rows, head_dim)
+            begins, ends = oldest // CHUNK * CHUNK, position + tokens
+            to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
+            if only >= 0:  # one chunk, left for `merge`
+                to_outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
+                to_maxima = to_outputs + group * row_bytes
+                to_sums = to_maxima + group * 4
+                clear(to_outputs, to_maxima, to_sums, group, head_dim)
+                begins, ends = max(begins, only * CHUNK), min(ends, only * CHUNK + CHUNK)
+            else:
+                clear(outputs, maxima, sums, rows, head_dim)
             for token in range(tokens if tokens > 1 else 0):
                 for i in range(0, group * row_bytes, 64):
                     store_f32x16(queries + token * group * row_bytes + i, load_f32x16(q + token * q_row + i))
-            for start in range(oldest // CHUNK * CHUNK, position + tokens, CHUNK):
-                stop = min(position + tokens, start + CHUNK)
+            for start in range(begins, ends, CHUNK):
+                stop = min(ends, start + CHUNK)
                 if several and tokens > 1:
-                    many_tokens(slots, queries, rows, table, head, position, start, stop, scratch, chunk_outputs, chunk_maxima, chunk_sums)
+                    many_tokens(slots, queries, rows, table, head, position, start, stop, scratch, to_outputs, to_maxima, to_sums)
                 else:
-                    one_token(slots, q, table, head, position, start, stop, scratch, chunk_outputs, chunk_maxima, chunk_sums)
-                merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
+                    one_token(slots, q, table, head, position, start, stop, scratch, to_outputs, to_maxima, to_sums)
+                if only < 0:
+                    merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
+            if only >= 0:
+                continue
             out = load_i64(slots + 16) + first * out_row + head * group * row_bytes
             write_out(out, out_row, outputs, sums, rows, group, head_dim)
 
