@@ -83,14 +83,17 @@ class PagedAttentionConfig:
     """What `PagedAttentionMetaBuilder` builds, for `with_paged_attn`."""
 
     block_size: int | None
-    memory: MemoryGpuConfig
+    memory: MemoryGpuConfig | None
     cache_type: PagedCacheType = PagedCacheType.AUTO
 
-    def tokens(self, token_bytes: int, free: int | None = None) -> int:
-        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none.
+    def tokens(self, token_bytes: int, free: int | None = None) -> int | None:
+        """Room for how many tokens, if one takes ``token_bytes``; None: what suits the model and the machine. Raises ModelLoadError if
+        that is none.
 
         ``free`` bytes are left on the device once the weights are there; None: ask the machine.
         """
+        if self.memory is None:
+            return None
         if isinstance(self.memory, ContextSize):
             return self.memory.tokens
         if isinstance(self.memory, MbAmount):
@@ -118,7 +121,7 @@ class PagedAttentionMetaBuilder:
     block_size
         Tokens in a block: 32, 64 or 128. None: what suits the device.
     gpu_memory
-        The size of the cache.
+        The size of the cache. None: what suits the model and the machine.
     paged_cache_type
         How keys and values are kept: `PagedCacheType` or its plain value. ``"f8e4m3"`` and ``"int8"`` take half the memory.
 
@@ -132,7 +135,7 @@ class PagedAttentionMetaBuilder:
         self,
         *,
         block_size: int | None = None,
-        gpu_memory: MemoryGpuConfig = ContextSize(4096),
+        gpu_memory: MemoryGpuConfig | None = ContextSize(4096),
         paged_cache_type: PagedCacheType | str = PagedCacheType.AUTO,
     ) -> None:
         self.block_size = block_size
@@ -144,8 +147,8 @@ class PagedAttentionMetaBuilder:
         self.block_size = block_size
         return self
 
-    def with_gpu_memory(self, gpu_memory: MemoryGpuConfig) -> Self:
-        """Set the size of the cache: `ContextSize`, `MbAmount` or `Utilization`."""
+    def with_gpu_memory(self, gpu_memory: MemoryGpuConfig | None) -> Self:
+        """Set the size of the cache: `ContextSize`, `MbAmount`, `Utilization`, or None for what suits the model and the machine."""
         self.gpu_memory = gpu_memory
         return self
 
@@ -167,8 +170,8 @@ class PagedAttentionMetaBuilder:
             raise ModelLoadError(
                 f"the KV cache's block_size must be one of {sizes}, or None for what suits the device, got {self.block_size!r}"
             )
-        if not isinstance(self.gpu_memory, ContextSize | MbAmount | Utilization):
+        if not isinstance(self.gpu_memory, ContextSize | MbAmount | Utilization | None):
             raise ModelLoadError(
-                f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes) or Utilization(share), got {self.gpu_memory!r}"
+                f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes), Utilization(share) or None, got {self.gpu_memory!r}"
             )
         return PagedAttentionConfig(self.block_size, self.gpu_memory, PagedCacheType.parse(self.paged_cache_type))
