@@ -195,7 +195,7 @@ def cached(x: Floats, cache_type: str) -> Floats:
         steps = x * np.where(peak > 0, largest / np.maximum(peak, np.float32(1e-35)), 0).astype(np.float32)
         quants = np.rint(steps) if cache_type == "int8" else float8(steps)
         return quants.astype(np.float64) * (peak / largest)
-    if cache_type == "bf16":
+    if cache_type in ("bf16", "bf16 pairs"):
         bits = x.view(np.uint32).astype(np.uint64)
         return (((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
     if cache_type == "f16":

@@ -29,7 +29,11 @@ SHAPES = [(1, 16), (3, 64), (4, 32), (8, 48), (4, 256), (1, 128), (16, 64)]
 # Cache type -> relative errors beside those of `numpy_reference.cached`. In float32: the sums of up to 256 products and 1500 positions.
 # In the others, what is next to the middle of two steps may become either of them after a rotation in float32; and where the CPU
 # multiplies bfloat16, queries and probabilities become that.
-U = {"f32": 2.0**-17, "f16": 2.0**-9, "bf16": 2.0**-9, "f8e4m3": 2.0**-9, "int8": 2.0**-9}
+U = {"f32": 2.0**-17, "f16": 2.0**-9, "bf16": 2.0**-9, "bf16 pairs": 2.0**-9, "f8e4m3": 2.0**-9, "int8": 2.0**-9}
+# every type with one shape, and every way to fill the registers with two
+CASES = [(3, 64, None, cache_type) for cache_type in U] + [
+    (*shape, cache_type) for shape in ((8, 48, 100), (1, 16, 200), (4, 256, 40)) for cache_type in ("bf16", "int8")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,8 +148,7 @@ def runner(model: Echo, **options: Any) -> CpuRunner:
     return CpuRunner(record(model), max_position_embeddings=1500, max_num_seqs=12, **settings)
 
 
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
-@pytest.mark.parametrize("cache_type", U)
+@pytest.mark.parametrize(("group", "head_dim", "window", "cache_type"), CASES)
 def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, cache_type: str) -> None:
     """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: a token depends on its own sequence."""
     rng = np.random.default_rng(3)
@@ -177,8 +180,7 @@ def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, c
             assert np.all(np.abs(row.reshape(values[position].shape) - values[position]) <= bound[position]), (s, position)
 
 
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, 100), (4, 256, None)])
-@pytest.mark.parametrize("cache_type", U)
+@pytest.mark.parametrize(("group", "head_dim", "window", "cache_type"), CASES)
 def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None, cache_type: str) -> None:
     """One token at a time, in chunks of any size, alone or beside many others, on one thread or three: the same bits."""
     rng = np.random.default_rng(4)
