@@ -190,13 +190,16 @@ def cached(x: Floats, cache_type: str) -> Floats:
     """Keys or values ``[..., head_dim]`` as the KV cache gives them back."""
     x = x.astype(np.float32)
     if cache_type in ("int8", "f8e4m3"):
-        peak = np.abs(x).max(axis=-1, keepdims=True)
+        groups = x.reshape(*x.shape[:-1], -1, 32 if x.shape[-1] % 32 == 0 else 16)
+        peak = np.abs(groups).max(axis=-1, keepdims=True)
         largest = np.float32(127 if cache_type == "int8" else 448)
-        steps = x * np.where(peak > 0, largest / np.maximum(peak, np.float32(1e-35)), 0).astype(np.float32)
+        scale = cached(peak / largest, "bf16").astype(np.float32)
+        factor = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=peak > 1e-35)
+        steps = np.clip(groups * factor, -largest, largest)
         quants = np.rint(steps) if cache_type == "int8" else float8(steps)
-        return quants.astype(np.float64) * (peak / largest)
+        return (quants.astype(np.float64) * scale).reshape(x.shape)
     if cache_type in ("bf16", "bf16 pairs"):
-        bits = x.view(np.uint32).astype(np.uint64)
+        bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
         return (((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
     if cache_type == "f16":
         return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float64)

@@ -34,7 +34,7 @@ async def test_a_real_model(cache_type: str, smollm2_path: Path) -> None:
 
 
 async def test_megabytes_hold_more_tokens(smollm2_path: Path) -> None:
-    """30 layers, 3 heads of 64 dimensions, keys and values: 23,040 bytes a token in bfloat16, 12,240 in 8 bits with scales."""
+    """30 layers, 3 heads of 64 dimensions, keys and values: 23,040 bytes a token in bfloat16, 12,240 in 8 bits, with scales."""
     contexts = []
     for cache_type in ("bf16", "int8"):
         cache = PagedAttentionMetaBuilder(gpu_memory=MbAmount(16), paged_cache_type=cache_type).build()

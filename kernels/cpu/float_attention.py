@@ -13,7 +13,7 @@ from typing import Any
 from .attention import LOWEST, VISIBLE, clear, merge_chunk, soft_cap, write_out
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
-from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_bytes, float_rows, partial_floats, query_tile_tokens, register_rows
+from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, partial_floats, query_tile_tokens, register_rows
 from .helpers import inline
 from .simd import (
     bits_to_f32,
@@ -30,9 +30,9 @@ from .simd import (
     load_i8x16,
     load_i32,
     load_i64,
+    load_u16,
     max_lanes,
     maximum,
-    multiply_tile,
     select,
     splat_f32,
     splat_i32,
@@ -54,11 +54,8 @@ _LOADERS = {"f32": load_f32x16, "f16": load_f16x16, "bf16": load_bf16x16, "f8e4m
 
 
 @inline
-def softmax(line, width, first, limit, cap, value_scales, maximum_at, sum_at):
-    """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, in place of a row of scores.
-
-    They are multiplied by the scales of the values, unless these have none (address 0); their sum is not.
-    """
+def softmax(line, width, first, limit, cap, maximum_at, sum_at):
+    """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, in place of a row of scores."""
     whole = first <= 0 and limit >= width
     peak = splat_f32(LOWEST)
     if whole and cap == 0.0:
@@ -81,8 +78,6 @@ def softmax(line, width, first, limit, cap, value_scales, maximum_at, sum_at):
         if not whole:  # what is masked becomes exactly 0
             p = select(greater(s, splat_f32(VISIBLE)), p, splat_f32(0.0))
         total = total + p
-        if value_scales:
-            p = p * load_f32x16(value_scales + at)
         store_f32x16(line + at, p)
     store_f32(maximum_at, top)
     store_f32(sum_at, sum_lanes(total))
@@ -90,17 +85,20 @@ def softmax(line, width, first, limit, cap, value_scales, maximum_at, sum_at):
 
 def attention(*, head_dim: int, group: int, cache: str) -> Any:
     """Slots as `attention.attention`'s."""
-    load, item_bytes, scaled = _LOADERS[cache], cache_item_bytes(cache), cache_scale_bytes(cache) > 0
+    load, item_bytes, group_dims = _LOADERS[cache], cache_item_bytes(cache), cache_scale_group(head_dim)
+    scaled = item_bytes == 1
     tile_rows = register_rows()  # of an item of several tokens
     parts = -(-group // tile_rows)
     part = -(-group // parts)  # rows of a single token that share a load
     wide = 3 * part <= tile_rows and head_dim % 32 == 0  # two vectors at a time keep the multipliers busy
+    vectors = 2 if wide else 1
     capacity = float_rows(group)
     several = query_tile_tokens("float_attention", group) > 1
     row_bytes = head_dim * 4
     vector_bytes = head_dim * 16 * item_bytes  # of 16 positions of keys
     value_bytes = head_dim * item_bytes
     position_bytes = cache_row_bytes(cache, head_dim)
+    scales_bytes = position_bytes - value_bytes
     partial_bytes = partial_floats(group, head_dim) * 4
 
     @inline
@@ -109,107 +107,101 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
 
     @inline
-    def gather_scales(values, table, block_size, kv_heads, head, start, stop, scales):
-        """The scales of a chunk's values, side by side."""
-        for at in range(start, stop, 32):
-            source = place(values, table, block_size, kv_heads, head, at) + block_size * value_bytes + at % block_size * 4
-            target = scales + (at - start) * 4
-            store_f32x16(target, load_f32x16(source))
-            store_f32x16(target + 64, load_f32x16(source + 64))
+    def key_scale(scales, block_size, i):
+        """What 16 positions of dimension ``i`` are multiplied by, if they have scales."""
+        return load_bf16x16(scales + i // group_dims * block_size * 2) if scaled else splat_f32(1.0)
 
     @inline
-    def one_token(slots, q, table, head, position, start, stop, scratch, outputs, maxima, sums):
+    def load_key(at, scale):
+        return load(at) * scale if scaled else load(at)
+
+    @inline
+    def load_value(at, scales, i):
+        """16 dimensions of a position, from ``i`` on."""
+        if scaled:
+            return load(at) * splat_f32(bits_to_f32(load_u16(scales + i // group_dims * 2) << 16))
+        return load(at)
+
+    @inline
+    def one_token(slots, q, table, head, position, start, stop, scores, outputs, maxima, sums):
         """A chunk for the rows of one token."""
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
-        scales, scores = scratch, scratch + CHUNK * 4
-        for at in range(start, stop, 32):
+        for at in range(start, stop, 16 * vectors):
             block = place(keys, table, block_size, kv_heads, head, at)
             k = block + at % block_size // 16 * vector_bytes
-            k_scales = block + block_size * value_bytes + at % block_size * 4
+            scales = block + block_size * value_bytes + at % block_size * 2
             for some in range(0, group, part):
                 row = min(some, group - part)  # the last part may begin with rows of the one before
+                low, high = zero_tile(part), zero_tile(part)
+                for first in range(0, head_dim, group_dims):
+                    scale = key_scale(scales, block_size, first)
+                    far_scale = key_scale(scales + 32, block_size, first)
+                    for i in range(first, first + group_dims):
+                        low = fma_tile(low, load_key(k + i * 16 * item_bytes, scale), q + row * row_bytes + 4 * i, row_bytes)
+                        if wide:
+                            far = load_key(k + vector_bytes + i * 16 * item_bytes, far_scale)
+                            high = fma_tile(high, far, q + row * row_bytes + 4 * i, row_bytes)
                 line = scores + row * LINE + (at - start) * 4
+                store_tile(low, line, LINE)
                 if wide:
-                    low, high = zero_tile(part), zero_tile(part)
-                    for i in range(head_dim):
-                        near = load(k + i * 16 * item_bytes)
-                        far = load(k + vector_bytes + i * 16 * item_bytes)
-                        low = fma_tile(low, near, q + row * row_bytes + 4 * i, row_bytes)
-                        high = fma_tile(high, far, q + row * row_bytes + 4 * i, row_bytes)
-                    if scaled:
-                        low = multiply_tile(low, load_f32x16(k_scales))
-                        high = multiply_tile(high, load_f32x16(k_scales + 64))
-                    store_tile(low, line, LINE)
                     store_tile(high, line + 64, LINE)
-                else:
-                    for half in range(2):
-                        tile = zero_tile(part)
-                        for i in range(head_dim):
-                            key = load(k + half * vector_bytes + i * 16 * item_bytes)
-                            tile = fma_tile(tile, key, q + row * row_bytes + 4 * i, row_bytes)
-                        if scaled:
-                            tile = multiply_tile(tile, load_f32x16(k_scales + 64 * half))
-                        store_tile(tile, line + 64 * half, LINE)
-        if scaled:
-            gather_scales(values, table, block_size, kv_heads, head, start, stop, scales)
         width = (stop - start + 15) // 16 * 16
         first = position - window + 1 - start if window else 0
         for row in range(group):
-            softmax(scores + row * LINE, width, first, position + 1 - start, cap, scales if scaled else 0, maxima + 4 * row, sums + 4 * row)
-        for i in range(0, head_dim, 32 if wide else 16):
+            softmax(scores + row * LINE, width, first, position + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
+        for i in range(0, head_dim, 16 * vectors):
             for some in range(0, group, part):
                 row = min(some, group - part)
                 low, high = zero_tile(part), zero_tile(part)
                 for at in range(start, stop, 32):
-                    v = place(values, table, block_size, kv_heads, head, at) + at % block_size * value_bytes + i * item_bytes
+                    block = place(values, table, block_size, kv_heads, head, at)
+                    v = block + at % block_size * value_bytes + i * item_bytes
+                    scales = block + block_size * value_bytes + at % block_size * scales_bytes
                     p = scores + row * LINE + (at - start) * 4
-                    for _ in range(min(32, stop - at)):
-                        low = fma_tile(low, load(v), p, LINE)
+                    for j in range(min(32, stop - at)):
+                        low = fma_tile(low, load_value(v, scales, i), p + 4 * j, LINE)
                         if wide:
-                            high = fma_tile(high, load(v + 16 * item_bytes), p, LINE)
+                            high = fma_tile(high, load_value(v + 16 * item_bytes, scales, i + 16), p + 4 * j, LINE)
                         v += value_bytes
-                        p += 4
+                        scales += scales_bytes
                 out = outputs + row * row_bytes + 4 * i
                 store_tile(low, out, row_bytes)
                 if wide:
                     store_tile(high, out + 64, row_bytes)
 
     @inline
-    def many_tokens(slots, queries, rows, table, head, position, start, stop, scratch, outputs, maxima, sums):
+    def many_tokens(slots, queries, rows, table, head, position, start, stop, scores, outputs, maxima, sums):
         """A chunk for the rows of several tokens, as many as fit the registers at a time."""
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
-        scales = scratch
-        scores = scratch + CHUNK * 4
         floats = scores + capacity * LINE
         for at in range(start, stop, 16):
             block = place(keys, table, block_size, kv_heads, head, at)
             k = block + at % block_size // 16 * vector_bytes
+            scales = block + block_size * value_bytes + at % block_size * 2
             for i in range(head_dim):
-                store_f32x16(floats + 64 * i, load(k + i * 16 * item_bytes))
+                store_f32x16(floats + 64 * i, load_key(k + i * 16 * item_bytes, key_scale(scales, block_size, i)))
             for row in range(0, rows, tile_rows):
                 tile = zero_tile(tile_rows)
                 for i in range(head_dim):
                     tile = fma_tile(tile, load_f32x16(floats + 64 * i), queries + row * row_bytes + 4 * i, row_bytes)
-                if scaled:
-                    tile = multiply_tile(tile, load_f32x16(block + block_size * value_bytes + at % block_size * 4))
                 store_tile(tile, scores + row * LINE + (at - start) * 4, LINE)
-        if scaled:
-            gather_scales(values, table, block_size, kv_heads, head, start, stop, scales)
         width = (stop - start + 15) // 16 * 16
         for row in range(rows):
             visible = position + row // group
             first = visible - window + 1 - start if window else 0
-            softmax(scores + row * LINE, width, first, visible + 1 - start, cap, scales if scaled else 0, maxima + 4 * row, sums + 4 * row)
+            softmax(scores + row * LINE, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
         for i in range(0, head_dim, 16):
             for at in range(start, stop, 32):
-                v = place(values, table, block_size, kv_heads, head, at) + at % block_size * value_bytes + i * item_bytes
+                block = place(values, table, block_size, kv_heads, head, at)
+                v = block + at % block_size * value_bytes + i * item_bytes
+                scales = block + block_size * value_bytes + at % block_size * scales_bytes
                 target = floats + (at - start) * 64
                 for j in range(min(32, stop - at)):
-                    store_f32x16(target + 64 * j, load(v + j * value_bytes))
+                    store_f32x16(target + 64 * j, load_value(v + j * value_bytes, scales + j * scales_bytes, i))
             for row in range(0, rows, tile_rows):
                 tile = zero_tile(tile_rows)
                 p = scores + row * LINE
@@ -228,7 +220,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         chunk_maxima = chunk_outputs + capacity * row_bytes
         chunk_sums = chunk_maxima + capacity * 4
         queries = chunk_sums + capacity * 4
-        scratch = queries + capacity * row_bytes
+        scores = queries + capacity * row_bytes
         for unit in range(begin, end):
             item = items + unit // kv_heads * 20
             head = unit % kv_heads
@@ -254,9 +246,9 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
             for start in range(begins, ends, CHUNK):
                 stop = min(ends, start + CHUNK)
                 if several and tokens > 1:
-                    many_tokens(slots, queries, rows, table, head, position, start, stop, scratch, to_outputs, to_maxima, to_sums)
+                    many_tokens(slots, queries, rows, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
                 else:
-                    one_token(slots, q, table, head, position, start, stop, scratch, to_outputs, to_maxima, to_sums)
+                    one_token(slots, q, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
                 if only < 0:
                     merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
             if only >= 0:

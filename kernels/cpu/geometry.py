@@ -44,14 +44,15 @@ def cache_item_bytes(layout: str) -> int:
     return _CACHE_ITEM_BYTES[layout]
 
 
-def cache_scale_bytes(layout: str) -> int:
-    """Bytes of the scale that a key or value has beside its dimensions."""
-    return 4 if _CACHE_ITEM_BYTES[layout] == 1 else 0
+def cache_scale_group(head_dim: int) -> int:
+    """Dimensions of a key or value of 8 bits that share a scale."""
+    return 32 if head_dim % 32 == 0 else 16
 
 
 def cache_row_bytes(layout: str, head_dim: int) -> int:
-    """Bytes of the key, or of the value, that one head has at one position."""
-    return head_dim * cache_item_bytes(layout) + cache_scale_bytes(layout)
+    """Bytes of the key, or of the value, that one head has at one position, with its scales."""
+    scales = head_dim // cache_scale_group(head_dim) if cache_item_bytes(layout) == 1 else 0
+    return head_dim * cache_item_bytes(layout) + 2 * scales
 
 
 def attention_module(layout: str, group: int, head_dim: int) -> str:
@@ -85,9 +86,8 @@ def attention_scratch_bytes(module: str, group: int, head_dim: int) -> int:
     if module == "amx_attention":
         pair = 32 * (head_dim // 2 + head_dim + 2) * 4  # queries, outputs, maxima and sums
         return 32 * (ATTENTION_CHUNK + 16 + head_dim + 2) * 4 + QUERY_TILES * pair
-    if module == "float_attention":  # with the scales of a chunk's values, and what is widened
-        rows = float_rows(group) * (3 * 4 * head_dim + 16 + FLOAT_LINE)
-        return rows + 4 * ATTENTION_CHUNK + 64 * max(ATTENTION_CHUNK, head_dim)
+    if module == "float_attention":  # and what is widened
+        return float_rows(group) * (3 * 4 * head_dim + 16 + FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
     rows = query_tile_tokens(module, group) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 

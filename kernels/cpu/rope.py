@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .geometry import cache_item_bytes, cache_row_bytes
+from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group
 from .helpers import inline
 from .norm import normalize
 from .simd import (
     bits_to_f32,
+    f32_to_bits,
+    first_lane,
     fma,
     larger_magnitudes,
     load_f32,
@@ -20,6 +22,7 @@ from .simd import (
     maximum,
     minimum,
     peak_lanes,
+    round_bf16,
     round_to_i32,
     scatter_bf16_pairs,
     scatter_bf16x16,
@@ -34,9 +37,9 @@ from .simd import (
     store_u16,
 )
 
-# what a type can hold; beside a scale, any float
-_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "bf16 pairs": 3.38e38, "f8e4m3": 3.4e38, "int8": 3.4e38}
-_SMALLEST = 1e-35  # a row whose largest is below becomes zeros: 448 divided by it would overflow
+# what a type can hold; beside a scale that may be rounded up, nearly any float
+_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "bf16 pairs": 3.38e38, "f8e4m3": 3.3e38, "int8": 3.3e38}
+_SMALLEST = 1e-35  # what shares a scale becomes zeros if its largest is below
 
 
 @inline
@@ -78,6 +81,7 @@ def _writer(layout: str, head_dim: int) -> Any:
     item_bytes = cache_item_bytes(layout)
     largest = _LARGEST[layout]
     steps = {"int8": 127.0, "f8e4m3": 448.0}.get(layout)  # what the largest of a row becomes
+    group = cache_scale_group(head_dim)
     copy = _store_item(item_bytes)
 
     @inline
@@ -99,19 +103,24 @@ def _writer(layout: str, head_dim: int) -> Any:
             store_i8x16(target, round_to_i32(x))
 
     @inline
-    def put_row(x, target, scale):
-        """A row in the cache's type; its scale, if it has one, goes to ``scale``."""
-        factor = splat_f32(1.0)
-        if steps:
-            peak = splat_f32(0.0)
+    def put_row(x, target, scales, stride):
+        """A row in the cache's type; its scales, if it has them, go to ``scales``, ``stride`` bytes apart."""
+        if not steps:
             for i in range(0, head_dim, 16):
+                put(target + item_bytes * i, bounded(x + 4 * i))
+            return
+        for first in range(0, head_dim, group):
+            peak = splat_f32(0.0)
+            for i in range(first, first + group, 16):
                 peak = larger_magnitudes(peak, bounded(x + 4 * i))
             size = peak_lanes(peak)
-            store_f32(scale, size / steps)
-            factor = splat_f32(steps / size if size > _SMALLEST else 0.0)
-        for i in range(0, head_dim, 16):
-            row = bounded(x + 4 * i)
-            put(target + item_bytes * i, row * factor if steps else row)
+            scale = first_lane(round_bf16(splat_f32(size / steps)))
+            store_u16(scales + first // group * stride, f32_to_bits(scale) >> 16)
+            factor = splat_f32(1.0 / scale if size > _SMALLEST else 0.0)
+            for i in range(first, first + group, 16):
+                # the scale may have been rounded down
+                row = minimum(maximum(bounded(x + 4 * i) * factor, splat_f32(-steps)), splat_f32(steps))
+                put(target + item_bytes * i, row)
 
     @inline
     def write(k, v, key_block, value_block, offset, block_size):
@@ -122,12 +131,12 @@ def _writer(layout: str, head_dim: int) -> Any:
                 scatter_bf16_pairs(key + 32 * i, load_f32x16(k + 4 * i), 64)
                 scatter_bf16x16(value + 4 * i, bounded(v + 4 * i), 4)
             return
-        scale = (block_size * head_dim) * item_bytes + 4 * offset
-        put_row(k, k, key_block + scale)  # narrowed in place
+        scales = block_size * head_dim * item_bytes
+        put_row(k, k, key_block + scales + 2 * offset, 2 * block_size)  # narrowed in place
         key = key_block + (offset // 16 * head_dim * 16 + offset % 16) * item_bytes
         for i in range(head_dim):
             copy(k + i * item_bytes, key + i * 16 * item_bytes)
-        put_row(v, value_block + offset * head_dim * item_bytes, value_block + scale)
+        put_row(v, value_block + offset * head_dim * item_bytes, value_block + scales + offset * (head_dim // group) * 2, 2)
 
     return write
 
@@ -136,9 +145,10 @@ def rope_and_cache(*, head_dim: int, cache: str) -> Any:
     """Norm and rotate the heads of q and k; scale q; write k and v to the cache. Units are tokens.
 
     A layer's cache has, for each block of ``B`` positions and each key/value head, keys ``[B / 16][head_dim][16 positions]`` and values
-    ``[B][head_dim]``, so that either way 16 items are a vector. The types of 8 bits have a scale for each position, float32 ``[B]``, behind
-    them: the largest of a head's key or value becomes 127, or 448. In ``bf16 pairs``, where the CPU multiplies such, the order is keys
-    ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and values ``[B / 2][head_dim][2 positions]``.
+    ``[B][head_dim]``, so that either way 16 items are a vector. In the types of 8 bits 32 dimensions share a scale (16 where heads are no
+    multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16, so that an item times its scale is exact,
+    and lie behind the items: of keys ``[head_dim / 32][B]``, of values ``[B][head_dim / 32]``. In ``bf16 pairs``, for CPUs that
+    multiply such, the order is keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and values ``[B / 2][head_dim][2 positions]``.
 
     Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9
     k norm weight or 0,

@@ -56,7 +56,7 @@ MemoryGpuConfig = ContextSize | MbAmount | Utilization
 
 
 class PagedCacheType(str, Enum):
-    """How keys and values are kept. The types of 8 bits have a scale for the key, and for the value, of each head at each position.
+    """How keys and values are kept. In the types of 8 bits, 32 dimensions share a scale.
 
     AUTO: BF16, or F32 for a model all of whose matrices are float32.
     """
