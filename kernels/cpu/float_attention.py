@@ -16,6 +16,7 @@ from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, partial_floats, query_tile_tokens, register_rows
 from .helpers import inline
 from .simd import (
+    add_tiles,
     bits_to_f32,
     both,
     exp,
@@ -30,9 +31,9 @@ from .simd import (
     load_i8x16,
     load_i32,
     load_i64,
-    load_u16,
     max_lanes,
     maximum,
+    multiply_tile,
     select,
     splat_f32,
     splat_i32,
@@ -98,7 +99,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
     vector_bytes = head_dim * 16 * item_bytes  # of 16 positions of keys
     value_bytes = head_dim * item_bytes
     position_bytes = cache_row_bytes(cache, head_dim)
-    scales_bytes = position_bytes - value_bytes
+    shared = group_dims if scaled else head_dim  # dimensions whose products are added before they are scaled
     partial_bytes = partial_floats(group, head_dim) * 4
 
     @inline
@@ -107,20 +108,19 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
 
     @inline
-    def key_scale(scales, block_size, i):
-        """What 16 positions of dimension ``i`` are multiplied by, if they have scales."""
-        return load_bf16x16(scales + i // group_dims * block_size * 2) if scaled else splat_f32(1.0)
+    def add_scaled(total, tile, scales):
+        """The products of dimensions that share a scale, for 16 positions."""
+        return add_tiles(total, multiply_tile(tile, load_bf16x16(scales)))
 
     @inline
-    def load_key(at, scale):
-        return load(at) * scale if scaled else load(at)
-
-    @inline
-    def load_value(at, scales, i):
-        """16 dimensions of a position, from ``i`` on."""
-        if scaled:
-            return load(at) * splat_f32(bits_to_f32(load_u16(scales + i // group_dims * 2) << 16))
-        return load(at)
+    def weigh(values, table, block_size, kv_heads, head, start, stop, i, rows, scores, weights):
+        """Probabilities times the scales of the values' dimension ``i``."""
+        for at in range(start, stop, 16):
+            block = place(values, table, block_size, kv_heads, head, at)
+            scale = load_bf16x16(block + block_size * value_bytes + (i // group_dims * block_size + at % block_size) * 2)
+            line = (at - start) * 4
+            for row in range(rows):
+                store_f32x16(weights + row * LINE + line, load_f32x16(scores + row * LINE + line) * scale)
 
     @inline
     def one_token(slots, q, table, head, position, start, stop, scores, outputs, maxima, sums):
@@ -128,6 +128,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        weights = scores + capacity * LINE if scaled else scores
         for at in range(start, stop, 16 * vectors):
             block = place(keys, table, block_size, kv_heads, head, at)
             k = block + at % block_size // 16 * vector_bytes
@@ -135,14 +136,18 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
             for some in range(0, group, part):
                 row = min(some, group - part)  # the last part may begin with rows of the one before
                 low, high = zero_tile(part), zero_tile(part)
-                for first in range(0, head_dim, group_dims):
-                    scale = key_scale(scales, block_size, first)
-                    far_scale = key_scale(scales + 32, block_size, first)
-                    for i in range(first, first + group_dims):
-                        low = fma_tile(low, load_key(k + i * 16 * item_bytes, scale), q + row * row_bytes + 4 * i, row_bytes)
+                low_total, high_total = zero_tile(part), zero_tile(part)
+                for first in range(0, head_dim, shared):
+                    for i in range(first, first + shared):
+                        low = fma_tile(low, load(k + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
                         if wide:
-                            far = load_key(k + vector_bytes + i * 16 * item_bytes, far_scale)
-                            high = fma_tile(high, far, q + row * row_bytes + 4 * i, row_bytes)
+                            high = fma_tile(high, load(k + vector_bytes + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
+                    if scaled:
+                        low_total = add_scaled(low_total, low, scales + first // shared * block_size * 2)
+                        high_total = add_scaled(high_total, high, scales + first // shared * block_size * 2 + 32)
+                        low, high = zero_tile(part), zero_tile(part)
+                if scaled:
+                    low, high = low_total, high_total
                 line = scores + row * LINE + (at - start) * 4
                 store_tile(low, line, LINE)
                 if wide:
@@ -152,20 +157,20 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         for row in range(group):
             softmax(scores + row * LINE, width, first, position + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
         for i in range(0, head_dim, 16 * vectors):
+            if scaled and i % group_dims == 0:
+                weigh(values, table, block_size, kv_heads, head, start, stop, i, group, scores, weights)
             for some in range(0, group, part):
                 row = min(some, group - part)
                 low, high = zero_tile(part), zero_tile(part)
                 for at in range(start, stop, 32):
                     block = place(values, table, block_size, kv_heads, head, at)
                     v = block + at % block_size * value_bytes + i * item_bytes
-                    scales = block + block_size * value_bytes + at % block_size * scales_bytes
-                    p = scores + row * LINE + (at - start) * 4
+                    p = weights + row * LINE + (at - start) * 4
                     for j in range(min(32, stop - at)):
-                        low = fma_tile(low, load_value(v, scales, i), p + 4 * j, LINE)
+                        low = fma_tile(low, load(v), p + 4 * j, LINE)
                         if wide:
-                            high = fma_tile(high, load_value(v + 16 * item_bytes, scales, i + 16), p + 4 * j, LINE)
+                            high = fma_tile(high, load(v + 16 * item_bytes), p + 4 * j, LINE)
                         v += value_bytes
-                        scales += scales_bytes
                 out = outputs + row * row_bytes + 4 * i
                 store_tile(low, out, row_bytes)
                 if wide:
@@ -177,17 +182,24 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
-        floats = scores + capacity * LINE
+        weights = scores + capacity * LINE if scaled else scores
+        floats = weights + capacity * LINE
         for at in range(start, stop, 16):
             block = place(keys, table, block_size, kv_heads, head, at)
             k = block + at % block_size // 16 * vector_bytes
             scales = block + block_size * value_bytes + at % block_size * 2
             for i in range(head_dim):
-                store_f32x16(floats + 64 * i, load_key(k + i * 16 * item_bytes, key_scale(scales, block_size, i)))
+                store_f32x16(floats + 64 * i, load(k + i * 16 * item_bytes))
             for row in range(0, rows, tile_rows):
-                tile = zero_tile(tile_rows)
-                for i in range(head_dim):
-                    tile = fma_tile(tile, load_f32x16(floats + 64 * i), queries + row * row_bytes + 4 * i, row_bytes)
+                tile, total = zero_tile(tile_rows), zero_tile(tile_rows)
+                for first in range(0, head_dim, shared):
+                    for i in range(first, first + shared):
+                        tile = fma_tile(tile, load_f32x16(floats + 64 * i), queries + row * row_bytes + 4 * i, row_bytes)
+                    if scaled:
+                        total = add_scaled(total, tile, scales + first // shared * block_size * 2)
+                        tile = zero_tile(tile_rows)
+                if scaled:
+                    tile = total
                 store_tile(tile, scores + row * LINE + (at - start) * 4, LINE)
         width = (stop - start + 15) // 16 * 16
         for row in range(rows):
@@ -195,16 +207,17 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
             first = visible - window + 1 - start if window else 0
             softmax(scores + row * LINE, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
         for i in range(0, head_dim, 16):
+            if scaled and i % group_dims == 0:
+                weigh(values, table, block_size, kv_heads, head, start, stop, i, rows, scores, weights)
             for at in range(start, stop, 32):
                 block = place(values, table, block_size, kv_heads, head, at)
                 v = block + at % block_size * value_bytes + i * item_bytes
-                scales = block + block_size * value_bytes + at % block_size * scales_bytes
                 target = floats + (at - start) * 64
                 for j in range(min(32, stop - at)):
-                    store_f32x16(target + 64 * j, load_value(v + j * value_bytes, scales + j * scales_bytes, i))
+                    store_f32x16(target + 64 * j, load(v + j * value_bytes))
             for row in range(0, rows, tile_rows):
                 tile = zero_tile(tile_rows)
-                p = scores + row * LINE
+                p = weights + row * LINE
                 for j in range(stop - start):
                     tile = fma_tile(tile, load_f32x16(floats + 64 * j), p + 4 * j, LINE)
                 store_tile(tile, outputs + row * row_bytes + 4 * i, row_bytes)

@@ -86,8 +86,8 @@ def attention_scratch_bytes(module: str, group: int, head_dim: int) -> int:
     if module == "amx_attention":
         pair = 32 * (head_dim // 2 + head_dim + 2) * 4  # queries, outputs, maxima and sums
         return 32 * (ATTENTION_CHUNK + 16 + head_dim + 2) * 4 + QUERY_TILES * pair
-    if module == "float_attention":  # and what is widened
-        return float_rows(group) * (3 * 4 * head_dim + 16 + FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
+    if module == "float_attention":  # scores twice, and what is widened
+        return float_rows(group) * (3 * 4 * head_dim + 16 + 2 * FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
     rows = query_tile_tokens(module, group) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 

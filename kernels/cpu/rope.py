@@ -136,7 +136,7 @@ def _writer(layout: str, head_dim: int) -> Any:
         key = key_block + (offset // 16 * head_dim * 16 + offset % 16) * item_bytes
         for i in range(head_dim):
             copy(k + i * item_bytes, key + i * 16 * item_bytes)
-        put_row(v, value_block + offset * head_dim * item_bytes, value_block + scales + offset * (head_dim // group) * 2, 2)
+        put_row(v, value_block + offset * head_dim * item_bytes, value_block + scales + 2 * offset, 2 * block_size)
 
     return write
 
@@ -146,8 +146,8 @@ def rope_and_cache(*, head_dim: int, cache: str) -> Any:
 
     A layer's cache has, for each block of ``B`` positions and each key/value head, keys ``[B / 16][head_dim][16 positions]`` and values
     ``[B][head_dim]``, so that either way 16 items are a vector. In the types of 8 bits 32 dimensions share a scale (16 where heads are no
-    multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16, so that an item times its scale is exact,
-    and lie behind the items: of keys ``[head_dim / 32][B]``, of values ``[B][head_dim / 32]``. In ``bf16 pairs``, for CPUs that
+    multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16 and lie behind the items,
+    ``[head_dim / 32][B]``. In ``bf16 pairs``, for CPUs that
     multiply such, the order is keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and values ``[B / 2][head_dim][2 positions]``.
 
     Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9
