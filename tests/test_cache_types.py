@@ -11,8 +11,8 @@ from test_goldens import GOLDENS, MODELS, compare
 from pymistral import ContextSize, MbAmount, ModelBuilder, PagedAttentionMetaBuilder, RequestBuilder
 
 POSITIONS = 64
-# mean KL from float32 over 512 positions, twice what was measured with the kernels for AVX2
-LIMITS = {"f32": 1.0, "f16": 1.0, "bf16": 1.0, "int8": 1.1, "f8e4m3": 1.5}
+# mean KL from float32, in units of llama.cpp's over 512 positions; over those ours were 0.7, 0.7, 0.7, 1.1 and 3.0
+LIMITS = {"f32": 1.5, "f16": 1.5, "bf16": 1.5, "int8": 2.0, "f8e4m3": 5.0}
 
 
 @pytest.mark.parametrize("cache_type", LIMITS)
