@@ -11,6 +11,7 @@ perplexity and speed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -47,13 +48,14 @@ def score(logits: NDArray[np.float32], golden: Any, positions: int) -> tuple[flo
     return float(divergence.mean()), float(error), float((values.argmax(-1) == ids[:, 0]).mean())
 
 
-def measure(path: Path, golden: Path, threads: int, positions: int) -> dict[str, float]:
+def measure(path: Path, golden: Path, threads: int, positions: int, cache_type: str) -> dict[str, float]:
     """Score a model in this process."""
-    from pymistral import ModelBuilder
+    from pymistral import ModelBuilder, PagedAttentionMetaBuilder
     from pymistral.blocking import BlockingModel
 
     reference = np.load(golden)
-    with BlockingModel.from_builder(ModelBuilder(path, threads=threads or None)) as model:
+    cache = PagedAttentionMetaBuilder(gpu_memory=None, paged_cache_type=cache_type).build()
+    with BlockingModel.from_builder(ModelBuilder(path, threads=threads or None, paged_attn=cache)) as model:
         logits = model.logits(reference["tokens"][:positions].tolist())
     kl, error, top1 = score(logits, reference, positions)
     return {"kl": kl, "kl_error": error, "top1": top1}
@@ -89,6 +91,7 @@ def main() -> None:
         "--goldens", nargs="*", default=list(MODELS), metavar="NAME", help=f"which references (default: {' '.join(MODELS)})"
     )
     parser.add_argument("--isa", nargs="*", metavar="NAME", help="instruction sets (default: all that this CPU has)")
+    parser.add_argument("--cache-type", nargs="*", default=["auto"], metavar="TYPE", help="types of the KV cache (default: auto)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=MODEL", help="the model of a reference: a file or model id")
     parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="threads (default: one per core)")
     parser.add_argument(
@@ -96,14 +99,14 @@ def main() -> None:
     )
     parser.add_argument(
         "--worker",
-        nargs=3,
-        metavar=("FILE", "GOLDEN", "POSITIONS"),
+        nargs=4,
+        metavar=("FILE", "GOLDEN", "POSITIONS", "CACHE"),
         help="score one model in this process (what the benchmark itself runs)",
     )
     args = parser.parse_args()
     if args.worker:
-        path, golden, positions = args.worker
-        print(json.dumps(measure(Path(path), Path(golden), args.threads, int(positions))))
+        path, golden, positions, cache_type = args.worker
+        print(json.dumps(measure(Path(path), Path(golden), args.threads, int(positions), cache_type)))
         return
     models = MODELS | dict(option.partition("=")[::2] for option in args.model)
     if args.isq_types is not None:
@@ -112,7 +115,14 @@ def main() -> None:
         table(args, models).finish(args)
         return
     positions = 48 if args.quick else 512
-    columns = {"model": "model", "isa": "instruction set", "kl": "mean KL", "kl_error": "± s.e.", "llama_cpp_kl": "llama.cpp"}
+    columns = {
+        "model": "model",
+        "isa": "instruction set",
+        "cache": "KV cache",
+        "kl": "mean KL",
+        "kl_error": "± s.e.",
+        "llama_cpp_kl": "llama.cpp",
+    }
     columns |= {"top1": "top-1", "llama_cpp_top1": "llama.cpp's", "verdict": "verdict"}
     report = Report("accuracy", columns)
     for name in args.goldens:
@@ -120,9 +130,11 @@ def main() -> None:
         reference = np.load(golden)
         llama_kl, llama_top1 = float(reference["llama_cpp_mean_kl"]), float(reference["llama_cpp_top1_agreement"])
         path = resolve(models[name])
-        for isa in args.isa or available_isas():
-            result = measure_apart(isa, str(path), str(golden), str(positions), *(["-t", str(args.threads)] if args.threads else []))
-            row: dict[str, Any] = {"model": path.name, "isa": isa, "llama_cpp_kl": llama_kl, "llama_cpp_top1": llama_top1}
+        for isa, cache_type in itertools.product(args.isa or available_isas(), args.cache_type):
+            threads = ["-t", str(args.threads)] if args.threads else []
+            result = measure_apart(isa, str(path), str(golden), str(positions), cache_type, *threads)
+            row: dict[str, Any] = {"model": path.name, "isa": isa, "cache": cache_type}
+            row |= {"llama_cpp_kl": llama_kl, "llama_cpp_top1": llama_top1}
             if isinstance(result, str):
                 report.add(**row, verdict=f"failed: {result}")
                 continue

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from .builders.gguf import GgufModelBuilder
     from .builders.model import ModelBuilder
     from .builders.multi import MultiModelBuilder
-    from .builders.paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+    from .builders.paged_attn import (
+        ContextSize,
+        MbAmount,
+        MemoryGpuConfig,
+        PagedAttentionConfig,
+        PagedAttentionMetaBuilder,
+        PagedCacheType,
+        Utilization,
+    )
     from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
@@ -110,6 +118,7 @@ __all__ = [
     "MultiModelBuilder",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
+    "PagedCacheType",
     "RequestBuilder",
     "ResponseLogprob",
     "ResponseMessage",
@@ -167,6 +176,7 @@ _HOMES = {
         "MemoryGpuConfig",
         "PagedAttentionConfig",
         "PagedAttentionMetaBuilder",
+        "PagedCacheType",
         "Utilization",
     ),
     "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),

@@ -176,6 +176,36 @@ def rotated(x: Floats, positions: NDArray[np.int64], inverse_frequencies: Floats
     return out
 
 
+def float8(x: Floats) -> Floats:
+    """To the nearest E4M3 (arXiv:2209.05433): ties go to the even code, and what is larger than 448 becomes that."""
+    codes = np.arange(127)
+    exponents, mantissas = codes >> 3, codes & 7
+    values = np.where(exponents > 0, (8 + mantissas) * 2.0 ** (exponents - 10), mantissas * 2.0**-9)
+    middles = (values[1:] + values[:-1]) / 2
+    below, above = np.searchsorted(middles, np.abs(x), "left"), np.searchsorted(middles, np.abs(x), "right")
+    return np.copysign(values[np.where(below % 2 == 0, below, above)], x)
+
+
+def cached(x: Floats, cache_type: str) -> Floats:
+    """Keys or values ``[..., head_dim]`` as the KV cache gives them back."""
+    x = x.astype(np.float32)
+    if cache_type in ("int8", "f8e4m3"):
+        groups = x.reshape(*x.shape[:-1], -1, 32 if x.shape[-1] % 32 == 0 else 16)
+        peak = np.abs(groups).max(axis=-1, keepdims=True)
+        largest = np.float32(127 if cache_type == "int8" else 448)
+        scale = cached(peak / largest, "bf16").astype(np.float32)
+        factor = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=peak > 1e-35)
+        steps = np.clip(groups * factor, -largest, largest)
+        quants = np.rint(steps) if cache_type == "int8" else float8(steps)
+        return (quants.astype(np.float64) * scale).reshape(x.shape)
+    if cache_type in ("bf16", "bf16 pairs"):
+        bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+        return (((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+    if cache_type == "f16":
+        return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float64)
+    return x.astype(np.float64)
+
+
 def attention(
     q: Floats,
     k: Floats,

@@ -46,8 +46,8 @@ from .simd import (
     zero_tile,
 )
 
-_LOWEST = -1.0e30  # of a masked score
-_VISIBLE = -1.0e29
+LOWEST = -1.0e30  # of a masked score
+VISIBLE = -1.0e29
 
 
 @inline
@@ -73,7 +73,7 @@ def merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, 
 @inline
 def clear(outputs, maxima, sums, rows, head_dim):
     for row in range(rows):
-        store_f32(maxima + 4 * row, _LOWEST)
+        store_f32(maxima + 4 * row, LOWEST)
         store_f32(sums + 4 * row, 0.0)
         for i in range(row * head_dim * 4, (row + 1) * head_dim * 4, 64):
             store_f32x16(outputs + i, splat_f32(0.0))
@@ -143,20 +143,20 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             line = scores + row * line_bytes
             newest = splat_i32(visible - start + 1)
             oldest = splat_i32(visible - window - start if window else -1)
-            peak = splat_f32(_LOWEST)
+            peak = splat_f32(LOWEST)
             for at in range(0, width, 16):
                 lanes = lane_numbers() + splat_i32(at)
                 s = load_f32x16(line + 4 * at)
                 if cap > 0.0:
                     s = soft_cap(s, cap)
-                s = select(both(less_i32(lanes, newest), less_i32(oldest, lanes)), s, splat_f32(_LOWEST))
+                s = select(both(less_i32(lanes, newest), less_i32(oldest, lanes)), s, splat_f32(LOWEST))
                 store_f32x16(line + 4 * at, s)
                 peak = maximum(peak, s)
             top = max_lanes(peak)
             total = splat_f32(0.0)
             for at in range(0, width, 16):
                 s = load_f32x16(line + 4 * at)
-                p = round_bf16(select(greater(s, splat_f32(_VISIBLE)), exp(s - splat_f32(top)), splat_f32(0.0)))
+                p = round_bf16(select(greater(s, splat_f32(VISIBLE)), exp(s - splat_f32(top)), splat_f32(0.0)))
                 store_bf16x16(line + 2 * at, p)  # behind what is still to be read
                 total = total + p
             store_f32(maxima + 4 * row, top)
@@ -219,7 +219,7 @@ def attention(*, head_dim: int, group: int) -> Any:
     for a thread,
     16 partial results (`geometry.partial_floats` for each index and key/value head).
     """
-    full = query_tile_tokens(group, head_dim) * group
+    full = query_tile_tokens("attention", group) * group
     one_token, all_tokens = _chunk_attention(head_dim, group, group), _chunk_attention(head_dim, group, full)
     only_one = full == group
     partial_bytes = partial_floats(group, head_dim) * 4

@@ -6,6 +6,8 @@ from .isa import current_isa
 from .tiles import panel_bytes
 
 ATTENTION_CHUNK = 256
+_FLOAT_ROWS = 48  # query rows in an item of `float_attention`
+FLOAT_LINE = 4 * ATTENTION_CHUNK + 64  # bytes of its rows of scores: rows do not compete for the same lines of the cache
 QUERY_TILES = 4  # pairs of tiles of query rows in an item of `amx_attention`
 WIDE_TOKENS = 32  # in a panel of `amx`
 WIDE_GROUP = 4  # pairs of weight tiles that share a pass over the activations
@@ -29,24 +31,64 @@ def gated_scratch_bytes() -> int:
     return 2 * current_isa().tokens * 128
 
 
-def attends_by_tiles(group: int, head_dim: int) -> bool:
-    """Whether `amx_attention` can be used."""
-    return current_isa().has_amx and group <= 16 and head_dim % 32 == 0
+_CACHE_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "bf16 pairs": 2, "f8e4m3": 1, "int8": 1}
 
 
-def query_tile_tokens(group: int, head_dim: int) -> int:
-    """Tokens in a query tile of `attention`, so that its ``tokens * group`` rows fit the registers."""
-    if attends_by_tiles(group, head_dim):
+def cache_layout(cache_type: str) -> str:
+    """How keys and values of a type lie in memory: see `rope.rope_and_cache`."""
+    return "bf16 pairs" if cache_type == "bf16" and current_isa().has_bf16 else cache_type
+
+
+def cache_item_bytes(layout: str) -> int:
+    """Bytes of one dimension of a key or value."""
+    return _CACHE_ITEM_BYTES[layout]
+
+
+def cache_scale_group(head_dim: int) -> int:
+    """Dimensions of a key or value of 8 bits that share a scale."""
+    return 32 if head_dim % 32 == 0 else 16
+
+
+def cache_row_bytes(layout: str, head_dim: int) -> int:
+    """Bytes of the key, or of the value, that one head has at one position, with its scales."""
+    scales = head_dim // cache_scale_group(head_dim) if cache_item_bytes(layout) == 1 else 0
+    return head_dim * cache_item_bytes(layout) + 2 * scales
+
+
+def attention_module(layout: str, group: int, head_dim: int) -> str:
+    """Which module's kernel attends to such a cache."""
+    if layout != "bf16 pairs":
+        return "float_attention"
+    return "amx_attention" if current_isa().has_amx and group <= 16 and head_dim % 32 == 0 else "attention"
+
+
+def register_rows() -> int:
+    """Query rows of `float_attention` whose sums for 16 lanes fill the registers: 16 of 4 floats, 16 of 8 floats, or 32 of 16."""
+    isa = current_isa()
+    return 12 if isa.has_avx512 else 3 if isa.name == "generic" else 6
+
+
+def float_rows(group: int) -> int:
+    """Query rows in an item of `float_attention`, at most."""
+    return max(_FLOAT_ROWS, group)
+
+
+def query_tile_tokens(module: str, group: int) -> int:
+    """Tokens in an item of attention, at most."""
+    if module == "amx_attention":
         return QUERY_TILES * (32 // group)
-    return max(1, current_isa().tokens // group)
+    rows = float_rows(group) if module == "float_attention" else current_isa().tokens
+    return max(1, rows // group)
 
 
-def attention_scratch_bytes(group: int, head_dim: int) -> int:
-    """Scratch of one thread in `attention`: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
-    if attends_by_tiles(group, head_dim):
+def attention_scratch_bytes(module: str, group: int, head_dim: int) -> int:
+    """Scratch of one thread: queries, scores, a chunk's outputs and all outputs, and four numbers for each row."""
+    if module == "amx_attention":
         pair = 32 * (head_dim // 2 + head_dim + 2) * 4  # queries, outputs, maxima and sums
         return 32 * (ATTENTION_CHUNK + 16 + head_dim + 2) * 4 + QUERY_TILES * pair
-    rows = query_tile_tokens(group, head_dim) * group
+    if module == "float_attention":  # scores twice, and what is widened
+        return float_rows(group) * (3 * 4 * head_dim + 16 + 2 * FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
+    rows = query_tile_tokens(module, group) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 
 

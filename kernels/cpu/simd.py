@@ -275,20 +275,39 @@ def load_bf16x16(b, address):
 @_operation(f32x16, types.intp)
 def load_f8x16(b, address):
     """Sixteen FP8 (E4M3), widened to float32. There is no NaN among what we store."""
-    return _f8_to_float(b, b.zext(_load(b, address, ir.VectorType(_I8, 16)), i32x16.llvm))
+    return _f8_to_float(b, b.sext(_load(b, address, ir.VectorType(_I8, 16)), i32x16.llvm))
 
 
 @_operation(types.float32, types.intp)
 def load_f8(b, address):
-    byte = b.zext(_load(b, address, _I8), _I32)
+    byte = b.sext(_load(b, address, _I8), _I32)
     return b.extract_element(_f8_to_float(b, _splat(b, byte)), ir.Constant(_I32, 0))
 
 
 def _f8_to_float(b, bytes_):
     """Sign, exponent and mantissa go where a float has them; one multiplication rebiases the exponent (subnormals come out right)."""
-    sign = b.shl(b.and_(bytes_, _constant(i32x16.llvm, 0x80)), _constant(i32x16.llvm, 24))
-    magnitude = b.shl(b.and_(bytes_, _constant(i32x16.llvm, 0x7F)), _constant(i32x16.llvm, 20))
-    return b.fmul(b.bitcast(b.or_(sign, magnitude), f32x16.llvm), _constant(f32x16.llvm, 2.0**120))
+    bits = b.and_(b.shl(bytes_, _constant(i32x16.llvm, 20)), _constant(i32x16.llvm, 0x87F00000 - (1 << 32)))
+    return b.fmul(b.bitcast(bits, f32x16.llvm), _constant(f32x16.llvm, 2.0**120))
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f8x16(b, address, value):
+    """Rounded to FP8 (E4M3), to nearest even. No value may round to more than 448."""
+    integers = i32x16.llvm
+
+    def const(number):
+        return _constant(integers, number)
+
+    bits = b.bitcast(value, integers)
+    sign = b.and_(b.lshr(bits, const(24)), const(0x80))
+    magnitude = b.and_(bits, const(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, const(20)), const(1))
+    normal = b.sub(b.lshr(b.add(magnitude, b.add(odd, const(0x7FFFF))), const(20)), const(120 << 3))
+    # subnormals are multiples of 2**-9: adding 2**14 rounds to them, and leaves their number in the low bits
+    steps = b.fadd(b.bitcast(magnitude, f32x16.llvm), _constant(f32x16.llvm, 2.0**14))
+    small = b.and_(b.bitcast(steps, integers), const(0xF))
+    result = b.select(b.icmp_unsigned("<", magnitude, const(121 << 23)), small, normal)
+    _store(b, address, b.trunc(b.or_(result, sign), ir.VectorType(_I8, 16)))
 
 
 @_operation(types.float32, types.intp)

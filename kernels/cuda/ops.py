@@ -21,6 +21,7 @@ from .launch import Kernel, Launch
 from .planes import Layout
 
 ACTIVATIONS = {"silu": 1, "gelu": 2, "relu": 3}  # common.cuh
+CACHE_ITEM_BYTES = {"bf16": 2, "f32": 4}
 MATVEC_TOKENS = 8
 """Rows for which `matvec` reads weights once."""
 MATVEC_ROWS = 32

@@ -2,7 +2,7 @@
 
 from .gguf import GgufModelBuilder
 from .model import ModelBuilder
-from .paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, Utilization
+from .paged_attn import ContextSize, MbAmount, MemoryGpuConfig, PagedAttentionConfig, PagedAttentionMetaBuilder, PagedCacheType, Utilization
 from .text import TextModelBuilder
 from .token_source import TokenSource
 
@@ -14,6 +14,7 @@ __all__ = [
     "ModelBuilder",
     "PagedAttentionConfig",
     "PagedAttentionMetaBuilder",
+    "PagedCacheType",
     "TextModelBuilder",
     "TokenSource",
     "Utilization",

@@ -71,7 +71,7 @@ class ModelOptions:
     mcp_client
         MCP servers whose tools the model may call.
     paged_attn
-        Block size and memory of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
+        Block size, memory and type of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
         How many sequences the prefix cache may keep; None or 0 turns it off.
     search
@@ -184,7 +184,7 @@ class ModelOptions:
         return self._set("max_num_seqs", max_num_seqs)
 
     def with_paged_attn(self, paged_attn: PagedAttentionConfig) -> Self:
-        """Set the block size and the memory of the KV cache."""
+        """Set the block size, the memory and the type of the KV cache."""
         return self._set("paged_attn", paged_attn)
 
     def with_prefix_cache_n(self, prefix_cache_n: int | None) -> Self:
@@ -487,7 +487,10 @@ def make_runner(
     """The recorded model on its device, with a KV cache of the size that was asked for."""
     from ..engine.runner import CpuRunner, cache_token_bytes
 
-    block_size = options.paged_attn.block_size if options.paged_attn else None
+    paged_attn = options.paged_attn
+    block_size = paged_attn.block_size if paged_attn else None
+    cache_type = paged_attn.cache_type.value if paged_attn else "auto"
+    token_bytes = cache_token_bytes(graph, cache_type) if paged_attn else 0
     if device is None:
         return CpuRunner(
             graph,
@@ -495,7 +498,8 @@ def make_runner(
             threads=threads,
             max_num_seqs=options.max_num_seqs,
             block_size=block_size,
-            cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph)) if options.paged_attn else None,
+            cache_tokens=paged_attn.tokens(token_bytes) if paged_attn else None,
+            cache_type=cache_type,
             progress=progress,
         )
     from ..engine.cuda_runner import CudaRunner, free_after_weights
@@ -510,7 +514,8 @@ def make_runner(
         max_position_embeddings=max_positions,
         max_num_seqs=options.max_num_seqs,
         block_size=block_size,
-        cache_tokens=options.paged_attn.tokens(cache_token_bytes(graph), free) if options.paged_attn else None,
+        cache_tokens=paged_attn.tokens(token_bytes, free) if paged_attn else None,
+        cache_type=cache_type,
         progress=progress,
     )
 

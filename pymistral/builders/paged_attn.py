@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,18 +55,45 @@ MemoryGpuConfig = ContextSize | MbAmount | Utilization
 """The size of the KV cache, in one of three measures. The name is mistral.rs's: it holds for the CPU too."""
 
 
+class PagedCacheType(str, Enum):
+    """How keys and values are kept. In the types of 8 bits, 32 dimensions share a scale.
+
+    AUTO: BF16, or F32 for a model all of whose matrices are float32.
+    """
+
+    AUTO = "auto"
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    F8E4M3 = "f8e4m3"
+    INT8 = "int8"
+
+    @classmethod
+    def parse(cls, value: PagedCacheType | str) -> PagedCacheType:
+        """A member, or its plain value. Raises ModelLoadError if it is none."""
+        try:
+            return cls(value.lower() if isinstance(value, str) and not isinstance(value, PagedCacheType) else value)
+        except ValueError:
+            known = ", ".join(repr(member.value) for member in cls)
+            raise ModelLoadError(f"the KV cache's type must be one of {known}, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class PagedAttentionConfig:
     """What `PagedAttentionMetaBuilder` builds, for `with_paged_attn`."""
 
     block_size: int | None
-    memory: MemoryGpuConfig
+    memory: MemoryGpuConfig | None
+    cache_type: PagedCacheType = PagedCacheType.AUTO
 
-    def tokens(self, token_bytes: int, free: int | None = None) -> int:
-        """Room for how many tokens, if one takes ``token_bytes``. Raises ModelLoadError if that is none.
+    def tokens(self, token_bytes: int, free: int | None = None) -> int | None:
+        """Room for how many tokens, if one takes ``token_bytes``; None: what suits the model and the machine. Raises ModelLoadError if
+        that is none.
 
         ``free`` bytes are left on the device once the weights are there; None: ask the machine.
         """
+        if self.memory is None:
+            return None
         if isinstance(self.memory, ContextSize):
             return self.memory.tokens
         if isinstance(self.memory, MbAmount):
@@ -93,26 +121,40 @@ class PagedAttentionMetaBuilder:
     block_size
         Tokens in a block: 32, 64 or 128. None: what suits the device.
     gpu_memory
-        The size of the cache.
+        The size of the cache. None: what suits the model and the machine.
+    paged_cache_type
+        How keys and values are kept: `PagedCacheType` or its plain value. ``"f8e4m3"`` and ``"int8"`` take half the memory.
 
     Examples
     --------
-    >>> PagedAttentionMetaBuilder().with_block_size(32).with_gpu_memory(ContextSize(4096)).build()
-    PagedAttentionConfig(block_size=32, memory=ContextSize(tokens=4096))
+    >>> PagedAttentionMetaBuilder().with_block_size(32).with_paged_cache_type("int8").build()
+    PagedAttentionConfig(block_size=32, memory=ContextSize(tokens=4096), cache_type=<PagedCacheType.INT8: 'int8'>)
     """
 
-    def __init__(self, *, block_size: int | None = None, gpu_memory: MemoryGpuConfig = ContextSize(4096)) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int | None = None,
+        gpu_memory: MemoryGpuConfig | None = ContextSize(4096),
+        paged_cache_type: PagedCacheType | str = PagedCacheType.AUTO,
+    ) -> None:
         self.block_size = block_size
         self.gpu_memory = gpu_memory
+        self.paged_cache_type = paged_cache_type
 
     def with_block_size(self, block_size: int) -> Self:
         """Set the tokens in a block."""
         self.block_size = block_size
         return self
 
-    def with_gpu_memory(self, gpu_memory: MemoryGpuConfig) -> Self:
-        """Set the size of the cache: `ContextSize`, `MbAmount` or `Utilization`."""
+    def with_gpu_memory(self, gpu_memory: MemoryGpuConfig | None) -> Self:
+        """Set the size of the cache: `ContextSize`, `MbAmount`, `Utilization`, or None for what suits the model and the machine."""
         self.gpu_memory = gpu_memory
+        return self
+
+    def with_paged_cache_type(self, paged_cache_type: PagedCacheType | str) -> Self:
+        """Keep keys and values in this type: a `PagedCacheType` or its plain value."""
+        self.paged_cache_type = paged_cache_type
         return self
 
     def build(self) -> PagedAttentionConfig:
@@ -128,8 +170,8 @@ class PagedAttentionMetaBuilder:
             raise ModelLoadError(
                 f"the KV cache's block_size must be one of {sizes}, or None for what suits the device, got {self.block_size!r}"
             )
-        if not isinstance(self.gpu_memory, ContextSize | MbAmount | Utilization):
+        if not isinstance(self.gpu_memory, ContextSize | MbAmount | Utilization | None):
             raise ModelLoadError(
-                f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes) or Utilization(share), got {self.gpu_memory!r}"
+                f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes), Utilization(share) or None, got {self.gpu_memory!r}"
             )
-        return PagedAttentionConfig(self.block_size, self.gpu_memory)
+        return PagedAttentionConfig(self.block_size, self.gpu_memory, PagedCacheType.parse(self.paged_cache_type))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import MODEL_HELP, UsageError
+from .options import MODEL_HELP, UsageError, add_cache_type
 from .terminal import status_line
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
         "-n", "--n-gen", type=_counts, default=[128], metavar="N", help="tokens to generate (default: 128; 0: no such test)"
     )
     parser.add_argument("-t", "--threads", type=_counts, default=[0], metavar="N", help="threads (default: one per core)")
+    add_cache_type(parser)
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="how often each test is measured (default: 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON list with every sample")
     parser.set_defaults(handler=bench, default_model=DEFAULT_MODEL)
@@ -81,7 +82,7 @@ def bench(args: argparse.Namespace) -> int:
     results: list[Result] = []
     for model in args.model or [args.default_model]:
         for threads in args.threads:
-            results += measure_model(model, threads or None, tests, args.repetitions, None if args.json else _print_row)
+            results += measure_model(model, threads or None, tests, args.repetitions, args.pa_cache_type, None if args.json else _print_row)
     if args.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     return 0
@@ -91,7 +92,7 @@ Test = tuple[str, int, "Callable[[Runner, int], None]"]
 
 
 def measure_model(
-    model: str, threads: int | None, tests: Sequence[Test], repetitions: int, show: Callable[[Result], None] | None
+    model: str, threads: int | None, tests: Sequence[Test], repetitions: int, cache_type: str, show: Callable[[Result], None] | None
 ) -> list[Result]:
     """Load the model and run all tests on it."""
     from ..loading.hub import resolve
@@ -100,7 +101,7 @@ def measure_model(
     with status_line():
         path = resolve(model)
     results = []
-    with load(str(path), threads) as loaded:
+    with load(str(path), threads, cache_type) as loaded:
         engine: Engine = loaded.inner._engine
         for name, count, test in tests:
             _check_fits(engine, count)

@@ -48,10 +48,21 @@ def positive(text: str) -> int:
     return number
 
 
+def add_cache_type(parser: argparse.ArgumentParser) -> None:
+    """--pa-cache-type."""
+    parser.add_argument(
+        "--pa-cache-type",
+        metavar="TYPE",
+        default="auto",
+        help="how the KV cache keeps keys and values: auto, f32, f16 or bf16; f8e4m3 or int8 for half the memory (default: auto)",
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m and -t."""
+    """-m, -t and --pa-cache-type."""
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: {DEFAULT_MODEL})".replace("%", "%%"))
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads that compute (default: one per core)")
+    add_cache_type(parser)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("there is no prompt: give PROMPT, or pipe it in")
     overrides = sampling_overrides(args)
     given = None if args.system is None else checked(args.system, "--system")
-    with load(args.model, args.threads) as model:
+    with load(args.model, args.threads, args.pa_cache_type) as model:
         sampling = sampling_for(model.generation_defaults, overrides)
         system = default_system(model) if given is None else given
         if prompt is None:
@@ -74,13 +74,14 @@ def run(args: argparse.Namespace) -> int:
         return _answer_text(model, messages, sampling)
 
 
-def load(model_id: str, threads: int | None) -> BlockingModel:
+def load(model_id: str, threads: int | None, cache_type: str = "auto") -> BlockingModel:
     """The model, while a line on the terminal says what takes so long."""
     from ..blocking import BlockingModel
-    from ..builders import ModelBuilder
+    from ..builders import ModelBuilder, PagedAttentionMetaBuilder
 
+    cache = PagedAttentionMetaBuilder(gpu_memory=None, paged_cache_type=cache_type).build()
     with status_line():
-        return BlockingModel.from_builder(ModelBuilder(model_id, threads=threads))
+        return BlockingModel.from_builder(ModelBuilder(model_id, threads=threads, paged_attn=cache))
 
 
 def default_system(model: BlockingModel) -> str:

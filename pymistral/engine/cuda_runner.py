@@ -47,6 +47,8 @@ class CudaRunner(PagedRunner):
         Positions in a block of the KV cache: a multiple of 32.
     cache_tokens
         Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
+    cache_type
+        How keys and values are kept: ``auto``, ``f32`` or ``bf16``.
     max_tokens
         Tokens in one step.
     progress
@@ -67,12 +69,13 @@ class CudaRunner(PagedRunner):
         max_num_seqs: int = 32,
         block_size: int | None = None,
         cache_tokens: int | None = None,
+        cache_type: str = "auto",
         max_tokens: int = _MAX_TOKENS,
         progress: Progress | None = None,
     ) -> None:
         if cache_tokens is None:
             free = free_after_weights(graph, gpu, max_tokens)
-            cache_tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), free // cache_token_bytes(graph))
+            cache_tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), free // cache_token_bytes(graph, cache_type))
             if cache_tokens < 256:
                 raise ModelLoadError(f"the GPU has room for the weights and {max(0, cache_tokens)} tokens of KV cache: too few")
         super().__init__(
@@ -81,6 +84,7 @@ class CudaRunner(PagedRunner):
             max_num_seqs=max_num_seqs,
             block_size=block_size or _BLOCK_SIZE,
             cache_tokens=cache_tokens,
+            cache_type=cache_type,
             max_tokens=max_tokens,
         )
         self.gpu = gpu

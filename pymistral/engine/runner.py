@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
-from ..kernels.cpu.geometry import ATTENTION_CHUNK
+from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_bytes
 from ..nn.cache_groups import cache_groups
 from ..nn.cpu import compile_for_prompts
 from ..nn.cpu_program import CpuProgram
@@ -49,6 +49,7 @@ class PagedRunner(ABC):
         max_num_seqs: int,
         block_size: int,
         cache_tokens: int,
+        cache_type: str,
         max_tokens: int,
         windows: Sequence[int | None] = (None,),
     ) -> None:
@@ -66,6 +67,7 @@ class PagedRunner(ABC):
             num_blocks=self.num_blocks,
             max_blocks=-(-self.max_sequence_length // block_size),
             groups=len(windows),
+            cache_type=cache_type,
         )
         # A model may give logits for more ids, or fewer, than it has embeddings for.
         self.vocab_size = graph.nodes[-1].output.columns
@@ -165,6 +167,8 @@ class CpuRunner(PagedRunner):
         Positions in a block of the KV cache: a multiple of 32.
     cache_tokens
         Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
+    cache_type
+        How keys and values are kept: ``auto``, ``f32``, ``f16``, ``bf16``, ``f8e4m3`` or ``int8``.
     progress
         Told how many kernels are compiled, if any must be.
 
@@ -183,16 +187,18 @@ class CpuRunner(PagedRunner):
         max_num_seqs: int = 32,
         block_size: int | None = None,
         cache_tokens: int | None = None,
+        cache_type: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         if cache_tokens is None:
-            cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph))
+            cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph, cache_type))
         super().__init__(
             graph,
             max_position_embeddings=max_position_embeddings,
             max_num_seqs=max_num_seqs,
             block_size=block_size or _BLOCK_SIZE,
             cache_tokens=cache_tokens,
+            cache_type=cache_type,
             max_tokens=_MAX_TOKENS,
             windows=cache_groups(graph).windows,
         )
@@ -284,10 +290,11 @@ def _divided(segment: Segment) -> tuple[Segment, Segment]:
     return prompt, Segment(segment.tokens[count:], segment.start + count, table, outputs, further_tables=further)
 
 
-def cache_token_bytes(graph: Graph) -> int:
-    """Bytes of KV cache for one token: keys and values, in bfloat16, or float32 for a model in float32."""
-    item = 4 if graph.exact else 2
-    return sum(2 * item * node.inputs[1].columns for node in graph.nodes if node.op == "attention")
+def cache_token_bytes(graph: Graph, cache_type: str = "auto") -> int:
+    """Bytes of KV cache for one token: the keys and values of all layers, with their scales."""
+    layout = cache_layout(graph.cache_type(cache_type))
+    heads = [(node.inputs[1].columns, node.attributes["head_dim"]) for node in graph.nodes if node.op == "attention"]
+    return sum(2 * (columns // head_dim) * cache_row_bytes(layout, head_dim) for columns, head_dim in heads)
 
 
 def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:

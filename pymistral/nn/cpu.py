@@ -504,15 +504,16 @@ class _Lowering(Lowering):
         heads, kv_heads = q.columns // head_dim, k.columns // head_dim
         group = heads // kv_heads
         limits = self.limits
-        shape = (limits.num_blocks, kv_heads, limits.block_size, head_dim)
-        dtype = np.float32 if self.exact else np.uint16  # bfloat16
+        layout = geometry.cache_layout(self.cache_type)
+        module = geometry.attention_module(layout, group, head_dim)
+        shape = (limits.num_blocks, kv_heads, limits.block_size * geometry.cache_row_bytes(layout, head_dim))
         group_of_layers, place = self.groups.places[len(self.state.caches)] if limits.groups > 1 else (0, len(self.state.caches))
         if place not in self.cache_arrays:
             of_base = self.base.cache_arrays[place] if self.base else None
-            self.cache_arrays[place] = of_base or (self._allocate(shape, dtype), self._allocate(shape, dtype))
+            self.cache_arrays[place] = of_base or (self._allocate(shape, np.uint8), self._allocate(shape, np.uint8))
         keys, values = self.cache_arrays[place]
         self.state.caches.append((keys.array, values.array))
-        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(group, head_dim))
+        self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(module, group))
         norms = [options[name] for name in ("q_norm", "k_norm")]
         weights = [self._vector(norm.weight, norm.offset) if norm else None for norm in norms]
         epsilon = next((norm.epsilon for norm in norms if norm), 0.0)
@@ -541,7 +542,7 @@ class _Lowering(Lowering):
             limits.block_size,
         )
         self._launch(
-            spec("rope.rope_and_cache", head_dim=head_dim, **({"cache": "f32"} if self.exact else {})),
+            spec("rope.rope_and_cache", head_dim=head_dim, cache=layout),
             slots,
             TOKENS,
             reads=(q_rows, k_rows, v_rows),
@@ -568,15 +569,15 @@ class _Lowering(Lowering):
             0,
             partials.address,
         )
-        module = "exact_attention" if self.exact else "amx_attention" if geometry.attends_by_tiles(group, head_dim) else "attention"
+        constants = {"cache": layout} if module == "float_attention" else {}
         self._launch(
-            spec(f"{module}.attention", head_dim=head_dim, group=group),
+            spec(f"{module}.attention", head_dim=head_dim, group=group, **constants),
             slots,
             "items",
             units=kv_heads,
             reads=(q_rows, keys, values),
             writes=(out, partials),
-            scratch=(14, geometry.attention_scratch_bytes(group, head_dim)),
+            scratch=(14, geometry.attention_scratch_bytes(module, group, head_dim)),
         )
         slots = (address(self.state.merges), partials.address, kv_heads, out.address, self._row_bytes(node.output), 0, 0)
         self._launch(

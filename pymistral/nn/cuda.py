@@ -89,15 +89,19 @@ class CudaModel:
         head_dim = node.attributes["head_dim"]
         if head_dim % 16 or head_dim > 256:
             raise ModelLoadError(f"heads of {head_dim} dimensions are not supported on a GPU: they must be a multiple of 16, up to 256")
-        exact, limits = self.graph.exact, self.limits
-        nbytes = limits.num_blocks * limits.block_size * k.columns * (4 if exact else 2)
+        limits = self.limits
+        cache_type = self.graph.cache_type(limits.cache_type)
+        if cache_type not in ops.CACHE_ITEM_BYTES:
+            known = " and ".join(ops.CACHE_ITEM_BYTES)
+            raise ModelLoadError(f"a KV cache of {cache_type} is there on the CPU only; on a GPU there are {known}")
+        nbytes = limits.num_blocks * limits.block_size * k.columns * ops.CACHE_ITEM_BYTES[cache_type]
         keys, values = self.gpu.allocate(nbytes), self.gpu.allocate(nbytes)
         rope: Rope | None = node.attributes["rope"]
         if rope is not None and rope not in self.rotations:
             self.rotations[rope] = self.gpu.allocate(rope.table.nbytes)
             self._uploaded[rope] = 0
             self.state.ropes.append(rope)
-        return Heads(q.columns // head_dim, k.columns // head_dim, head_dim, keys, values, limits.block_size, exact)
+        return Heads(q.columns // head_dim, k.columns // head_dim, head_dim, keys, values, limits.block_size, cache_type == "f32")
 
     def place(self, array: Any) -> int:
         """Where the device has one of the state's arrays."""

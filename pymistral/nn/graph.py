@@ -87,6 +87,10 @@ class Graph:
         """Whether all matrices are float32: then attention and its cache are, too."""
         return {tensor.layout for tensor in self.matrices()} == {"f32"}
 
+    def cache_type(self, wanted: str = "auto") -> str:
+        """The type of keys and values; ``auto`` is float32 for a model in float32, and bfloat16 for all others."""
+        return wanted if wanted != "auto" else "f32" if self.exact else "bf16"
+
 
 @dataclass(frozen=True)
 class Tokens:

@@ -37,6 +37,8 @@ class Limits:
         Blocks that one sequence may have, in one group of layers.
     groups
         Groups of layers whose blocks come from one pool, each with block tables of its own (see `cache_groups`).
+    cache_type
+        Of keys and values, as `Graph.cache_type` takes it.
     """
 
     max_tokens: int
@@ -46,6 +48,7 @@ class Limits:
     num_blocks: int
     max_blocks: int
     groups: int = 1
+    cache_type: str = "auto"
 
     def __post_init__(self) -> None:
         sizes = (self.max_tokens, self.max_outputs, self.max_sequences, self.block_size, self.num_blocks, self.max_blocks, self.groups)

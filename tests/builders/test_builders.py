@@ -21,6 +21,7 @@ from pymistral import (
     McpClientConfig,
     ModelBuilder,
     PagedAttentionMetaBuilder,
+    PagedCacheType,
     TextModelBuilder,
     TokenSource,
     Tool,
@@ -150,6 +151,19 @@ def test_paged_attention() -> None:
             make(value)  # type: ignore[arg-type]
 
 
+def test_types_of_the_cache() -> None:
+    assert PagedAttentionMetaBuilder().build().cache_type is PagedCacheType.AUTO
+    for value in ("int8", "INT8", PagedCacheType.INT8):
+        by_keyword = PagedAttentionMetaBuilder(paged_cache_type=value).build()
+        assert by_keyword == PagedAttentionMetaBuilder().with_paged_cache_type(value).build()
+        assert by_keyword.cache_type is PagedCacheType.INT8
+    for bad in ("q4_0", "", 8, None):
+        with pytest.raises(ModelLoadError, match=r"type must be one of 'auto', 'f32', 'f16', 'bf16', 'f8e4m3', 'int8', got"):
+            PagedAttentionMetaBuilder().with_paged_cache_type(bad).build()  # type: ignore[arg-type]
+    assert PagedAttentionMetaBuilder(gpu_memory=None).build().tokens(100) is None
+    assert PagedAttentionMetaBuilder(gpu_memory=MbAmount(1)).build().tokens(100) == 2**20 // 100
+
+
 @pytest.mark.parametrize("files", [[], "f.gguf", [""], [1]])
 def test_gguf_files_are_checked(files: Any) -> None:
     with pytest.raises(ModelLoadError, match="files"):
@@ -220,7 +234,14 @@ async def test_build(chain: dict[str, Any], tmp_path: Path) -> None:
         assert (await model.send_chat_request("Hi")).model == "owner/repo"
     assert chain["resolve"] == {"model_id": "owner/repo", "files": ["f.gguf"], "revision": "v1", "token": "none", "cache_dir": None}
     assert chain["load_gguf"] == tmp_path / "model.gguf"
-    assert chain["runner"] == {"max_position_embeddings": 64, "threads": 2, "max_num_seqs": 4, "block_size": None, "cache_tokens": None}
+    assert chain["runner"] == {
+        "max_position_embeddings": 64,
+        "threads": 2,
+        "max_num_seqs": 4,
+        "block_size": None,
+        "cache_tokens": None,
+        "cache_type": "auto",
+    }
 
 
 async def test_a_path_is_a_model_id(chain: dict[str, Any], tmp_path: Path) -> None:

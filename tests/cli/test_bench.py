@@ -34,6 +34,16 @@ def test_table(cli: Cli, gguf: str, builders: list[Any]) -> None:
     assert [builder.threads for builder in builders] == [1, 2]
 
 
+def test_the_type_of_the_cache(cli: Cli, gguf: str, builders: list[Any]) -> None:
+    assert cli("bench", "-m", gguf, "-p", "0", "-n", "4", "-r", "1", "--pa-cache-type", "int8").code == 0
+    assert cli("run", "Hi", "--pa-cache-type", "f32").code == 0
+    assert cli("run", "Hi").code == 0
+    assert [builder.paged_attn.cache_type for builder in builders] == ["int8", "f32", "auto"]
+    outcome = cli("run", "Hi", "--pa-cache-type", "q4")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "'auto', 'f32', 'f16', 'bf16', 'f8e4m3', 'int8'" in outcome.err
+
+
 def test_json(cli: Cli, gguf: str) -> None:
     (result,) = json.loads(cli("bench", "-m", gguf, "-p", "0", "-n", "5", "-r", "3", "--json").out)
     assert (result["model"], result["test"], result["size"]) == ("model.gguf", "tg5", 3 << 20)

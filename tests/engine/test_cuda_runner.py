@@ -67,6 +67,18 @@ def test_segments_that_cannot_be(segment: Segment, message: str) -> None:
         run.forward([segment])
 
 
+def test_types_of_the_cache() -> None:
+    """float32 for a quantised model as well; what only the CPU has is refused."""
+    text = list(range(20))
+    exact, wide, narrow = (
+        logits(run, Segment(text, 0, [0], 20)) for run in (runner("90", True), runner("90", cache_type="f32"), runner("90"))
+    )
+    np.testing.assert_allclose(wide, exact, atol=2e-3)
+    assert np.abs(narrow - exact).max() > np.abs(wide - exact).max()
+    with pytest.raises(ModelLoadError, match="KV cache of int8 is there on the CPU only; on a GPU there are bf16 and f32"):
+        runner("90", cache_type="int8")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exact", [False, True])
 def test_batches_and_chunks(exact: bool, kind: str) -> None:

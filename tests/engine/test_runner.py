@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import numpy_reference as ref
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.isa import current_isa
 
 from pymistral.engine.runner import CpuRunner
 from pymistral.engine.types import Segment
@@ -18,13 +21,14 @@ from pymistral.nn import functional as F
 
 VOCABULARY, HIDDEN = 40, 64
 CONTEXT = 300
+CACHE_TYPES = ("f32", "f16", "bf16", "f8e4m3", "int8")
 
 
-def runner(exact: bool = False, table: NDArray[np.float32] | None = None, **options: Any) -> CpuRunner:
+def runner(table: NDArray[np.float32] | None = None, **options: Any) -> CpuRunner:
     """One layer of attention over embeddings, which are given as they are or random."""
     rng = np.random.default_rng(0)
     table = rng.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32) if table is None else table
-    embed, back = ref.matrix(table), ref.identity(HIDDEN, "F32" if exact else "F16")
+    embed, back = ref.matrix(table), ref.identity(HIDDEN, "F16")
     head = ref.matrix(rng.standard_normal((VOCABULARY + 7, HIDDEN)).astype(np.float32))
     rope = Rope(10000.0 ** -(np.arange(16) / 16), CONTEXT)
 
@@ -94,19 +98,71 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         runner(cache_tokens=None)
 
 
+def decoded(cache: NDArray[np.uint8], cache_type: str, keys: bool) -> NDArray[np.float64]:
+    """The first block of the first head, as `rope.rope_and_cache` states it: ``[32 positions][32 dimensions]``."""
+    item = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f8e4m3": np.uint8, "int8": np.int8}[cache_type]
+    block = cache[0, 0]
+    items = block[: 32 * 32 * np.dtype(item).itemsize].view(item)
+    items = items.reshape(2, 32, 16).transpose(0, 2, 1).reshape(32, 32) if keys else items.reshape(32, 32)
+    if cache_type == "bf16":
+        return (items.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if cache_type == "f8e4m3":
+        exponents, mantissas = items >> 3 & 15, items & 7
+        sizes = np.where(exponents > 0, (8.0 + mantissas) * 2.0 ** (exponents.astype(int) - 10), mantissas * 2.0**-9)
+        items = np.where(items > 127, -sizes, sizes)
+    if cache_type not in ("f8e4m3", "int8"):
+        return items.astype(np.float64)
+    scales = (block[32 * 32 :].view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # one for each position
+    return items.astype(np.float64) * scales[:, None]
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), power=st.sampled_from([-45, -30, -6, 0, 4]), spread=st.integers(0, 8))
+def test_what_the_cache_holds(cache_type: str, seed: int, power: int, spread: int) -> None:
+    """Each key and value is the nearest one of its type, relative to its own row where the type has scales; also among very small ones."""
+    rng = np.random.default_rng(seed)
+    table = (rng.standard_normal((VOCABULARY, 32)) * 10.0 ** (power + rng.uniform(-spread, spread, (VOCABULARY, 32)))).astype(np.float32)
+    table[3] = 0
+    embed, back = ref.matrix(table), ref.identity(32, "F16")
+    attend = lambda x: F.attention(x, x, x, head_dim=32, scale=1.0, rope=None)  # noqa: E731
+    run = CpuRunner(
+        record(lambda batch: F.linear(attend(F.embedding(batch.tokens, embed))[batch.output_rows], back)),
+        max_position_embeddings=32,
+        max_num_seqs=1,
+        cache_tokens=32,
+        cache_type=cache_type,
+        threads=1,
+    )
+    run.forward([Segment(list(range(32)), 0, [0], 1)])
+    keys, values = run.program.state.caches[0]
+    if current_isa().has_bf16 and cache_type == "bf16":
+        pytest.skip("this CPU keeps pairs")
+    wanted = ref.cached(table[:32], cache_type)
+    assert np.array_equal(decoded(keys, cache_type, True), wanted)
+    assert np.array_equal(decoded(values, cache_type, False), wanted)
+
+
+def test_bytes_of_a_token() -> None:
+    """Two heads of 32 dimensions, keys and values; those of 8 bits have a scale of 16 bits. The cache takes that and no more."""
+    for cache_type, wanted in {"f32": 512, "f16": 256, "bf16": 256, "auto": 256, "int8": 136, "f8e4m3": 136}.items():
+        run = runner(cache_type=cache_type)
+        assert sum(array.nbytes for array in run.program.state.caches[0]) == wanted * run.num_blocks * run.block_size
+
+
 @pytest.mark.parametrize("block_size", [16, 48, -32])
 def test_block_sizes_that_cannot_be(block_size: int) -> None:
     with pytest.raises(ValueError, match=r"block_size|limits"):
         runner(block_size=block_size)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3.4e38])
-def test_what_is_not_finite_stays_in_its_sequence(poison: float, exact: bool) -> None:
+def test_what_is_not_finite_stays_in_its_sequence(poison: float, cache_type: str) -> None:
     """Beside it in a step, and in the blocks that it leaves behind."""
     table = np.random.default_rng(1).standard_normal((VOCABULARY, HIDDEN)).astype(np.float32)
     table[7] = poison
-    run = runner(exact, table)
+    run = runner(table, cache_type=cache_type)
     tokens = [1, 2, 3, 4, 5]
     clean = run.forward([Segment(tokens, 0, [3], 5)]).copy()
     bad = run.forward([Segment([7] * 90, 0, [0, 1, 2], 1)])

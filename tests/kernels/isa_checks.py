@@ -142,6 +142,20 @@ def check_vectors() -> None:
     bits = numbers.view(np.uint32).astype(np.uint64)
     assert np.array_equal(found, ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
+    codes = np.delete(np.arange(256, dtype=np.uint8), (127, 255)).repeat(8)  # 254 of them: all but NaN
+    found_f = np.zeros(len(codes), np.float32)
+    run(compiled(same, simd.load_f8x16, simd.store_f32x16, 1, 4), codes, found_f)
+    values = np.unique(found_f)
+    assert np.array_equal(ref.float8(values.astype(np.float64)), values)
+    assert (len(values), values.max(), values[values > 0].min()) == (253, 448.0, 2.0**-9)
+    between = (values[1:] + values[:-1]) / 2
+    numbers = np.concatenate([values, between, *(np.nextafter(between, np.float32(sign * np.inf)) for sign in (1, -1)), [-0.0, 1e-45]])
+    numbers = np.append(numbers, np.zeros(-len(numbers) % 16)).astype(np.float32)
+    found_b, back = np.zeros(len(numbers), np.uint8), np.zeros(len(numbers), np.float32)
+    run(compiled(same, simd.load_f32x16, simd.store_f8x16, 4, 1), numbers, found_b)
+    run(compiled(same, simd.load_f8x16, simd.store_f32x16, 1, 4), found_b, back)
+    assert np.array_equal(back, ref.float8(numbers.astype(np.float64)))
+
     x = np.linspace(-87, 88, 1 << 16).astype(np.float32)
     found_f = np.zeros(len(x), np.float32)
     run(compiled(simd.exp, simd.load_f32x16, simd.store_f32x16, 4, 4), x, found_f)

@@ -1,7 +1,7 @@
 """Attention with its rotations, head norms and paged cache, against float64.
 
-Queries, keys, values and probabilities go through bfloat16, unless all of a model's matrices are float32. `numpy_reference.attention` says
-how far that may move a result.
+Keys and values are as exact as the cache's type. Where the CPU multiplies bfloat16, and the cache is of it, queries and probabilities are
+rounded as well. `numpy_reference.attention` says how far that may move a result.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ from pymistral.nn.graph import Array, Batch, record
 
 # group x head_dim: every way that rows and vectors fill the registers
 SHAPES = [(1, 16), (3, 64), (4, 32), (8, 48), (4, 256), (1, 128), (16, 64)]
+
+# Cache type -> relative errors beside those of `numpy_reference.cached`. In float32: the sums of up to 256 products and 1500 positions.
+# In the others, what is next to the middle of two steps may become either of them after a rotation in float32; and where the CPU
+# multiplies bfloat16, queries and probabilities become that.
+U = {"f32": 2.0**-17, "f16": 2.0**-9, "bf16": 2.0**-9, "bf16 pairs": 2.0**-9, "f8e4m3": 2.0**-9, "int8": 2.0**-9}
+# every type with one shape, and every way to fill the registers with two
+CASES = [(3, 64, None, cache_type) for cache_type in U] + [
+    (*shape, cache_type) for shape in ((8, 48, 100), (1, 16, 200), (4, 256, 40)) for cache_type in ("bf16", "int8")
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,16 +120,15 @@ def test_head_norms(which: str) -> None:
 class Echo:
     """A model whose logits are its attention: one row of q, k and v for each of 50 token ids."""
 
-    def __init__(
-        self, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator, *, exact: bool = False
-    ) -> None:
+    def __init__(self, kv_heads: int, group: int, head_dim: int, window: int | None, rng: np.random.Generator, cache_type: str) -> None:
         self.values = random_qkv(rng, 50, kv_heads, group, head_dim)
         self.tables = [ref.matrix(values) for values in self.values]
         self.inverse = 10000.0 ** -(np.arange(head_dim // 2) / (head_dim // 2))
         self.rope = Rope(self.inverse, 2048)
         self.head_dim, self.window, self.scale = head_dim, window, head_dim**-0.5
-        self.out = ref.identity(self.values[0].shape[1], "F32" if exact else "F16")
-        self.u = 2.0**-17 if exact else 2.0**-9  # float32: the sums of up to 256 products and 1500 positions
+        self.out = ref.identity(self.values[0].shape[1], "F16")
+        self.cache_type = cache_type
+        self.u = U[cache_type]
 
     def __call__(self, batch: Batch) -> Array:
         q, k, v = (F.embedding(batch.tokens, table) for table in self.tables)
@@ -130,20 +138,21 @@ class Echo:
     def expected(self, tokens: NDArray[np.int64]) -> tuple[ref.Floats, ref.Floats]:
         q, k, v = (heads(values[tokens], self.head_dim).astype(np.float64) for values in self.values)
         positions = np.arange(len(tokens))
-        turned = [ref.rotated(x, positions, self.inverse) for x in (q, k)]
-        return ref.attention(*turned, v, positions, scale=self.scale, window=self.window, u=self.u)
+        q, k = (ref.rotated(x, positions, self.inverse) for x in (q, k))
+        k, v = (ref.cached(x, self.cache_type) for x in (k, v))
+        return ref.attention(q, k, v, positions, scale=self.scale, window=self.window, u=self.u)
 
 
 def runner(model: Echo, **options: Any) -> CpuRunner:
-    return CpuRunner(record(model), max_position_embeddings=1500, max_num_seqs=12, **{"cache_tokens": 4096, "threads": 2, **options})
+    settings = {"cache_tokens": 4096, "cache_type": model.cache_type, "threads": 2, **options}
+    return CpuRunner(record(model), max_position_embeddings=1500, max_num_seqs=12, **settings)
 
 
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, None), (1, 16, 200), (4, 256, 40)])
-@pytest.mark.parametrize("exact", [False, True])
-def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, exact: bool) -> None:
+@pytest.mark.parametrize(("group", "head_dim", "window", "cache_type"), CASES)
+def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, cache_type: str) -> None:
     """Prompts in chunks beside decoding, blocks in any order, contexts over several chunks: a token depends on its own sequence."""
     rng = np.random.default_rng(3)
-    model = Echo(2, group, head_dim, window, rng, exact=exact)
+    model = Echo(2, group, head_dim, window, rng, cache_type)
     run = runner(model)
     lengths = [700, 1, 300, 33, 260]
     sequences = [rng.integers(0, 50, length) for length in lengths]
@@ -171,13 +180,12 @@ def test_sequences_side_by_side(group: int, head_dim: int, window: int | None, e
             assert np.all(np.abs(row.reshape(values[position].shape) - values[position]) <= bound[position]), (s, position)
 
 
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (8, 48, 100), (4, 256, None)])
-@pytest.mark.parametrize("exact", [False, True])
-def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None, exact: bool) -> None:
+@pytest.mark.parametrize(("group", "head_dim", "window", "cache_type"), CASES)
+def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int | None, cache_type: str) -> None:
     """One token at a time, in chunks of any size, alone or beside many others, on one thread or three: the same bits."""
     rng = np.random.default_rng(4)
     length = 560
-    model = Echo(2, group, head_dim, window, rng, exact=exact)
+    model = Echo(2, group, head_dim, window, rng, cache_type)
     tokens = [int(t) for t in rng.integers(0, 50, length)]
 
     def run(cuts: list[int], others: int, **options: Any) -> NDArray[np.float32]:
@@ -204,7 +212,7 @@ def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int 
 def test_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding at the last position that the model was made for."""
     rng = np.random.default_rng(5)
-    model = Echo(1, 3, 64, None, rng)
+    model = Echo(1, 3, 64, None, rng, "bf16")
     run = runner(model)
     tokens = rng.integers(0, 50, run.max_sequence_length)
     table = list(range(-(-len(tokens) // run.block_size)))

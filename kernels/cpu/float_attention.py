@@ -1,0 +1,272 @@
+"""`attention` in float32 over a cache of any type: the same items, chunks and order of merging.
+
+Keys and values are widened to float32 as they are loaded, queries and probabilities stay what they are. A token alone multiplies straight
+from the cache, which is read once. Several tokens share the widening: 16 positions of keys, and 16 dimensions of a chunk's values, lie in
+the first-level cache as float32 while the rows of all tokens go over them. Either way a score adds its dimensions from first to last, and
+an output its positions, so that both give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .attention import LOWEST, VISIBLE, clear, merge_chunk, soft_cap, write_out
+from .geometry import ATTENTION_CHUNK as CHUNK
+from .geometry import FLOAT_LINE as LINE
+from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, partial_floats, query_tile_tokens, register_rows
+from .helpers import inline
+from .simd import (
+    add_tiles,
+    bits_to_f32,
+    both,
+    exp,
+    fma_tile,
+    greater,
+    lane_numbers,
+    less_i32,
+    load_bf16x16,
+    load_f8x16,
+    load_f16x16,
+    load_f32x16,
+    load_i8x16,
+    load_i32,
+    load_i64,
+    max_lanes,
+    maximum,
+    multiply_tile,
+    select,
+    splat_f32,
+    splat_i32,
+    store_f32,
+    store_f32x16,
+    store_tile,
+    sum_lanes,
+    to_f32,
+    zero_tile,
+)
+
+
+@inline
+def load_int8x16(at):
+    return to_f32(load_i8x16(at))
+
+
+_LOADERS = {"f32": load_f32x16, "f16": load_f16x16, "bf16": load_bf16x16, "f8e4m3": load_f8x16, "int8": load_int8x16}
+
+
+@inline
+def softmax(line, width, first, limit, cap, maximum_at, sum_at):
+    """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, in place of a row of scores."""
+    whole = first <= 0 and limit >= width
+    peak = splat_f32(LOWEST)
+    if whole and cap == 0.0:
+        for at in range(0, 4 * width, 64):
+            peak = maximum(peak, load_f32x16(line + at))
+    else:
+        for at in range(0, width, 16):
+            lanes = lane_numbers() + splat_i32(at)
+            s = load_f32x16(line + 4 * at)
+            if cap > 0.0:
+                s = soft_cap(s, cap)
+            s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(LOWEST))
+            store_f32x16(line + 4 * at, s)
+            peak = maximum(peak, s)
+    top = max_lanes(peak)
+    total = splat_f32(0.0)
+    for at in range(0, 4 * width, 64):
+        s = load_f32x16(line + at)
+        p = exp(s - splat_f32(top))
+        if not whole:  # what is masked becomes exactly 0
+            p = select(greater(s, splat_f32(VISIBLE)), p, splat_f32(0.0))
+        total = total + p
+        store_f32x16(line + at, p)
+    store_f32(maximum_at, top)
+    store_f32(sum_at, sum_lanes(total))
+
+
+def attention(*, head_dim: int, group: int, cache: str) -> Any:
+    """Slots as `attention.attention`'s."""
+    load, item_bytes, group_dims = _LOADERS[cache], cache_item_bytes(cache), cache_scale_group(head_dim)
+    scaled = item_bytes == 1
+    tile_rows = register_rows()  # of an item of several tokens
+    parts = -(-group // tile_rows)
+    part = -(-group // parts)  # rows of a single token that share a load
+    wide = 3 * part <= tile_rows and head_dim % 32 == 0  # two vectors at a time keep the multipliers busy
+    vectors = 2 if wide else 1
+    capacity = float_rows(group)
+    several = query_tile_tokens("float_attention", group) > 1
+    row_bytes = head_dim * 4
+    vector_bytes = head_dim * 16 * item_bytes  # of 16 positions of keys
+    value_bytes = head_dim * item_bytes
+    position_bytes = cache_row_bytes(cache, head_dim)
+    shared = group_dims if scaled else head_dim  # dimensions whose products are added before they are scaled
+    partial_bytes = partial_floats(group, head_dim) * 4
+
+    @inline
+    def place(cache_at, table, block_size, kv_heads, head, at):
+        """The block of a position, for a key/value head."""
+        return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
+
+    @inline
+    def add_scaled(total, tile, scales):
+        """The products of dimensions that share a scale, for 16 positions."""
+        return add_tiles(total, multiply_tile(tile, load_bf16x16(scales)))
+
+    @inline
+    def weigh(values, table, block_size, kv_heads, head, start, stop, i, rows, scores, weights):
+        """Probabilities times the scales of the values' dimension ``i``."""
+        for at in range(start, stop, 16):
+            block = place(values, table, block_size, kv_heads, head, at)
+            scale = load_bf16x16(block + block_size * value_bytes + (i // group_dims * block_size + at % block_size) * 2)
+            line = (at - start) * 4
+            for row in range(rows):
+                store_f32x16(weights + row * LINE + line, load_f32x16(scores + row * LINE + line) * scale)
+
+    @inline
+    def one_token(slots, q, table, head, position, start, stop, scores, outputs, maxima, sums):
+        """A chunk for the rows of one token."""
+        keys, values = load_i64(slots + 32), load_i64(slots + 40)
+        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        weights = scores + capacity * LINE if scaled else scores
+        for at in range(start, stop, 16 * vectors):
+            block = place(keys, table, block_size, kv_heads, head, at)
+            k = block + at % block_size // 16 * vector_bytes
+            scales = block + block_size * value_bytes + at % block_size * 2
+            for some in range(0, group, part):
+                row = min(some, group - part)  # the last part may begin with rows of the one before
+                low, high = zero_tile(part), zero_tile(part)
+                low_total, high_total = zero_tile(part), zero_tile(part)
+                for first in range(0, head_dim, shared):
+                    for i in range(first, first + shared):
+                        low = fma_tile(low, load(k + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
+                        if wide:
+                            high = fma_tile(high, load(k + vector_bytes + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
+                    if scaled:
+                        low_total = add_scaled(low_total, low, scales + first // shared * block_size * 2)
+                        high_total = add_scaled(high_total, high, scales + first // shared * block_size * 2 + 32)
+                        low, high = zero_tile(part), zero_tile(part)
+                if scaled:
+                    low, high = low_total, high_total
+                line = scores + row * LINE + (at - start) * 4
+                store_tile(low, line, LINE)
+                if wide:
+                    store_tile(high, line + 64, LINE)
+        width = (stop - start + 15) // 16 * 16
+        first = position - window + 1 - start if window else 0
+        for row in range(group):
+            softmax(scores + row * LINE, width, first, position + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
+        for i in range(0, head_dim, 16 * vectors):
+            if scaled and i % group_dims == 0:
+                weigh(values, table, block_size, kv_heads, head, start, stop, i, group, scores, weights)
+            for some in range(0, group, part):
+                row = min(some, group - part)
+                low, high = zero_tile(part), zero_tile(part)
+                for at in range(start, stop, 32):
+                    block = place(values, table, block_size, kv_heads, head, at)
+                    v = block + at % block_size * value_bytes + i * item_bytes
+                    p = weights + row * LINE + (at - start) * 4
+                    for j in range(min(32, stop - at)):
+                        low = fma_tile(low, load(v), p + 4 * j, LINE)
+                        if wide:
+                            high = fma_tile(high, load(v + 16 * item_bytes), p + 4 * j, LINE)
+                        v += value_bytes
+                out = outputs + row * row_bytes + 4 * i
+                store_tile(low, out, row_bytes)
+                if wide:
+                    store_tile(high, out + 64, row_bytes)
+
+    @inline
+    def many_tokens(slots, queries, rows, table, head, position, start, stop, scores, outputs, maxima, sums):
+        """A chunk for the rows of several tokens, as many as fit the registers at a time."""
+        keys, values = load_i64(slots + 32), load_i64(slots + 40)
+        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        weights = scores + capacity * LINE if scaled else scores
+        floats = weights + capacity * LINE
+        for at in range(start, stop, 16):
+            block = place(keys, table, block_size, kv_heads, head, at)
+            k = block + at % block_size // 16 * vector_bytes
+            scales = block + block_size * value_bytes + at % block_size * 2
+            for i in range(head_dim):
+                store_f32x16(floats + 64 * i, load(k + i * 16 * item_bytes))
+            for row in range(0, rows, tile_rows):
+                tile, total = zero_tile(tile_rows), zero_tile(tile_rows)
+                for first in range(0, head_dim, shared):
+                    for i in range(first, first + shared):
+                        tile = fma_tile(tile, load_f32x16(floats + 64 * i), queries + row * row_bytes + 4 * i, row_bytes)
+                    if scaled:
+                        total = add_scaled(total, tile, scales + first // shared * block_size * 2)
+                        tile = zero_tile(tile_rows)
+                if scaled:
+                    tile = total
+                store_tile(tile, scores + row * LINE + (at - start) * 4, LINE)
+        width = (stop - start + 15) // 16 * 16
+        for row in range(rows):
+            visible = position + row // group
+            first = visible - window + 1 - start if window else 0
+            softmax(scores + row * LINE, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
+        for i in range(0, head_dim, 16):
+            if scaled and i % group_dims == 0:
+                weigh(values, table, block_size, kv_heads, head, start, stop, i, rows, scores, weights)
+            for at in range(start, stop, 32):
+                block = place(values, table, block_size, kv_heads, head, at)
+                v = block + at % block_size * value_bytes + i * item_bytes
+                target = floats + (at - start) * 64
+                for j in range(min(32, stop - at)):
+                    store_f32x16(target + 64 * j, load(v + j * value_bytes))
+            for row in range(0, rows, tile_rows):
+                tile = zero_tile(tile_rows)
+                p = weights + row * LINE
+                for j in range(stop - start):
+                    tile = fma_tile(tile, load_f32x16(floats + 64 * j), p + 4 * j, LINE)
+                store_tile(tile, outputs + row * row_bytes + 4 * i, row_bytes)
+
+    def kernel(slots, begin, end, thread):
+        q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
+        kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
+        window = load_i64(slots + 96)
+        outputs = load_i64(slots + 112) + thread * load_i64(slots + 120)
+        maxima = outputs + capacity * row_bytes
+        sums = maxima + capacity * 4
+        chunk_outputs = sums + capacity * 4
+        chunk_maxima = chunk_outputs + capacity * row_bytes
+        chunk_sums = chunk_maxima + capacity * 4
+        queries = chunk_sums + capacity * 4
+        scores = queries + capacity * row_bytes
+        for unit in range(begin, end):
+            item = items + unit // kv_heads * 20
+            head = unit % kv_heads
+            first, tokens, only = load_i32(item), load_i32(item + 4), load_i32(item + 12)
+            table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
+            position = load_i32(positions + 4 * first)
+            q = load_i64(slots) + first * q_row + head * group * row_bytes
+            oldest = max(0, position - window + 1) if window else 0
+            rows = tokens * group
+            begins, ends = oldest // CHUNK * CHUNK, position + tokens
+            to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
+            if only >= 0:  # one chunk, left for `merge`
+                to_outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
+                to_maxima = to_outputs + group * row_bytes
+                to_sums = to_maxima + group * 4
+                clear(to_outputs, to_maxima, to_sums, group, head_dim)
+                begins, ends = max(begins, only * CHUNK), min(ends, only * CHUNK + CHUNK)
+            else:
+                clear(outputs, maxima, sums, rows, head_dim)
+            for token in range(tokens if tokens > 1 else 0):
+                for i in range(0, group * row_bytes, 64):
+                    store_f32x16(queries + token * group * row_bytes + i, load_f32x16(q + token * q_row + i))
+            for start in range(begins, ends, CHUNK):
+                stop = min(ends, start + CHUNK)
+                if several and tokens > 1:
+                    many_tokens(slots, queries, rows, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
+                else:
+                    one_token(slots, q, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
+                if only < 0:
+                    merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
+            if only >= 0:
+                continue
+            out = load_i64(slots + 16) + first * out_row + head * group * row_bytes
+            write_out(out, out_row, outputs, sums, rows, group, head_dim)
+
+    return kernel
