@@ -23,8 +23,8 @@ from pymistral.engine.types import Segment
 from pymistral.errors import ModelLoadError
 from pymistral.nn import Array, Batch, Rope, record
 from pymistral.nn import functional as F
-from pymistral.nn.cpu_weights import tile_format
 from pymistral.nn.pool import Launches, available_threads, thread_pool
+from pymistral.nn.quantize import tile_format
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
 
 from .limits import Limits, cold_bytes, measure_limits, passes_of

@@ -80,15 +80,17 @@ def read_row(layout: str) -> Any:
 
 
 def _read_float_row(layout: str) -> Any:
-    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
+    item = FLOAT_FORMATS[layout].item_bytes
 
     @inline
     def read(tiles, row, columns, tile_bytes, out):
         tile = tiles + row // 16 * tile_bytes
+        header_bytes = tile_bytes - 16 * item * columns
         at = tile + header_bytes + row % 16 * item
         for column in range(columns):
             if layout == "f8e4m3":
-                value = load_f8(at) * load_f32(tile + 4 * (row % 16))
+                scale = column * (header_bytes // 64) // columns
+                value = load_f8(at) * load_f32(tile + 64 * scale + 4 * (row % 16))
             elif layout == "f32":
                 value = load_f32(at)
             elif layout == "f16":

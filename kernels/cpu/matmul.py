@@ -246,7 +246,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
 
 def float_matmul(*, layout: str) -> Any:
     """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
-    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
+    item = FLOAT_FORMATS[layout].item_bytes
 
     @inline
     def weights_of(at):
@@ -260,15 +260,25 @@ def float_matmul(*, layout: str) -> Any:
 
     def product_of(tokens):
         @inline
-        def product(w, x, columns, row_bytes):
+        def plain(w, x, columns, row_bytes):
             tile = zero_tile(tokens)
-            scales = w
-            w += header_bytes
-            for _ in range(columns):
-                tile = fma_tile(tile, weights_of(w), x, row_bytes)
-                w += 16 * item
-                x += 4
-            return multiply_tile(tile, load_f32x16(scales)) if header_bytes else tile
+            for column in range(columns):
+                tile = fma_tile(tile, weights_of(w + 16 * item * column), x + 4 * column, row_bytes)
+            return tile
+
+        @inline
+        def scaled(w, x, columns, row_bytes, scales):
+            total = zero_tile(tokens)
+            share = columns // scales
+            values = w + 64 * scales
+            for i in range(scales):
+                tile = plain(values + 16 * share * i, x + 4 * share * i, share, row_bytes)
+                total = add_tiles(total, multiply_tile(tile, load_f32x16(w + 64 * i)))
+            return total
+
+        @inline
+        def product(w, x, columns, row_bytes, scales):
+            return scaled(w, x, columns, row_bytes, scales) if layout == "f8e4m3" else plain(w, x, columns, row_bytes)
 
         return product
 
@@ -288,6 +298,7 @@ def float_matmul(*, layout: str) -> Any:
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
         x_row = load_i64(slots + 64)
+        scales = (tile_bytes - 16 * item * columns) // 64
         for unit in range(begin, end):
             w = weights + unit * tile_bytes
             token = 0
@@ -295,13 +306,13 @@ def float_matmul(*, layout: str) -> Any:
                 x = load_i64(slots + 8) + token * x_row
                 target = out + token * row_bytes + unit * 64
                 if tokens - token >= panel:
-                    write(full(w, x, columns, x_row), target, row_bytes, accumulate)
+                    write(full(w, x, columns, x_row, scales), target, row_bytes, accumulate)
                     token += panel
                 elif tokens - token >= 4:
-                    write(four(w, x, columns, x_row), target, row_bytes, accumulate)
+                    write(four(w, x, columns, x_row, scales), target, row_bytes, accumulate)
                     token += 4
                 else:
-                    write(one(w, x, columns, x_row), target, row_bytes, accumulate)
+                    write(one(w, x, columns, x_row, scales), target, row_bytes, accumulate)
                     token += 1
 
     return kernel

@@ -304,8 +304,8 @@ def _scales(layout: str, block_bytes: int) -> Any:
 
 
 def repack(*, layout: str, block_bytes: int) -> Any:
-    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns; ``block_bytes`` is the size of a GGUF
-    block.
+    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns, 4 bytes of a tile; ``block_bytes`` is
+    the size of a GGUF block. A row of FP8 is its scales (f32), then its bytes.
     """
     if layout in FLOAT_FORMATS:
         return _repack_floats(layout)
@@ -348,19 +348,19 @@ def repack(*, layout: str, block_bytes: int) -> Any:
 
 
 def _repack_floats(layout: str) -> Any:
-    item, header_bytes = FLOAT_FORMATS[layout].item_bytes, FLOAT_FORMATS[layout].header_bytes
-    scale_bytes = header_bytes // 16  # FP8: a row starts with its scale
+    item = FLOAT_FORMATS[layout].item_bytes
 
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)
-        rows, columns = load_i64(slots + 16), load_i64(slots + 24)
+        rows, columns, tile_bytes = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 32)
+        scale_bytes = tile_bytes // 16 - columns * item  # FP8: a row starts with its scales
         for tile in range(begin, end):
+            header = tiles + tile * tile_bytes
             for row in range(min(16, rows - 16 * tile)):
-                at = source + (16 * tile + row) * (columns * item + scale_bytes) + scale_bytes
-                header = tiles + tile * (16 * columns * item + header_bytes)
-                target = header + header_bytes + row * item
-                if scale_bytes:
-                    store_i32(header + 4 * row, load_u32(at - 4))
+                at = source + (16 * tile + row) * (tile_bytes // 16) + scale_bytes
+                target = header + 16 * scale_bytes + row * item
+                for scale in range(0, scale_bytes, 4):
+                    store_i32(header + 16 * scale + 4 * row, load_u32(at - scale_bytes + scale))
                 for column in range(columns):
                     if item == 1:
                         store_u8(target + 16 * column, load_u8(at + column))

@@ -21,8 +21,8 @@ A record is, in this order:
 A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``; super-scales count ``unit`` times. Nothing is rounded on
 the way from a GGUF block to a tile.
 
-Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values. Tiles of FP8 (E4M3) start with ``f32[16]`` scales of the
-rows, and then hold a byte for each column and row.
+Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values. Tiles of FP8 (E4M3) start with ``f32[n][16]`` scales of
+the rows, each for an n-th of the columns, and then hold a byte for each column and row.
 
 Activations
 -----------
@@ -139,15 +139,15 @@ _IQ1 = (-7, 1, 9, 0, -9, -1, 7, 0)
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Sixteen rows' values side by side for each column: ``f32``, ``f16``, ``bf16`` or ``f8e4m3``, which starts with the rows' scales."""
+    """Sixteen rows' values side by side for each column; in ``f8e4m3`` behind ``scales`` of each row."""
 
     name: str
     item_bytes: int
-    header_bytes: int = 0
+    scales: int = 0
     columns: int = 1
 
     def tile_bytes(self, columns: int) -> int:
-        return self.header_bytes + columns * ROWS * self.item_bytes
+        return ROWS * (4 * self.scales + columns * self.item_bytes)
 
     def nbytes(self, rows: int, columns: int) -> int:
         return -(-rows // ROWS) * self.tile_bytes(columns)
@@ -181,7 +181,8 @@ TILE_FORMATS: dict[str, TileFormat] = {
     )
 }
 FLOAT_FORMATS: dict[str, FloatFormat] = {
-    format.name: format for format in (FloatFormat("f32", 4), FloatFormat("f16", 2), FloatFormat("bf16", 2), FloatFormat("f8e4m3", 1, 64))
+    format.name: format
+    for format in (FloatFormat("f32", 4), FloatFormat("f16", 2), FloatFormat("bf16", 2), FloatFormat("f8e4m3", 1, scales=1))
 }
 FP8_LARGEST = 448.0
 

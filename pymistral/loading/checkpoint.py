@@ -420,9 +420,13 @@ def _unpermute_all(weights: dict[str, Tensor], config: Mapping[str, Any]) -> Non
 
 
 def _unpermute(tensor: Tensor, heads: int) -> Tensor:
-    """Put a head's rows back from RoPE pairs (0, h/2, 1, h/2 + 1, ...) into halves (0, 1, ..., h/2, h/2 + 1, ...)."""
-    pairs = tensor.data.reshape(heads, tensor.shape[0] // heads // 2, 2, -1)
-    return Tensor(tensor.name, tensor.type, tensor.shape, np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1))
+    """Put a head's rows back from RoPE pairs (0, h/2, 1, h/2 + 1, ...) into halves (0, 1, ..., h/2, h/2 + 1, ...).
+
+    A matrix stays as the file has it until it is packed, a part at a time.
+    """
+    pairs = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
+    ordered = replace(tensor, order=pairs.swapaxes(1, 2).reshape(-1))
+    return ordered if len(tensor.shape) > 1 else ordered.in_order()
 
 
 def some(tensor_names: Iterable[str]) -> str:

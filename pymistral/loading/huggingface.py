@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..quantization.types import GgmlType, Tensor
+from ..quantization.floats import float_values
+from ..quantization.types import GgmlType, SafetensorsType, Tensor
 from . import names
 from .checkpoint import MAX_INTEGER, Checkpoint, some
 from .safetensors import StoredTensor, read_json, read_weights
@@ -236,6 +237,9 @@ class FolderLoader:
         pattern = config.get("sliding_window_pattern", self.architecture.sliding_window_pattern)
         if pattern is not None:
             self.size({"sliding_window_pattern": pattern}, "sliding_window_pattern")
+        first = config.get("max_window_layers", 0)
+        if type(first) is not int or first < 0:
+            self.fail(f"config.json: max_window_layers is {first!r:.80}, not a whole number from 0")
         types = []
         for i in range(config["num_hidden_layers"]):
             if config["model_type"] == "qwen2_moe":
@@ -263,7 +267,12 @@ class FolderLoader:
             elif required:
                 missing.append(name)
         if missing:
-            self.fail(f"the safetensors lack {some(missing)} of a {config['model_type']!r} model")
+            problem = f"the safetensors lack {some(missing)} of a {config['model_type']!r} model"
+            method = self._quantization().get("quant_method")
+            if method is None:
+                self.fail(problem)
+            remedy = "Of such checkpoints those in FP8 are supported: take one of these, the model in floats, or a GGUF file."
+            self.fail(f"{problem}; config.json says that its weights are quantised by {method!r:.40}", remedy)
         unexpected = [name for name in stored if name not in known and not NO_WEIGHTS.search(name)]
         if unexpected:
             model_type = config["model_type"]
@@ -324,33 +333,43 @@ class FolderLoader:
             return Tensor(tensor.name, GgmlType.F32, shape, values.view(np.uint8))
         prefix = name.removesuffix("weight")
         scale = next((stored[prefix + kind] for kind in FP8_SCALES if prefix + kind in stored), None)
-        return self._from_fp8(tensor, scale)
-
-    def _from_fp8(self, tensor: StoredTensor, scale: StoredTensor | None) -> Tensor:
-        """BF16 from FP8 with a scale for all, for each row, or for each block of 128 by 128 (or as ``quantization_config`` says)."""
-        rows, columns = tensor.shape
         scales = np.ones((1, 1), np.float32) if scale is None else self._scales(tensor, scale)
-        block_rows, block_columns = -(-rows // scales.shape[0]), -(-columns // scales.shape[1])
-        quantization = self.given.get("quantization_config")
-        block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-        if block is not None and scales.size > 1 and scales.shape != (rows, 1):
-            if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-                self.fail(f"config.json: weight_block_size is {block!r:.80}, not two whole numbers")
-            block_rows, block_columns = block
+        return Tensor(tensor.name, SafetensorsType.F8E4M3, shape, tensor.data, scales=self._scales_of_rows(tensor, scales))
+
+    def _scales_of_rows(self, tensor: StoredTensor, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A scale for each share of each row, from one for all, one for each row, or one for each block of the matrix."""
+        rows, columns = tensor.shape
+        if scales.shape in ((1, 1), (rows, 1)):
+            return np.broadcast_to(scales, (rows, 1))
+        block_rows, block_columns = self._scale_block()
         if scales.shape != (-(-rows // block_rows), -(-columns // block_columns)):
-            self.fail(f"{tensor.path.name}: the scales {scales.shape} of tensor {tensor.name!r} do not fit its shape {tensor.shape}")
-        out = np.empty((rows, columns), np.uint16)
-        quants = tensor.data.reshape(rows, columns)
-        for row in range(0, rows, block_rows):  # a block of rows at a time, so that little float32 is alive
-            factors = np.repeat(scales[row // block_rows], block_columns)[:columns]
-            out[row : row + block_rows] = _to_bfloat16(FP8_VALUES[quants[row : row + block_rows]] * factors)
-        return Tensor(tensor.name, GgmlType.BF16, tensor.shape, out.view(np.uint8).reshape(-1))
+            self.fail(
+                f"{tensor.path.name}: the scales {scales.shape} of tensor {tensor.name!r} do not fit its shape {tensor.shape} "
+                f"and blocks of {block_rows} by {block_columns}"
+            )
+        share = math.gcd(block_columns, columns)  # a last block may be narrower
+        return scales[np.arange(rows)[:, None] // block_rows, np.arange(0, columns, share) // block_columns]
+
+    def _scale_block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale, as ``quantization_config`` says in transformers' words or in compressed-tensors'."""
+        given = self._quantization()
+        groups = given.get("config_groups")
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+        blocks = [given.get("weight_block_size"), *(entry.get("block_structure") for entry in weights if isinstance(entry, dict))]
+        block = next((block for block in blocks if block is not None), [128, 128])
+        if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+            self.fail(f"config.json: the blocks of quantization_config are {block!r:.80}, not two whole numbers above 0")
+        return block[0], block[1]
+
+    def _quantization(self) -> dict[str, Any]:
+        given = self.given.get("quantization_config")
+        return given if isinstance(given, dict) else {}
 
     def _scales(self, tensor: StoredTensor, scale: StoredTensor) -> NDArray[np.float32]:
-        if len(scale.shape) > 2 or prod(scale.shape) < 1 or scale.dtype not in TYPES:
+        if len(scale.shape) > 2 or math.prod(scale.shape) < 1 or scale.dtype not in TYPES:
             found = f"{scale.dtype} {scale.shape}"
             self.fail(f"{scale.path.name}: the scale {scale.name!r} is {found}, no scale of {tensor.name!r} {tensor.shape}")
-        values = floats(scale)
+        values = float_values(Tensor(scale.name, TYPES[scale.dtype], scale.shape or (1,), scale.data))
         if not np.isfinite(values).all():
             self.fail(f"{scale.path.name}: the scale {scale.name!r} has values that are not finite")
         return values.reshape(scale.shape if len(scale.shape) == 2 else (-1, 1))
@@ -358,32 +377,6 @@ class FolderLoader:
 
 def _has_experts(architecture: names.Architecture) -> bool:
     return names.EXPERTS[0] in architecture.tensors
-
-
-def floats(tensor: StoredTensor) -> NDArray[np.float32]:
-    """The values of an F32, F16 or BF16 tensor."""
-    if tensor.dtype == "BF16":
-        return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    dtype = np.float32 if tensor.dtype == "F32" else np.float16
-    return tensor.data.view(dtype).astype(np.float32).reshape(tensor.shape)
-
-
-def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to nearest, ties to even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def _fp8_values() -> NDArray[np.float32]:
-    """E4M3 (the variant without infinities, arXiv:2209.05433) by its byte."""
-    byte = np.arange(256)
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    magnitude[(byte & 127) == 127] = np.nan
-    return np.where(byte < 128, magnitude, -magnitude).astype(np.float32)
-
-
-FP8_VALUES = _fp8_values()
 
 
 # ---- beside the weights ----------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
 from .cache_groups import cache_groups
 from .cpu_program import CpuProgram, Result
-from .cpu_weights import Matrix, TiledWeights, tile_format
+from .cpu_weights import Matrix, TiledWeights
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
 from .lowering import Buffer, Lowering, padded, vector_values
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, thread_pool
+from .quantize import tile_format
 from .rope import Rope
 from .sampling import SAMPLING_KERNEL
 from .state import Limits, State

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Spec
-from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
+from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, zeros
 from .pool import ThreadPool
-from .quantize import blocks_of, kernels_for, launch, parts, repacker
+from .quantize import blocks_of, kernels_for, launch, parts, repacker, stored_blocks, tile_format
 
 
 @dataclass
@@ -34,18 +33,6 @@ class Matrix:
     @property
     def is_float(self) -> bool:
         return isinstance(self.format, FloatFormat)
-
-
-def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
-    """The tiles that a tensor's type becomes. Raises ModelLoadError if there are none."""
-    name = tensor.layout
-    format = TILE_FORMATS.get(name) or FLOAT_FORMATS.get(name)
-    if format is None:
-        known = ", ".join(sorted(name.upper() for name in (*TILE_FORMATS, *FLOAT_FORMATS)))
-        raise ModelLoadError(f"tensor {tensor.name!r} is stored as {name.upper()}, which is not supported; these are: {known}")
-    if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
-        raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
-    return format
 
 
 class TiledWeights:
@@ -84,7 +71,8 @@ class TiledWeights:
             target = address(matrix.tiles)
             for part in parts(tensor):
                 rows, columns = part.shape
-                blocks = part.data if part.isq is None else blocks_of(part, kernels, pool)
-                launch(pool, repack, (address(blocks), target, rows, columns), -(-rows // ROWS))
+                blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool)
+                launch(pool, repack, (address(blocks), target, rows, columns, matrix.tile_bytes), -(-rows // ROWS))
                 target += rows // ROWS * matrix.tile_bytes
                 forget(part.data)
+            forget(tensor.data)  # where parts were copies, in another order

@@ -16,12 +16,12 @@ from ..kernels.cuda.launch import Launch
 from ..kernels.cuda.ops import Heads, Places, Rows
 from ..kernels.cuda.planes import Layout
 from ..quantization.types import Tensor
-from .cpu_weights import tile_format
 from .cuda_gpu import GpuLike
 from .cuda_weights import GpuWeights
 from .graph import TOKENS, Array, Graph, Node
 from .lowering import Buffer, Lowering
 from .memory import address
+from .quantize import tile_format
 from .rope import Rope
 from .state import Limits, State
 
@@ -331,7 +331,7 @@ class _CudaLowering(Lowering):
         options = node.attributes
         gate, up = options["gate"], options["up"]
         counted = self._counted(x)
-        if self._max_rows(x) <= ops.MATVEC_ROWS and tile_format(gate) is tile_format(up):
+        if self._max_rows(x) <= ops.MATVEC_ROWS and tile_format(gate) == tile_format(up):
             source = self._in(x, self._form_for(gate, self._max_rows(x)))
             first, second = self.model.weights.matrix(gate), self.model.weights.matrix(up)
             self.launches.append(ops.gated_matvec(first, second, source, options["activation"], self._out(node.output), **counted))

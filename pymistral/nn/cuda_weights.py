@@ -14,17 +14,19 @@ from ..kernels.cpu.compiler import Progress, load_kernels
 from ..kernels.cpu.tiles import FloatFormat
 from ..kernels.cuda.ops import Weights
 from ..kernels.cuda.planes import LAYOUTS, Layout
-from ..quantization.types import Tensor
-from .cpu_weights import TiledWeights, tile_format
+from ..quantization.floats import as_floats
+from ..quantization.types import GgmlType, Tensor
+from .cpu_weights import TiledWeights
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
 from .memory import forget
 from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
+from .quantize import tile_format
 
 
 def gpu_layout(tensor: Tensor) -> Layout:
-    """The planes that a tensor becomes. Raises ModelLoadError if there are none."""
-    name = tile_format(tensor).name
+    """The planes that a tensor becomes, BF16's for FP8 of a file. Raises ModelLoadError if there are none."""
+    name = "bf16" if _is_fp8(tensor) else tile_format(tensor).name
     if name not in LAYOUTS:
         known = ", ".join(sorted(layout.upper() for layout in LAYOUTS))
         raise ModelLoadError(f"tensor {tensor.name!r}: {name.upper()} is not supported on a GPU; these are: {known}")
@@ -64,6 +66,8 @@ class GpuWeights:
         return known
 
     def _upload(self, tensor: Tensor, target: int) -> None:
+        if _is_fp8(tensor):
+            tensor = as_floats(tensor, GgmlType.BF16)
         format = tile_format(tensor)
         if isinstance(format, FloatFormat) and tensor.isq is None:
             planes = _float_planes(tensor, format)
@@ -90,9 +94,14 @@ class GpuWeights:
         return known
 
 
+def _is_fp8(tensor: Tensor) -> bool:
+    return tensor.scales is not None and tensor.isq is None
+
+
 def _float_planes(tensor: Tensor, format: FloatFormat) -> NDArray[np.uint8]:
     """Rows as they are stored, filled up with zeros to whole blocks of 32 columns."""
     rows, columns = tensor.shape
+    tensor = tensor.in_order()
     if columns % 32 == 0:
         return tensor.data
     planes = np.zeros((rows, -(-columns // 32) * 32 * format.item_bytes), np.uint8)

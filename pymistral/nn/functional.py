@@ -106,8 +106,8 @@ def mixture_of_experts(
     ffn = gate[0].shape[0]
     for tensors, shape in ((gate, (ffn, columns)), (up, (ffn, columns)), (down, (columns, ffn))):
         for tensor in tensors:
-            if tensor.shape != shape or (tensor.type, tensor.isq) != (tensors[0].type, tensors[0].isq):
-                found, others = f"{tensor.type.name} {tensor.shape}", f"{tensors[0].type.name} {shape}"
+            if tensor.shape != shape or tensor.kind != tensors[0].kind:
+                found, others = f"{tensor.kind} {tensor.shape}", f"{tensors[0].kind} {shape}"
                 raise ModelLoadError(f"tensor {tensor.name!r} is {found}, but the experts beside it are {others}: all must be alike")
     return emit(
         "mixture_of_experts",

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..quantization.types import GgmlType, Tensor
+from ..quantization.floats import FLOATS, float_values
+from ..quantization.types import Tensor
 from .graph import TOKENS, Array, Graph, Node
 from .state import Limits
 
@@ -33,15 +34,10 @@ def padded(columns: int) -> int:
 
 def vector_values(tensor: Tensor, offset: float = 0.0) -> NDArray[np.float32]:
     """A vector's values plus ``offset``. Raises ModelLoadError if it is quantised."""
-    readers: dict[GgmlType, Any] = {GgmlType.F32: np.float32, GgmlType.F16: np.float16}
-    if tensor.type == GgmlType.BF16:
-        values = (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif tensor.type in readers:
-        values = tensor.data.view(readers[tensor.type])
-    else:
+    if tensor.type not in FLOATS:
         raise ModelLoadError(f"tensor {tensor.name!r} is stored as {tensor.type.name}; a vector must be F32, F16 or BF16")
-    result: NDArray[np.float32] = values.astype(np.float32) + np.float32(offset)
-    return result
+    values: NDArray[np.float32] = float_values(tensor) + np.float32(offset)
+    return values
 
 
 class Lowering(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -11,13 +12,28 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Spec, load_kernels, spec
-from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS
+from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
 from ..kernels.cpu.weight_layout import NOT_FINITE, SCRATCH_BYTES, TOO_LARGE
+from ..quantization.floats import FLOATS
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size, quantized_bytes
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, available_threads, thread_pool
 
-_PART_BYTES = 16 << 20  # of a file's weights that are in memory at once while they are packed
+_PART_BYTES = 4 << 20  # of a file's weights that are in memory at once while they are packed
+
+
+def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
+    """The tiles that a tensor's type becomes. Raises ModelLoadError if there are none."""
+    name = tensor.layout
+    format = TILE_FORMATS.get(name) or FLOAT_FORMATS.get(name)
+    if format is None:
+        known = ", ".join(sorted(name.upper() for name in (*TILE_FORMATS, *FLOAT_FORMATS)))
+        raise ModelLoadError(f"tensor {tensor.name!r} is stored as {name.upper()}, which is not supported; these are: {known}")
+    if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
+        raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
+    if isinstance(format, FloatFormat) and tensor.scales is not None and tensor.isq is None:
+        return replace(format, scales=tensor.scales.shape[1])
+    return format
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -38,6 +54,22 @@ def kernels_for(tensor: Tensor) -> list[Spec]:
     if not _is_float(tensor):
         kernels += [repacker(_stored(tensor), BLOCK_SIZES[tensor.type][1]), spec("embedding.embedding", layout=_stored(tensor))]
     return kernels
+
+
+def stored_blocks(tensor: Tensor) -> NDArray[np.uint8]:
+    """The tensor's rows as `repack` takes them: as the file has them; of FP8, each with its scales before it.
+
+    Raises
+    ------
+    ModelLoadError
+        There is an FP8 number among them that is none.
+    """
+    if tensor.scales is None:
+        return tensor.data
+    rows = tensor.data.reshape(tensor.shape)
+    if rows.size and (rows.max() == 0xFF or rows.view(np.int8).max() == 0x7F):
+        raise ModelLoadError(f"tensor {tensor.name!r} has weights that are not numbers (FP8 0x7F or 0xFF)")
+    return np.concatenate([np.ascontiguousarray(tensor.scales).view(np.uint8), rows], axis=1).reshape(-1)
 
 
 def repacker(layout: str, block_bytes: int) -> Spec:
@@ -75,7 +107,7 @@ def quantize(tensor: Tensor, isq: str, *, threads: int | None = None) -> NDArray
     size = block_size(isq)
     if len(tensor.shape) != 2 or tensor.shape[1] % (size[0] if size else 16):
         raise ValueError(f"tensor {tensor.name!r} {tensor.shape} is no matrix of whole blocks of {isq.upper()}")
-    tensor = Tensor(tensor.name, tensor.type, tensor.shape, tensor.data, isq)
+    tensor = replace(tensor, isq=isq)
     kernels = load_kernels([*EXECUTOR_KERNELS, *kernels_for(tensor)])
     pool = thread_pool(threads or available_threads())
     return np.concatenate([blocks_of(part, kernels, pool) for part in parts(tensor)])
@@ -90,10 +122,10 @@ def launch(pool: ThreadPool, kernel: int, slots: Sequence[int], units: int) -> N
 def _floats(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
     """The weights of a tensor that is stored quantised, as float32, read out of tiles."""
     rows, columns = tensor.shape
-    format = TILE_FORMATS[_stored(tensor)]
-    tiles = zeros(format.nbytes(rows, columns), np.uint8)
+    format = tile_format(replace(tensor, isq=None))
+    tiles, blocks = zeros(format.nbytes(rows, columns), np.uint8), stored_blocks(tensor)
     repack = kernels[repacker(format.name, BLOCK_SIZES[tensor.type][1])]
-    launch(pool, repack, (address(tensor.data), address(tiles), rows, columns), -(-rows // ROWS))
+    launch(pool, repack, (address(blocks), address(tiles), rows, columns, format.tile_bytes(columns)), -(-rows // ROWS))
     numbers, result = np.arange(rows, dtype=np.int32), zeros(4 * prod(tensor.shape), np.uint8)
     one = int(np.float32(1).view(np.int32))
     slots = (address(numbers), address(tiles), address(result), columns, format.tile_bytes(columns), 4 * columns, one)
@@ -113,4 +145,4 @@ def _stored(tensor: Tensor) -> str:
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return _stored(tensor) in FLOAT_FORMATS
+    return tensor.type in FLOATS

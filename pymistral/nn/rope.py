@@ -111,7 +111,7 @@ def _scale(
             return _dynamic(scaling, base, dims, max_positions), 1.0
     except KeyError as error:
         raise ModelLoadError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}: {dict(scaling)}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelLoadError(f"rope_scaling of type {kind!r} has a value that cannot be ({error}): {str(dict(scaling))[:200]}") from None
     raise ModelLoadError(f"rope_scaling: type {kind!r} is not supported (default, linear, dynamic, llama3, yarn, longrope are)")
 

@@ -1,4 +1,4 @@
-"""Matrices of floats in other floats."""
+"""Matrices of floats in other floats, and what FP8 stands for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,24 @@ from .types import GgmlType, Tensor
 FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 
 
+def _fp8_values() -> NDArray[np.float32]:
+    """E4M3 (the variant without infinities, arXiv:2209.05433) by its byte."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    magnitude[(byte & 127) == 127] = np.nan
+    return np.where(byte < 128, magnitude, -magnitude).astype(np.float32)
+
+
+FP8_VALUES = _fp8_values()
+
+
 def float_values(tensor: Tensor) -> NDArray[np.float32]:
-    """The values of a tensor of one of `FLOATS`, in its shape."""
+    """The values of a tensor of one of `FLOATS` or of FP8, in its shape."""
+    tensor = tensor.in_order()
+    if tensor.scales is not None:
+        shares = FP8_VALUES[tensor.data].reshape(*tensor.scales.shape, -1)
+        return (shares * tensor.scales[..., None]).reshape(tensor.shape)
     if tensor.type == GgmlType.BF16:
         values: NDArray[np.float32] = (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
@@ -22,7 +38,7 @@ def float_values(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def as_floats(tensor: Tensor, type: GgmlType) -> Tensor:
-    """A tensor of one of `FLOATS` in another of them, rounded to the nearest, ties to even."""
+    """A tensor of one of `FLOATS` or of FP8 in one of `FLOATS`, rounded to the nearest, ties to even."""
     if tensor.type == type:
         return tensor
     values = float_values(tensor).reshape(-1)

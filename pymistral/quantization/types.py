@@ -47,8 +47,17 @@ class GgmlType(IntEnum):
     MXFP4 = 39
 
 
+class SafetensorsType(IntEnum):
+    """Storage types that safetensors have and GGUF has not."""
+
+    F8E4M3 = -1
+
+
+StorageType = GgmlType | SafetensorsType
+
 # type -> (elements in a block, bytes in a block)
-BLOCK_SIZES: dict[GgmlType, tuple[int, int]] = {
+BLOCK_SIZES: dict[StorageType, tuple[int, int]] = {
+    SafetensorsType.F8E4M3: (1, 1),
     GgmlType.F32: (1, 4),
     GgmlType.F16: (1, 2),
     GgmlType.Q4_0: (32, 18),
@@ -100,31 +109,57 @@ class Tensor:
         The stored bytes, uint8 ``[nbytes]``, contiguous; usually a view into the mapped file.
     isq
         The tile format that it is quantised to when it is packed; None: that of its type.
+    scales
+        Of an FP8 matrix, float32 ``[rows, n]``: what each n-th of a row is multiplied by.
+    order
+        Where the file has the rows in another order: the stored row that each row is. Whoever reads ``data`` asks for `rows` or `in_order`.
     """
 
     name: str
-    type: GgmlType
+    type: StorageType
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
     isq: str | None = None
+    scales: NDArray[np.float32] | None = None
+    order: NDArray[np.intp] | None = None
 
     def __post_init__(self) -> None:
         expected = tensor_nbytes(self.type, self.shape)
         if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != expected or not self.data.flags.c_contiguous:
             raise ValueError(f"tensor {self.name!r}: {self.type.name} {self.shape} needs {expected} contiguous bytes, got {self.data.size}")
+        if (self.type == SafetensorsType.F8E4M3) != (self.scales is not None):
+            raise ValueError(f"tensor {self.name!r}: FP8 has scales, and only FP8")
+        if self.scales is not None and (self.scales.shape[:-1] != self.shape[:-1] or self.shape[-1] % self.scales.shape[-1]):
+            raise ValueError(f"tensor {self.name!r}: scales {self.scales.shape} do not fit {self.shape}")
 
     @property
     def layout(self) -> str:
         """The tile format that it is packed in."""
         return self.isq or self.type.name.lower()
 
+    @property
+    def kind(self) -> str:
+        """The type, what it becomes, and how many scales a row has: tensors of one kind and shape are packed alike."""
+        words = [self.type.name]
+        if self.scales is not None:
+            words.append(f"with {self.scales.shape[-1]} scales a row")
+        if self.isq is not None:
+            words.append(f"to {self.isq.upper()}")
+        return " ".join(words)
+
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop - 1`` as a tensor of their own, on the same bytes."""
+        """Rows ``start`` to ``stop - 1`` as a tensor of their own, on the same bytes where these are in order."""
         if not 0 <= start < stop <= self.shape[0]:
             raise ValueError(f"tensor {self.name!r}: rows {start} to {stop} of {self.shape[0]}")
-        row = self.data.size // self.shape[0]
-        name = f"{self.name}[{start}:{stop}]"
-        return replace(self, name=name, shape=(stop - start, *self.shape[1:]), data=self.data[start * row : stop * row])
+        stored = self.data.reshape(self.shape[0], -1)
+        data = stored[start:stop] if self.order is None else stored[self.order[start:stop]]
+        scales = None if self.scales is None else self.scales[start:stop]
+        name, shape = f"{self.name}[{start}:{stop}]", (stop - start, *self.shape[1:])
+        return replace(self, name=name, shape=shape, data=data.reshape(-1), scales=scales, order=None)
+
+    def in_order(self) -> Tensor:
+        """The tensor with its rows as they should be: itself, or a copy."""
+        return self if self.order is None else replace(self.rows(0, self.shape[0]), name=self.name)
 
     def __getitem__(self, index: int) -> Tensor:
         """Matrix ``index`` of a stack of them, on the same bytes."""
@@ -132,7 +167,7 @@ class Tensor:
         return replace(one, name=f"{self.name}[{index}]", shape=self.shape[1:])
 
 
-def tensor_nbytes(type: GgmlType, shape: tuple[int, ...]) -> int:
+def tensor_nbytes(type: StorageType, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes. Raises ValueError if a row is not a whole number of blocks."""
     block, size = BLOCK_SIZES[type]
     if not shape or min(shape) < 0 or shape[-1] % block:

@@ -130,6 +130,7 @@ class Hub:
     token: str = ""  # what "owner/private" and "owner/gated" want
     cut: int = 0  # how many downloads break off in the middle
     down: bool = False
+    short: bool = False  # whether downloads are half of what HEAD says, and end well
     requests: list[str] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
 
@@ -162,7 +163,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         "README.md": b"",
     }
     hub = Hub({"owner/name": files, "owner/ggufs": {"m-Q4_0.gguf": b"GGUF" * 50_000, "m-Q8_0.gguf": b"GGUF"}}, tmp_path / "hf")
-    hub.repos |= {"owner/private": files, "owner/gated": files, "owner/forbidden": files}
+    hub.repos |= {"owner/private": files, "owner/gated": files, "owner/forbidden": files, "owner/expired": files}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -186,6 +187,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
                 self._fail(403, "GatedRepo", "Access to this model is restricted")
             elif repo == "owner/forbidden":
                 self._fail(403, "", "no")
+            elif repo == "owner/expired":
+                self._fail(401, "", "Invalid credentials in Authorization header")
             elif revision not in ("main", COMMIT):
                 self._fail(404, "RevisionNotFound", "Invalid rev id")
             elif api and "tree" in path:
@@ -207,6 +210,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             self.end_headers()
 
         def _send(self, data: bytes, etag: str = "") -> None:
+            if etag and hub.short and self.command == "GET":
+                data = data[: len(data) // 2]
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(data) - start))
@@ -265,6 +270,14 @@ def test_a_cut_connection_is_resumed(hub: Hub) -> None:
     assert Path(hub.resolve("owner/ggufs:q4_0")).read_bytes() == b"GGUF" * 50_000
 
 
+def test_a_file_of_a_wrong_size(hub: Hub, tmp_path: Path) -> None:
+    hub.short = True
+    assert hub.resolve("owner/ggufs:q4_0").startswith("error: owner/ggufs:q4_0 cannot be fetched")
+    assert not list(tmp_path.rglob("*.gguf"))
+    hub.short = False
+    assert Path(hub.resolve("owner/ggufs:q4_0")).read_bytes() == b"GGUF" * 50_000
+
+
 def test_tokens(hub: Hub) -> None:
     hub.token = "secret"
     assert "no such local path, nor a Hugging Face repository" in hub.resolve("owner/private")
@@ -280,6 +293,7 @@ def test_tokens(hub: Hub) -> None:
     [
         ("owner/nothing", {}, "error: owner/nothing: no such local path, nor a Hugging Face repository that you may read"),
         ("owner/forbidden", {}, "error: owner/forbidden: access is forbidden (403)"),
+        ("owner/expired", {"token": "literal:old"}, "error: owner/expired: the Hugging Face token is not valid (401)"),
         ("owner/name", {"revision": "v9"}, "error: owner/name has no revision 'v9'"),
         ("owner/name", {"files": ["no.gguf"]}, "error: owner/name: "),
         ("owner/name", {"files": ["../../no.gguf"]}, "error: owner/name: the file name '../../no.gguf' points outside"),

@@ -14,9 +14,10 @@ import pytest
 
 from pymistral.errors import ModelLoadError
 from pymistral.loading.checkpoint import Checkpoint
-from pymistral.loading.huggingface import FP8_VALUES, load_folder
+from pymistral.loading.huggingface import load_folder
 from pymistral.models.registry import supported_model_types
-from pymistral.quantization.types import GgmlType, Tensor
+from pymistral.quantization.floats import FP8_VALUES, float_values
+from pymistral.quantization.types import GgmlType, SafetensorsType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from tiny import BYTES, byte_tokenizer, tiny_values, write_folder, write_safetensors
@@ -62,12 +63,6 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def values(tensor: Tensor) -> Any:
-    if tensor.type == GgmlType.BF16:
-        return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    return tensor.data.view(np.float32).reshape(tensor.shape)
-
-
 def test_load(write: Write) -> None:
     checkpoint = load_folder(write())
     assert set(checkpoint.weights) == {name.removeprefix("model.") for name in SHAPES}
@@ -79,7 +74,7 @@ def test_load(write: Write) -> None:
     assert checkpoint.eos_token_ids == (0,)
     assert checkpoint.chat_template == "{{ messages[0].content }}"
     weight = checkpoint.weights["layers.0.mlp.down_proj.weight"]
-    np.testing.assert_array_equal(values(weight), tiny_values(SHAPES, False)["model.layers.0.mlp.down_proj.weight"])
+    np.testing.assert_array_equal(float_values(weight), tiny_values(SHAPES, False)["model.layers.0.mlp.down_proj.weight"])
 
 
 # names
@@ -163,6 +158,7 @@ def test_tied_heads(write: Write) -> None:
         ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2, above 1"),
         ({"hidden_act": "xielu"}, "activation is 'xielu', but llama models have silu"),
         ({"sliding_window": 8, "layer_types": ["chunked"]}, "layer_types must say"),
+        ({"model_type": "mistral", "sliding_window": 8, "max_window_layers": "x"}, "max_window_layers is 'x', not a whole number from 0"),
         ({"intermediate_size": 32}, r"gate_proj.weight' has the shape \(64, 32\), but config.json asks for \(32, 32\)"),
     ],
 )
@@ -235,7 +231,7 @@ def test_integers_are_no_weights(write: Write) -> None:
 
 def test_float64(write: Write) -> None:
     checkpoint = load_folder(write(tensors={"model.norm.weight": np.full(32, 0.25)}))
-    np.testing.assert_array_equal(values(checkpoint.weights["norm.weight"]), 0.25)
+    np.testing.assert_array_equal(float_values(checkpoint.weights["norm.weight"]), 0.25)
 
 
 # FP8
@@ -252,12 +248,18 @@ def test_fp8_values() -> None:
     assert (FP8_VALUES[0x7E], FP8_VALUES[1], FP8_VALUES[0x38], FP8_VALUES[0xB8], len(finite)) == (448, 2**-9, 1, -1, 254)
 
 
+# compressed-tensors' words; 32 rows in blocks of 20, whose last one is narrower
+COMPRESSED = {"quantization_config": {"config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": [20, 64]}}}}}
+
+
 @pytest.mark.parametrize(
     ("scale_name", "scale", "config"),
     [
         ("weight_scale_inv", np.arange(1, 5, dtype=np.float32).reshape(2, 2), {"quantization_config": {"weight_block_size": [16, 32]}}),
         ("weight_scale_inv", np.arange(1, 4, dtype=np.float32).reshape(1, 3), {"quantization_config": {"weight_block_size": [128, 28]}}),
+        ("weight_scale", np.arange(1, 3, dtype=np.float32).reshape(2, 1), COMPRESSED),
         ("weight_scale", np.arange(1, 33, dtype=np.float32).reshape(32, 1), {}),
+        ("weight_scale", np.arange(1, 33, dtype=np.float32), {}),
         ("weight_scale", np.float32(0.5).reshape(()), {}),
         ("weight_scale", np.float32([0.5]), {}),
     ],
@@ -265,25 +267,35 @@ def test_fp8_values() -> None:
 def test_fp8(tmp_path: Path, scale_name: str, scale: Any, config: dict[str, Any]) -> None:
     quants = np.random.default_rng(0).integers(0, 127, (32, 64)).astype(np.uint8)
     checkpoint = load_fp8(tmp_path, quants, scale_name, scale, **config)
-    block = config["quantization_config"]["weight_block_size"] if config else (1 if scale.size > 1 else 32, 64)
-    full = np.repeat(np.repeat(scale.reshape(scale.shape if scale.ndim == 2 else (1, 1)), block[0], 0), block[1], 1)[:32, :64]
+    block = config["quantization_config"].get("weight_block_size", [20, 64]) if config else (1 if scale.size > 1 else 32, 64)
+    full = np.repeat(np.repeat(scale.reshape(scale.shape if scale.ndim == 2 else (-1, 1)), block[0], 0), block[1], 1)[:32, :64]
     weight = checkpoint.weights["layers.0.mlp.down_proj.weight"]
-    assert weight.type == GgmlType.BF16
-    np.testing.assert_allclose(values(weight), FP8_VALUES[quants] * full, rtol=2**-8)
+    assert weight.type == SafetensorsType.F8E4M3
+    assert not weight.data.flags.owndata
+    np.testing.assert_array_equal(float_values(weight), FP8_VALUES[quants] * full)
 
 
 @pytest.mark.parametrize(
     ("scale", "block", "problem"),
     [
         (np.ones((3, 3), np.float32), [16, 32], r"scales \(3, 3\) of tensor .* do not fit its shape \(32, 64\)"),
-        (np.ones((2, 2), np.float32), [0, 32], "weight_block_size is"),
+        (np.ones((2, 2), np.float32), [0, 32], "blocks of quantization_config are"),
+        (np.ones((2, 2), np.float32), "16", "blocks of quantization_config are"),
+        (np.ones((5, 1), np.float32), None, r"scales \(5, 1\) .* and blocks of 128 by 128"),
         (np.full((2, 2), np.inf, np.float32), [16, 32], "not finite"),
         (np.ones((2, 2), np.int64), [16, 32], "no scale of"),
     ],
 )
-def test_fp8_scales_that_do_not_fit(tmp_path: Path, scale: Any, block: list[int], problem: str) -> None:
+def test_fp8_scales_that_do_not_fit(tmp_path: Path, scale: Any, block: Any, problem: str) -> None:
     with pytest.raises(ModelLoadError, match=problem):
         load_fp8(tmp_path, np.zeros((32, 64), np.uint8), "weight_scale_inv", scale, quantization_config={"weight_block_size": block})
+
+
+def test_weights_that_are_quantised_in_another_way(write: Write) -> None:
+    packed = {"model.layers.0.mlp.down_proj.qweight": np.zeros((8, 32), np.int64)}
+    folder = write(tensors=packed, without="model.layers.0.mlp.down_proj.weight", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelLoadError, match=r"lack 'layers.0.mlp.down_proj.weight' .* quantised by 'gptq'. Of such .* FP8 are supported"):
+        load_folder(folder)
 
 
 # beside the weights

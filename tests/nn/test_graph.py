@@ -105,7 +105,7 @@ def test_a_head_of_odd_size() -> None:
         F.attention(x, x, x, head_dim=24, scale=1.0, rope=None)
 
 
-UNSUPPORTED = [type for type in BLOCK_SIZES if type.name not in (*ref.QUANTIZED, *ref.FLOATS)]
+UNSUPPORTED = [type for type in GgmlType if type.name not in (*ref.QUANTIZED, *ref.FLOATS)]
 
 
 @pytest.mark.parametrize("type", UNSUPPORTED, ids=lambda type: type.name)

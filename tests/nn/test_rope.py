@@ -62,6 +62,7 @@ def test_overrides() -> None:
         ({"rope_type": "linear", "factor": 0.0}, "not finite|cannot be"),
         ({"rope_type": "yarn", "factor": 0.0}, "not finite|cannot be"),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": -1}, "yarn' has a value that cannot be"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": float("inf")}, "yarn' has a value that cannot be"),
         ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "must hold 16 numbers above 0"),
     ],
 )

@@ -19,7 +19,7 @@ from pymistral.nn.eager import evaluate
 from pymistral.nn.graph import Tokens
 from pymistral.nn.quantize import kernels_for, quantize
 from pymistral.quantization.isq import LAYOUTS
-from pymistral.quantization.types import GgmlType, Tensor
+from pymistral.quantization.types import GgmlType, SafetensorsType, Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -200,3 +200,38 @@ def test_embedding_rows(kind: str) -> None:
     rows = np.array([0, 39, 7, 7, 16])
     found = evaluate(lambda: F.embedding(Tokens(), marked(values, kind)), tokens=rows)
     assert np.allclose(found, weights[rows], rtol=1e-6, atol=1e-8)
+
+
+def fp8_of_a_file(rows: int, columns: int, shares: int) -> tuple[Tensor, NDArray[np.float64]]:
+    """A matrix as FP8 checkpoints have it, with so many scales in a row; and its values."""
+    random = np.random.default_rng(shares)
+    quants = random.choice(np.flatnonzero(~np.isnan(FP8)).astype(np.uint8), (rows, columns))
+    scales = random.uniform(1e-3, 1e-2, (rows, shares)).astype(np.float32)
+    values = FP8[quants] * np.repeat(scales.astype(np.float64), columns // shares, axis=1)
+    return Tensor("the weight", SafetensorsType.F8E4M3, (rows, columns), quants.reshape(-1), scales=scales), values
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(16, 1), (37, 3), (50, 9)])
+@pytest.mark.parametrize("shares", [1, 2, 17])
+def test_products_with_fp8_of_a_file(rows: int, tokens: int, shares: int) -> None:
+    tensor, weights = fp8_of_a_file(rows, 272, shares)
+    x = np.random.default_rng(tokens).standard_normal((tokens, 272)).astype(np.float32)
+    bound = (272 + 4) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
+    assert np.all(np.abs(F.linear(x, tensor) - x.astype(np.float64) @ weights.T) <= bound)
+    chosen = np.array([0, rows - 1, 7, 7])
+    assert np.allclose(evaluate(lambda: F.embedding(Tokens(), tensor), tokens=chosen), weights[chosen], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q8_0"])
+def test_fp8_of_a_file_is_quantised_from_its_values(kind: str) -> None:
+    tensor, values = fp8_of_a_file(37, 512, 4)
+    assert np.array_equal(quantize(tensor, kind), quantize(stored(values.astype(np.float32)), kind))
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_fp8_of_a_file_that_is_no_number(byte: int) -> None:
+    tensor, _ = fp8_of_a_file(20, 256, 1)
+    tensor.data[19 * 256 + 3] = byte
+    for use in (lambda: F.linear(np.ones((1, 256), np.float32), tensor), lambda: quantize(tensor, "q8_0")):
+        with pytest.raises(ModelLoadError, match=r"tensor 'the weight.*' has weights that are not numbers"):
+            use()

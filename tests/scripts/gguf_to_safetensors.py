@@ -43,7 +43,7 @@ def hugging_face_name(name: str) -> str:
 
 def values(tensor: Tensor) -> NDArray[np.float32]:
     """Dequantised by the `gguf` package."""
-    rows = tensor.data.reshape(*tensor.shape[:-1], -1)
+    rows = tensor.in_order().data.reshape(*tensor.shape[:-1], -1)
     return quants.dequantize(rows, GGMLQuantizationType(tensor.type)).reshape(tensor.shape)
 
 

@@ -44,10 +44,15 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 LONG, SHORT = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0], [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]
 LONGROPE = {"rope_type": "longrope", "long_factor": LONG, "short_factor": SHORT, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+TOKENS = 64
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}, "attention_bias": True, "mlp_bias": True},
     "llama-linear": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 3.0}, "tie_word_embeddings": True},
-    "llama-dynamic": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}, "num_key_value_heads": 4},
+    "llama-dynamic": {
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0},
+        "num_key_value_heads": 4,
+        "max_position_embeddings": TOKENS // 2,
+    },
     "mistral": {"sliding_window": 24, "head_dim": 32},
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
     "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
@@ -126,10 +131,13 @@ def make(name: str, options: dict[str, Any]) -> None:
         write_safetensors(folder / "model.safetensors", tiny_values(shapes, model_type.startswith("gemma")))
         text = (folder / "config.json").read_text()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = np.random.default_rng(1).integers(1, 256, 64)
+    tokens = np.random.default_rng(1).integers(1, 256, TOKENS)
     with torch.no_grad():
         logits = model(torch.tensor(tokens)[None]).logits[0].numpy()
     kept = {key: value for key, value in json.loads(text).items() if key not in ("transformers_version", "dtype")}
+    if name == "llama-dynamic":  # stretched by the text at hand there, by the longest text here: let this be it
+        kept["rope_parameters"]["original_max_position_embeddings"] = kept["max_position_embeddings"]
+        kept["max_position_embeddings"] = TOKENS
     np.savez_compressed(
         GOLDENS / f"{name}.npz", config=json.dumps(kept), shapes=json.dumps(shapes), tokens=tokens.astype(np.int32), logits=logits[:, ::4]
     )

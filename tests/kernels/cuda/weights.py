@@ -23,8 +23,9 @@ def _packer(name: str, block_bytes: int) -> int:
 def tiles_of(tensor: Tensor) -> NDArray[np.uint8]:
     name = tensor.type.name.lower()
     rows, columns = tensor.shape
-    tiles = zeros(LAYOUTS[name].format.nbytes(rows, columns), np.uint8)
-    slots = np.array([address(tensor.data), address(tiles), rows, columns], np.int64)
+    format = LAYOUTS[name].format
+    tiles = zeros(format.nbytes(rows, columns), np.uint8)
+    slots = np.array([address(tensor.data), address(tiles), rows, columns, format.tile_bytes(columns)], np.int64)
     entry_point(_packer(name, BLOCK_SIZES[tensor.type][1]), 4)(address(slots), 0, -(-rows // 16), 0)
     return tiles
 
