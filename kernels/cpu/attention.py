@@ -17,10 +17,10 @@ from typing import Any
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import partial_floats, query_tile_tokens
 from .helpers import inline
+from .register_tiles import dot_pairs_grid, store_grid, zero_tile
 from .simd import (
     bits_to_f32,
     both,
-    dot_pairs_grid,
     exp,
     first_lane,
     greater,
@@ -41,9 +41,7 @@ from .simd import (
     store_bf16x16,
     store_f32,
     store_f32x16,
-    store_grid,
     sum_lanes,
-    zero_tile,
 )
 
 LOWEST = -1.0e30  # of a masked score

@@ -15,12 +15,11 @@ from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, partial_floats, query_tile_tokens, register_rows
 from .helpers import inline
+from .register_tiles import add_tiles, fma_tile, multiply_tile, store_tile, zero_tile
 from .simd import (
-    add_tiles,
     bits_to_f32,
     both,
     exp,
-    fma_tile,
     greater,
     lane_numbers,
     less_i32,
@@ -33,16 +32,13 @@ from .simd import (
     load_i64,
     max_lanes,
     maximum,
-    multiply_tile,
     select,
     splat_f32,
     splat_i32,
     store_f32,
     store_f32x16,
-    store_tile,
     sum_lanes,
     to_f32,
-    zero_tile,
 )
 
 

@@ -14,7 +14,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from .isa import current_isa
-from .simd import _I16, _I32, _call, _constant, _each, _halves, _join, _scalar_row, _tile, i32x16
+from .register_tiles import each, scalar_row, tile_type
+from .simd import _I16, _I32, _call, _constant, _halves, _join, i32x16
 
 _WORDS = ir.VectorType(_I16, 32)
 _Quants = Callable[[int], Any]
@@ -31,7 +32,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
     if current_isa().name != "avx2":
         for group in groups:
             weights = quants(group)
-            tile = _each(b, tile, lambda t, total: dot(b, total, weights, activations(group, t), signed=signed))  # noqa: B023
+            tile = each(b, tile, lambda t, total: dot(b, total, weights, activations(group, t), signed=signed))  # noqa: B023
         return tile
     tokens = range(tile.type.count)
     totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
@@ -45,7 +46,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
                 products = [_pair_products(b, weights, activations(group, t), signed) for t in tokens]
                 sums = _settled(b, [_added(b, *both) for both in zip(sums, products, strict=True)] if sums else products)
             totals = [_added(b, total, _widened(b, words)) for total, words in zip(totals, sums, strict=True)]
-        return _each(b, tile, lambda t, _: _join(b, totals[t]))
+        return each(b, tile, lambda t, _: _join(b, totals[t]))
     for few in (tokens[start : start + 3] for start in range(0, len(tokens), 3)):  # what registers have room for beside a run's quants
         for run in runs:
             unpacked = [quants(group) for group in run]
@@ -55,7 +56,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
                     words = _added(b, words, others)
                 totals[t] = _added(b, totals[t], _widened(b, words))
             totals[few.start : few.stop] = _settled(b, totals[few.start : few.stop])
-    return _each(b, tile, lambda t, _: _join(b, totals[t]))
+    return each(b, tile, lambda t, _: _join(b, totals[t]))
 
 
 def _added(b: Any, x: list[Any], y: list[Any]) -> list[Any]:
@@ -165,11 +166,11 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
         def start(t, _):
             if offset == 0 or takes_signed(offset):
                 return _constant(i32x16.llvm, 0)
-            total = _scalar_row(b, values[2], step, t, _I32)
+            total = scalar_row(b, values[2], step, t, _I32)
             if offset & (offset - 1) == 0:
                 return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
             return b.mul(total, _constant(i32x16.llvm, offset))
 
-        return _each(b, tile, start)
+        return each(b, tile, start)
 
-    return _tile(i32x16, count)(tokens, zero, types.intp, stride), codegen
+    return tile_type(i32x16, count)(tokens, zero, types.intp, stride), codegen

@@ -14,30 +14,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
+from . import register_tiles, simd
 from .helpers import inline
 from .int8_dots import add_groups, start_dot_tile, takes_signed
 from .isa import current_isa
 from .quantize import quantize_block
-from .simd import (
-    add_tiles,
-    add_to_tile,
-    exp,
-    fma_tile,
-    load_bf16x16,
-    load_f8x16,
-    load_f16x16,
-    load_f32x16,
-    load_i64,
-    maximum,
-    multiply_tile,
-    prefetch,
-    scale_tile,
-    splat_f32,
-    store_tile,
-    sum_tile,
-    zero_tile,
-)
+from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
+from .simd import exp, load_bf16x16, load_f8x16, load_f16x16, load_f32x16, load_i64, maximum, prefetch, splat_f32
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
 
@@ -60,7 +43,7 @@ def dot_groups(typing_context, tile, layout, block, activations, stride, first, 
 
         def four(group, t):
             base = b.add(x, ir.Constant(ir.IntType(64), 4 * group))
-            return b.bitcast(simd._scalar_row(b, base, step, t, ir.IntType(32)), simd.i8x64.llvm)
+            return b.bitcast(register_tiles.scalar_row(b, base, step, t, ir.IntType(32)), simd.i8x64.llvm)
 
         return add_groups(b, total, range(begin, end), quants, four, largest=128 if signed else format.largest, signed=signed)
 

@@ -11,10 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
+from . import register_tiles, simd
 from .int8_dots import add_groups
 from .isa import current_isa
-from .simd import load_f32, load_f32x16, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16, zero_tile
+from .register_tiles import zero_tile
+from .simd import load_f32, load_f32x16, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16
 
 
 def read() -> Any:
@@ -75,9 +76,9 @@ def _dot_all(typing_context, tile, weights, address):
 def _zero_integers(typing_context, count):
     def codegen(context, b, sig, values):
         tile = ir.Constant(ir.ArrayType(simd.i32x16.llvm, sig.args[0].literal_value), ir.Undefined)
-        return simd._each(b, tile, lambda t, _: simd._constant(simd.i32x16.llvm, 0))
+        return register_tiles.each(b, tile, lambda t, _: simd._constant(simd.i32x16.llvm, 0))
 
-    return simd._tile(simd.i32x16, count.literal_value)(count), codegen
+    return register_tiles.tile_type(simd.i32x16, count.literal_value)(count), codegen
 
 
 @intrinsic
@@ -125,7 +126,7 @@ def _multiply_add_all(typing_context, tile, factor, summand):
 
     def codegen(context, b, sig, values):
         vector = simd.f32x16.llvm
-        return simd._each(b, values[0], lambda t, x: simd._call(b, "llvm.fmuladd.v16f32", vector, x, values[1], values[2]))
+        return register_tiles.each(b, values[0], lambda t, x: simd._call(b, "llvm.fmuladd.v16f32", vector, x, values[1], values[2]))
 
     return tile(tile, simd.f32x16, simd.f32x16), codegen
 

@@ -1,0 +1,212 @@
+"""Tiles of vectors that stay in registers: one vector for each of T tokens, as a tuple, and grids of several for each.
+
+T is a literal, so that LLVM sees T values and no array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .isa import current_isa
+from .simd import _BFLOAT, _F32, _I32, _I64, Vector, _call, _constant, _load, _row, _splat, _store, f32x16, i32x16
+
+
+def tile_type(vector: Vector, count: int) -> Any:
+    return types.UniTuple(vector, count)
+
+
+def each(b, tile, make):
+    """A tile whose vector ``t`` is ``make(t, tile[t])``."""
+    for t in range(tile.type.count):
+        tile = b.insert_value(tile, make(t, b.extract_value(tile, t)), t)
+    return tile
+
+
+def scalar_row(b, address, stride, t, llvm_type):
+    return _splat(b, _load(b, _row(b, address, stride, t), llvm_type))
+
+
+@intrinsic(prefer_literal=True)
+def zero_tile(typing_context, tokens):
+    """``tokens`` (a literal) vectors of float32 zeros."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+        return each(b, tile, lambda t, _: _constant(f32x16.llvm, 0.0))
+
+    return tile_type(f32x16, count)(tokens), codegen
+
+
+@intrinsic(prefer_literal=True)
+def sum_tile(typing_context, tokens, minus_sums, stride):
+    """The activations' sums, in every lane: what minimums are multiplied with."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+        step = sig.args[2].literal_value
+        return each(b, tile, lambda t, _: b.neg(scalar_row(b, values[1], step, t, _I32)))
+
+    return tile_type(i32x16, count)(tokens, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scale_tile(typing_context, tile, dots, scale, scales, stride):
+    """``tile[t] + scale * scales[t] * dots[t]``, the activations' scales at ``scales + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, integers, row_scale, base, _ = values
+        step = sig.args[4].literal_value
+
+        def add(t, total):
+            both_scales = b.fmul(row_scale, scalar_row(b, base, step, t, _F32))
+            products = b.sitofp(b.extract_value(integers, t), f32x16.llvm)
+            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, both_scales, products, total)
+
+        return each(b, tile_value, add)
+
+    return tile(tile, dots, f32x16, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fma_tile(typing_context, tile, vector, scalars, stride):
+    """``tile[t] + vector * scalars[t]``, float32 scalars at ``scalars + t * stride``; the stride may be a run-time value."""
+
+    def codegen(context, b, sig, values):
+        tile_value, factor, base, step_value = values
+
+        def address(t):
+            if isinstance(sig.args[3], types.Literal):
+                return _row(b, base, sig.args[3].literal_value, t)
+            return b.add(base, b.mul(step_value, ir.Constant(_I64, t)))
+
+        def add(t, total):
+            scalar = _splat(b, _load(b, address(t), _F32))
+            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, factor, scalar, total)
+
+        return each(b, tile_value, add)
+
+    step_type = stride if isinstance(stride, types.Literal) else types.intp
+    return tile(tile, f32x16, types.intp, step_type), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_row(typing_context, tile, t):
+    """Vector ``t`` (a literal) of a tile."""
+
+    def codegen(context, b, sig, values):
+        return b.extract_value(values[0], sig.args[1].literal_value)
+
+    return tile.dtype(tile, t), codegen
+
+
+@intrinsic
+def store_tile(typing_context, tile, address, stride):
+    """Vector ``t`` goes to ``address + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, base, step = values
+        for t in range(sig.args[0].count):
+            _store(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), b.extract_value(tile_value, t))
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_tile(typing_context, rows, address, stride):
+    """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
+    count = rows.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+        return each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), f32x16.llvm))
+
+    return tile_type(f32x16, count)(rows, types.intp, types.intp), codegen
+
+
+@intrinsic
+def add_tiles(typing_context, x, y):
+    def codegen(context, b, sig, values):
+        return each(b, values[0], lambda t, v: b.fadd(v, b.extract_value(values[1], t)))
+
+    return x(x, y), codegen
+
+
+@intrinsic
+def multiply_tile(typing_context, tile, vector):
+    """Every vector of the tile times one."""
+
+    def codegen(context, b, sig, values):
+        return each(b, values[0], lambda t, v: b.fmul(v, values[1]))
+
+    return tile(tile, f32x16), codegen
+
+
+@intrinsic
+def add_to_tile(typing_context, tile, address, stride):
+    """``tile[t]`` plus the vector at ``address + t * stride``."""
+
+    def codegen(context, b, sig, values):
+        tile_value, base, step = values
+
+        def add(t, total):
+            return b.fadd(total, _load(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), f32x16.llvm))
+
+        return each(b, tile_value, add)
+
+    return tile(tile, types.intp, types.intp), codegen
+
+
+def _dot_pairs(b, total, x, y):
+    """Each lane plus the two products of its bfloat16 pairs."""
+    floats, integers = f32x16.llvm, i32x16.llvm
+    if current_isa().has_bf16:
+        pairs = ir.VectorType(_BFLOAT, 32)
+        return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", floats, total, b.bitcast(x, pairs), b.bitcast(y, pairs))
+
+    def halves(value):
+        low = b.bitcast(b.shl(value, _constant(integers, 16)), floats)
+        return low, b.bitcast(b.and_(value, _constant(integers, -65536)), floats)
+
+    (x_low, x_high), (y_low, y_high) = halves(x), halves(y)
+    total = _call(b, "llvm.fmuladd.v16f32", floats, x_high, y_high, total)
+    return _call(b, "llvm.fmuladd.v16f32", floats, x_low, y_low, total)
+
+
+@intrinsic(prefer_literal=True)
+def dot_pairs_grid(typing_context, grid, rows, vectors, address, stride):
+    """A grid is a tile of ``len(vectors) * rows`` vectors; add to vector ``[v][row]`` the pair products of ``vectors[v]`` with the pair of
+    bfloat16 at ``address + row * stride``, which all lanes share. ``rows`` and ``stride`` are literals."""
+
+    def codegen(context, b, sig, values):
+        total, _, columns, base, _ = values
+        count, step = sig.args[1].literal_value, sig.args[4].literal_value
+        for row in range(count):
+            shared = scalar_row(b, base, step, row, _I32)
+            for v in range(sig.args[2].count):
+                index = v * count + row
+                product = _dot_pairs(b, b.extract_value(total, index), b.extract_value(columns, v), shared)
+                total = b.insert_value(total, product, index)
+        return total
+
+    return grid(grid, rows, vectors, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_grid(typing_context, grid, rows, address, stride):
+    """Vector ``[v][row]`` goes to ``address + row * stride + 64 * v``."""
+
+    def codegen(context, b, sig, values):
+        count, step = sig.args[1].literal_value, sig.args[3].literal_value
+        for index in range(sig.args[0].count):
+            offset = index % count * step + index // count * 64
+            _store(b, _row(b, values[2], offset, 1), b.extract_value(values[0], index))
+        return context.get_dummy_value()
+
+    return types.void(grid, rows, types.intp, stride), codegen
