@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pymistral.kernels.cpu.isa import current_isa
 
 from benchmarks.accuracy import score
 from benchmarks.engines import Test as EngineTest
@@ -31,7 +32,9 @@ def run(*arguments: str) -> str:
 def test_kernels(tmp_path: Path) -> None:
     run("benchmarks.kernels", "--quick", "-t", "1", "--types", "Q4_1,F16", "--output", str(tmp_path))
     result = json.loads((tmp_path / "kernels.json").read_text())
-    assert min(result["machine"]["limits"].values()) > 0
+    limits = result["machine"]["limits"]
+    assert (limits.pop("tiles") > 0) == current_isa().has_amx
+    assert min(limits.values()) > 0
     kernels = {row["kernel"] for row in result["rows"]}
     assert {
         "executor",

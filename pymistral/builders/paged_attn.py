@@ -69,13 +69,13 @@ class PagedCacheType(str, Enum):
     INT8 = "int8"
 
     @classmethod
-    def parse(cls, value: PagedCacheType | str) -> PagedCacheType:
-        """A member, or its plain value. Raises ModelLoadError if it is none."""
-        try:
-            return cls(value.lower() if isinstance(value, str) and not isinstance(value, PagedCacheType) else value)
-        except ValueError:
-            known = ", ".join(repr(member.value) for member in cls)
-            raise ModelLoadError(f"the KV cache's type must be one of {known}, got {value!r}") from None
+    def _missing_(cls, value: object) -> PagedCacheType:
+        """The plain value in any case. Raises ModelLoadError if it is none."""
+        for member in cls:
+            if isinstance(value, str) and value.lower() == member.value:
+                return member
+        known = ", ".join(repr(member.value) for member in cls)
+        raise ModelLoadError(f"the KV cache's type must be one of {known}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -174,4 +174,4 @@ class PagedAttentionMetaBuilder:
             raise ModelLoadError(
                 f"gpu_memory must be ContextSize(tokens), MbAmount(megabytes), Utilization(share) or None, got {self.gpu_memory!r}"
             )
-        return PagedAttentionConfig(self.block_size, self.gpu_memory, PagedCacheType.parse(self.paged_cache_type))
+        return PagedAttentionConfig(self.block_size, self.gpu_memory, PagedCacheType(self.paged_cache_type))
