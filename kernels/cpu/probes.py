@@ -146,6 +146,6 @@ def float_fmas() -> Any:
         total = zero_tile(accumulators)
         for _ in range((end - begin) * FMAS_IN_UNIT):
             total = _multiply_add_all(total, factor, factor)
-        simd.store_tile(total, scratch, 64)
+        register_tiles.store_tile(total, scratch, 64)
 
     return kernel
