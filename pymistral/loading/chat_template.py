@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import jinja2
@@ -167,22 +168,24 @@ class Budget(threading.local):
 NODE = 32  # what an item counts besides its text: about its share of memory, in characters
 
 
-def extent(value: Any, most: int = MAX_CHARACTERS) -> int:
-    """About how many characters a value has when it is written, or something over `most`: shared parts count as often as they occur."""
-    if isinstance(value, str | bytes):
+def extent(value: Any, most: int = MAX_CHARACTERS, known: dict[int, int] | None = None) -> int:
+    """About how many characters a value has when it is written, or something over `most`: shared parts count as often as they occur.
+
+    They are walked through once: ``known`` has the extents of the containers met so far, by identity.
+    """
+    if isinstance(value, str | bytes | range):
         return len(value)
-    if isinstance(value, range):
-        return len(value)
-    if isinstance(value, Mapping):
-        value = [part for item in value.items() for part in item]
-    if not isinstance(value, list | tuple | set | frozenset):
+    if not isinstance(value, Mapping | list | tuple | set | frozenset):
         return NODE
-    size = NODE
-    for item in value:
-        if size > most:
-            break
-        size += extent(item, most - size)
-    return size
+    known = {} if known is None else known
+    if id(value) not in known:
+        size = NODE
+        for item in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+            if size > most:
+                break
+            size += extent(item, most - size, known)
+        known[id(value)] = size
+    return known[id(value)]
 
 
 # Filters and methods whose result can be far longer than what they are given.
