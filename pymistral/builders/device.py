@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 
 from ..errors import ModelLoadError
+from .enums import OptionEnum
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Device:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
-class ModelDType(str, Enum):
+class ModelDType(OptionEnum):
     """The floats that weights which are not quantised are kept and multiplied in. AUTO: those of the checkpoint."""
 
     AUTO = "auto"
@@ -53,10 +53,5 @@ class ModelDType(str, Enum):
     F32 = "f32"
 
     @classmethod
-    def _missing_(cls, value: object) -> ModelDType:
-        """The plain value in any case. Raises ModelLoadError if it is none."""
-        for member in cls:
-            if isinstance(value, str) and value.lower() == member.value:
-                return member
-        known = ", ".join(repr(member.value) for member in cls)
-        raise ModelLoadError(f"dtype must be one of {known}, got {value!r}")
+    def _called(cls) -> str:
+        return "dtype"

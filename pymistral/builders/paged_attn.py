@@ -6,11 +6,11 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError
+from .enums import OptionEnum
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,7 +55,7 @@ MemoryGpuConfig = ContextSize | MbAmount | Utilization
 """The size of the KV cache, in one of three measures. The name is mistral.rs's: it holds for the CPU too."""
 
 
-class PagedCacheType(str, Enum):
+class PagedCacheType(OptionEnum):
     """How keys and values are kept. In the types of 8 bits, 32 dimensions share a scale.
 
     AUTO: BF16, or F32 for a model all of whose matrices are float32.
@@ -69,13 +69,8 @@ class PagedCacheType(str, Enum):
     INT8 = "int8"
 
     @classmethod
-    def _missing_(cls, value: object) -> PagedCacheType:
-        """The plain value in any case. Raises ModelLoadError if it is none."""
-        for member in cls:
-            if isinstance(value, str) and value.lower() == member.value:
-                return member
-        known = ", ".join(repr(member.value) for member in cls)
-        raise ModelLoadError(f"the KV cache's type must be one of {known}, got {value!r}")
+    def _called(cls) -> str:
+        return "the KV cache's type"
 
 
 @dataclass(frozen=True)
