@@ -43,6 +43,8 @@ class MistralNamed(Mistral):
 
 def _read_calls(scanner: Scanner) -> Reading:
     yield from scanner.skip_space()
+    while not scanner.ended and any(mark.startswith(scanner.text) and mark != scanner.text for mark in (ARGUMENTS, CALL_ID)):
+        yield  # an array and these marks begin alike
     if scanner.text[:1] == "[" and not scanner.text.startswith((ARGUMENTS, CALL_ID)):
         yield from _read_array(scanner)
     elif scanner.text[:1] == "{":

@@ -280,22 +280,3 @@ def test_throughput_logging(caplog: pytest.LogCaptureFixture) -> None:
         engine.call(lambda runner: None).result(30)
         engine.close()
     assert any("tokens/s generated" in message for message in caplog.messages)
-
-
-def test_the_loop_adds_little_to_a_step() -> None:
-    class Instant(FakeRunner):
-        row = np.zeros((1, 260), np.float32)
-
-        def forward(self, segments: Any) -> np.ndarray:
-            return self.row
-
-    self_time = []
-    for _ in range(3):
-        engine = make_engine(Instant(num_blocks=600, max_sequence_length=2100))
-        waiter = Waiter()
-        begin = time.process_time()
-        submit(engine, b"x", waiter, max_len=2000, logits_bias=None)
-        waiter.wait()
-        self_time.append((time.process_time() - begin) / 2000)
-        engine.close()
-    assert min(self_time) < 100e-6  # measured: 22 us

@@ -151,20 +151,6 @@ def test_version_2_reads_like_3(tmp_path: Path) -> None:
     assert not file.tensors["t"].data.flags.writeable
 
 
-def test_opens_a_large_vocabulary_quickly(gemma3_path: Path) -> None:
-    def seconds() -> tuple[float, float]:
-        start = time.perf_counter()
-        metadata = GgufFile.open(gemma3_path).metadata
-        opened = time.perf_counter()
-        for name in ("tokens", "scores", "token_type"):
-            assert len(metadata[f"tokenizer.ggml.{name}"]) == 262144  # type: ignore[arg-type]
-        return opened - start, time.perf_counter() - opened
-
-    times = [seconds() for _ in range(5)]  # the best of five: other processes share the machine
-    assert min(opening for opening, _ in times) < 0.15
-    assert min(decoding for _, decoding in times) < 0.25
-
-
 # files that lie
 
 LONG = u64(1 << 62)

@@ -49,6 +49,14 @@ def test_nothing_breaks_a_reader(name: str, data: st.DataObject) -> None:
     assert read(name, parts) == read(name, [text])
 
 
+@pytest.mark.parametrize("mark", ["[ARGS]", "[CALL_ID]"])
+def test_a_mark_that_begins_like_an_array(mark: str) -> None:
+    text = "[TOOL_CALLS]" + mark
+    whole = read("mistral-call-id", [text])
+    for cut in range(1, len(text)):
+        assert read("mistral-call-id", [text[:cut], text[cut:]]) == whole, text[:cut]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_content_streams_at_once(name: str) -> None:
     if name == "gpt-oss":
