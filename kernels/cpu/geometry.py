@@ -20,10 +20,10 @@ def whole_panels(tokens: int) -> int:
     return -(-tokens // panel) * panel
 
 
-def panels_bytes(tokens: int, columns: int) -> int:
-    """Bytes of the int8 panels of up to ``tokens`` rows of ``columns``."""
+def panels_bytes(tokens: int, columns: int, item: int = 1) -> int:
+    """Bytes of the panels of up to ``tokens`` rows of ``columns``, of int8, or of int16 if ``item`` is 2."""
     panel = current_isa().tokens
-    return -(-tokens // panel) * panel_bytes(panel, columns)
+    return -(-tokens // panel) * panel_bytes(panel, columns, item)
 
 
 def gated_scratch_bytes() -> int:

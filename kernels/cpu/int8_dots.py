@@ -22,9 +22,9 @@ _Quants = Callable[[int], Any]
 _Activations = Callable[[int, int], Any]
 
 
-def takes_signed(zero: int) -> bool:
+def takes_signed(zero: int, item: int = 1) -> bool:
     """Whether quants are taken as int8, less 128: eight-bit ones, where a uint8 x int8 product would saturate."""
-    return zero == 128 and not current_isa().has_vnni
+    return zero == 128 and item == 1 and not current_isa().has_vnni
 
 
 def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _Activations, *, largest: int, signed: bool) -> Any:
@@ -44,7 +44,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
             for group in run:
                 weights = quants(group)
                 products = [_pair_products(b, weights, activations(group, t), signed) for t in tokens]
-                sums = _settled(b, [_added(b, *both) for both in zip(sums, products, strict=True)] if sums else products)
+                sums = settled(b, [_added(b, *both) for both in zip(sums, products, strict=True)] if sums else products)
             totals = [_added(b, total, _widened(b, words)) for total, words in zip(totals, sums, strict=True)]
         return each(b, tile, lambda t, _: _join(b, totals[t]))
     for few in (tokens[start : start + 3] for start in range(0, len(tokens), 3)):  # what registers have room for beside a run's quants
@@ -55,7 +55,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
                 for others in more:
                     words = _added(b, words, others)
                 totals[t] = _added(b, totals[t], _widened(b, words))
-            totals[few.start : few.stop] = _settled(b, totals[few.start : few.stop])
+            totals[few.start : few.stop] = settled(b, totals[few.start : few.stop])
     return each(b, tile, lambda t, _: _join(b, totals[t]))
 
 
@@ -69,7 +69,7 @@ def _widened(b: Any, words: list[Any]) -> list[Any]:
     return [_call(b, "llvm.x86.avx2.pmadd.wd", doubles, half, _constant(half.type, 1)) for half in words]
 
 
-def _settled(b: Any, pairs: list[list[Any]]) -> list[list[Any]]:
+def settled(b: Any, pairs: list[list[Any]]) -> list[list[Any]]:
     """The same vectors, by an empty piece of assembly that takes them all in registers.
 
     So what makes them comes before and what uses them comes after. LLVM would else finish one token before it starts the next, and keep the
@@ -127,6 +127,18 @@ def _neon(b: Any, instruction: str, total: Any, weights: Any, activations: Any) 
     return _join_quarters(b, [_call(b, name, t.type, t, w, a) for t, w, a in parts])
 
 
+def has_sse2(b: Any) -> bool:
+    """Whether code is made for x86-64, of which every one has SSE2."""
+    return "x86_64" in b.module.triple
+
+
+def sse2_pair_sums(b: Any, x: Any, y: Any) -> Any:
+    """Sums of two products of 16-bit lanes."""
+    narrow = ir.VectorType(_I32, 4)
+    parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
+    return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
+
+
 def _portable(b: Any, weights: Any, activations: Any, signed: bool) -> Any:
     """Products of 16-bit values, even and odd bytes apart, so that nothing is shuffled: no product leaves the 16 bits."""
     doubles = i32x16.llvm
@@ -139,10 +151,8 @@ def _portable(b: Any, weights: Any, activations: Any, signed: bool) -> Any:
         return b.ashr(value, _constant(_WORDS, 8)) if signed else b.lshr(value, _constant(_WORDS, 8))
 
     def pair_sums(x: Any, y: Any) -> Any:
-        if "x86_64" in b.module.triple:  # every one has SSE2
-            narrow = ir.VectorType(_I32, 4)
-            parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
-            return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
+        if has_sse2(b):
+            return sse2_pair_sums(b, x, y)
         products = b.bitcast(b.mul(x, y), doubles)
         low = b.ashr(b.shl(products, _constant(doubles, 16)), _constant(doubles, 16))
         return b.add(low, b.ashr(products, _constant(doubles, 16)))
@@ -155,7 +165,7 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
     """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums`` for each token.
 
     Starting there takes the weights' zero point off exactly, at the price of a shift where it is a power of two. All but the address are
-    literals. Where the dot product is a signed one (`takes_signed`), the start is 0.
+    literals.
     """
     count = tokens.literal_value
 
@@ -164,7 +174,7 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
         tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
 
         def start(t, _):
-            if offset == 0 or takes_signed(offset):
+            if offset == 0:
                 return _constant(i32x16.llvm, 0)
             total = scalar_row(b, values[2], step, t, _I32)
             if offset & (offset - 1) == 0:

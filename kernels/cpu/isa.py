@@ -62,6 +62,7 @@ _NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "generic": (),
 }
+_TOKENS = {"amx": 12, "avx512vnni": 12, "avxvnni": 4, "avx2": 6, "generic": 4}
 _HASWELL = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3", "cx16")
 
 
@@ -104,10 +105,11 @@ def current_isa() -> Isa:
     if forced and forced not in available:
         raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers {', '.join(available)}")
     name = forced or available[0]
+    tokens = _TOKENS[name]
     if name in ("amx", "avx512vnni"):
-        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, "avx512bf16" in host, 12)
+        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, "avx512bf16" in host, tokens)
     if name == "avxvnni":
-        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, 4)
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, tokens)
     if name == "avx2":
-        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, False, 6)
-    return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, False, 4)
+        return Isa(name, "haswell", ",".join(f"+{feature}" for feature in _HASWELL), False, True, False, tokens)
+    return Isa(name, "x86-64" if "x86_64" in triple else "generic", "", False, False, False, tokens)

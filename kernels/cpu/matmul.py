@@ -1,4 +1,4 @@
-"""Matrix products: tiles of quantised weights by panels of int8 activations, and float tiles by float activations.
+"""Matrix products: tiles of quantised weights by panels of int8 or int16 activations, and float tiles by float activations.
 
 `tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens
 through each.
@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from . import register_tiles, simd
 from .helpers import inline
+from .int16_dots import WORDS, add_word_groups
 from .int8_dots import add_groups, start_dot_tile, takes_signed
 from .isa import current_isa
 from .quantize import quantize_block
@@ -28,40 +29,49 @@ _AHEAD = 1024  # bytes: a Zen 3 core reads 10 to 15 % faster when it is told of 
 
 
 @intrinsic(prefer_literal=True)
-def dot_groups(typing_context, tile, layout, block, activations, stride, first, last):
-    """Add the products of groups ``first`` to ``last - 1`` of the block of 32 columns at ``block``; all but the addresses are literals."""
+def dot_groups(typing_context, tile, layout, block, activations, item, first, last):
+    """Add the products of groups ``first`` to ``last - 1`` of the block of 32 columns at ``block``; all but the addresses are literals.
+
+    ``item`` is the bytes of an activation, 1 or 2.
+    """
     format = TILE_FORMATS[layout.literal_value]
+    word = ir.IntType(32)
 
     def codegen(context, b, sig, values):
         total, _, address, x, _, _, _ = values
-        step, begin, end = (sig.args[i].literal_value for i in (4, 5, 6))
-        signed = takes_signed(format.zero)
+        size, begin, end = (sig.args[i].literal_value for i in (4, 5, 6))
+        signed = takes_signed(format.zero, size)
 
         def quants(group):
             weights = group_of(b, format, address, group)
             return b.xor(weights, simd._constant(weights.type, 0x80)) if signed else weights
 
-        def four(group, t):
-            base = b.add(x, ir.Constant(ir.IntType(64), 4 * group))
-            return b.bitcast(register_tiles.scalar_row(b, base, step, t, ir.IntType(32)), simd.i8x64.llvm)
+        def activations(at, t, vector):
+            base = b.add(x, ir.Constant(ir.IntType(64), at))
+            return b.bitcast(register_tiles.scalar_row(b, base, 32 * size, t, word), vector)
 
-        return add_groups(b, total, range(begin, end), quants, four, largest=128 if signed else format.largest, signed=signed)
+        if size == 2:
+            return add_word_groups(b, total, range(begin, end), quants, lambda group, pair, t: activations(8 * group + 4 * pair, t, WORDS))
+        largest = 128 if signed else format.largest
+        four = lambda group, t: activations(4 * group, t, simd.i8x64.llvm)  # noqa: E731
+        return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed)
 
-    return tile(tile, layout, types.intp, types.intp, stride, first, last), codegen
+    return tile(tile, layout, types.intp, types.intp, item, first, last), codegen
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _tile_product(layout: str, tokens: int) -> Any:
-    """A function ``(weights, panel, blocks) -> tile``: 16 rows by ``tokens`` tokens of one panel."""
+def _tile_product(layout: str, tokens: int, item: int = 1) -> Any:
+    """A function ``(weights, panel, blocks) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16 (``item=2``)."""
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens
-    scales_at, scaled_sums_at, sums_at, first_at, last_at = panel_offsets(panel)
-    record = panel_bytes(panel, 32)
+    scales_at, scaled_sums_at, sums_at, first_at, last_at = panel_offsets(panel, item)
+    record = panel_bytes(panel, 32, item)
     blocks_per_record = format.columns // 32
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
-    zero, halves, minimum = format.zero, format.scales == 2, format.minimum
+    halves, minimum = format.scales == 2, format.minimum
+    zero = 0 if takes_signed(format.zero, item) else format.zero
     ahead = _AHEAD if tokens == 1 and not current_isa().has_avx512 else 0
 
     @inline
@@ -73,10 +83,10 @@ def _tile_product(layout: str, tokens: int) -> Any:
         for _ in range(blocks):
             if halves:
                 dots = start_dot_tile(tokens, zero, x + first_at, 4)
-                dots = dot_groups(dots, layout, block, x, 32, 0, 4)
+                dots = dot_groups(dots, layout, block, x, item, 0, 4)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
                 dots = start_dot_tile(tokens, zero, x + last_at, 4)
-                dots = dot_groups(dots, layout, block, x, 32, 4, 8)
+                dots = dot_groups(dots, layout, block, x, item, 4, 8)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
                 if minimum:
                     sums = sum_tile(tokens, x + first_at, 4)
@@ -85,7 +95,7 @@ def _tile_product(layout: str, tokens: int) -> Any:
                     tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
             else:
                 dots = start_dot_tile(tokens, zero, x + sums_at, 4)
-                dots = dot_groups(dots, layout, block, x, 32, 0, 8)
+                dots = dot_groups(dots, layout, block, x, item, 0, 8)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
                 if minimum:
                     tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
@@ -105,15 +115,15 @@ def _tile_product(layout: str, tokens: int) -> Any:
     return tile_product
 
 
-def matmul(*, layout: str) -> Any:
+def matmul(*, layout: str, item: int = 1) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
-    Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile, 5 bytes of an output row, 6 address of the number of
-    tokens, 7 add to what ``out`` holds, 8 panels of what the rounding of 1 lost (the product is then exact to 15 bits of activation), or 0.
+    Activations are of int8, or of int16 if ``item`` is 2. Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile,
+    5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds.
     """
     panel = current_isa().tokens
-    record = panel_bytes(panel, 32)
-    one, four, full = (_tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    record = panel_bytes(panel, 32, item)
+    one, four, full = (_tile_product(layout, tokens, item) for tokens in (1, min(4, panel), panel))
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -124,8 +134,6 @@ def matmul(*, layout: str) -> Any:
         row_bytes = load_i64(slots + 40)
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
-        residuals = load_i64(slots + 64)
-        lost = residuals - panels
         for start in range(0, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
@@ -134,22 +142,16 @@ def matmul(*, layout: str) -> Any:
                 target = out + start * row_bytes + unit * 64
                 if left == 1:
                     result = one(w, x, blocks)
-                    if residuals:
-                        result = add_tiles(result, one(w, x + lost, blocks))
                     if accumulate:
                         result = add_to_tile(result, target, row_bytes)
                     store_tile(result, target, row_bytes)
                 elif left <= 4:
                     few = four(w, x, blocks)
-                    if residuals:
-                        few = add_tiles(few, four(w, x + lost, blocks))
                     if accumulate:
                         few = add_to_tile(few, target, row_bytes)
                     store_tile(few, target, row_bytes)
                 else:
                     many = full(w, x, blocks)
-                    if residuals:
-                        many = add_tiles(many, full(w, x + lost, blocks))
                     if accumulate:
                         many = add_to_tile(many, target, row_bytes)
                     store_tile(many, target, row_bytes)

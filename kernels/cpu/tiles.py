@@ -29,6 +29,9 @@ Activations
 A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``52 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
 ``f32[P]`` scale times the sum of quants, ``i32[P]`` minus the sum of quants, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the
 last 16.
+
+What logits are made of is quantised to 16 bits: the records have ``i16[P][32]`` quants and ``84 P`` bytes. In each group of 4 columns the
+even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
 """
 
 from __future__ import annotations
@@ -186,14 +189,18 @@ FLOAT_FORMATS: dict[str, FloatFormat] = {
 }
 FP8_LARGEST = 448.0
 
-PANEL_TOKEN_BYTES = 52  # of one token in one record
+_SUMMARY_BYTES = 20  # of one token in one record: its scale and sums
 
 
-def panel_offsets(tokens: int) -> tuple[int, int, int, int, int]:
-    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, first-half and last-half sums start."""
-    return tokens * 32, tokens * 36, tokens * 40, tokens * 44, tokens * 48
+def panel_offsets(tokens: int, item: int = 1) -> tuple[int, int, int, int, int]:
+    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, first-half and last-half sums start.
+
+    Quants have ``item`` bytes.
+    """
+    quants = tokens * COLUMNS * item
+    return quants, quants + tokens * 4, quants + tokens * 8, quants + tokens * 12, quants + tokens * 16
 
 
-def panel_bytes(tokens: int, columns: int) -> int:
-    """Bytes of one panel."""
-    return columns // COLUMNS * tokens * PANEL_TOKEN_BYTES
+def panel_bytes(tokens: int, columns: int, item: int = 1) -> int:
+    """Bytes of one panel of quants of ``item`` bytes."""
+    return columns // COLUMNS * tokens * (COLUMNS * item + _SUMMARY_BYTES)

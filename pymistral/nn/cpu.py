@@ -89,8 +89,7 @@ class _Lowering(Lowering):
         self.scratch_bytes = 0
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
         self.panels_of: dict[Array, Buffer] = {}
-        self.residuals_of: dict[Array, Buffer] = {}
-        self.forms += [self.panels_of, self.residuals_of]
+        self.forms.append(self.panels_of)
         self.groups = cache_groups(graph)
         self.cache_arrays: dict[int, tuple[Buffer, Buffer]] = {}  # keys and values of the layers at one place of their groups
         self.routings: dict[tuple[int, int], tuple[Buffer, ...]] = {}
@@ -130,15 +129,13 @@ class _Lowering(Lowering):
             wide = self._new((geometry.wide_panels_bytes(self._max_rows(array), array.columns),), np.uint8)
             self.panels_of[array] = wide
             return wide
-        buffer = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
-        self.panels_of[array] = buffer
-        if array.rows == OUTPUTS:
-            # Logits come straight from these activations: they are few, and worth 15 bits instead of 8.
-            self.residuals_of[array] = self._new(buffer.array.shape, np.uint8)
-        return buffer
+        panels = self._new((geometry.panels_bytes(self._max_rows(array), array.columns, self._item(array)),), np.uint8)
+        self.panels_of[array] = panels
+        return panels
 
-    def _residual_panels(self, array: Array) -> int:
-        return self.residuals_of[array].address if array in self.residuals_of else 0
+    def _item(self, array: Array) -> int:
+        """Bytes of an activation in panels. Logits come straight from those of outputs: they are few, and worth 16 bits instead of 8."""
+        return 2 if array.rows == OUTPUTS else 1
 
     # ---- launches ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +171,7 @@ class _Lowering(Lowering):
             panels = self._new_panels(x)
             self._launch(
                 spec("amx.widen" if self._is_wide(x) else "quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns, self._residual_panels(x)),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._item(x) == 2),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),
@@ -233,9 +230,9 @@ class _Lowering(Lowering):
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common, self._residual_panels(x)]
+            slots = [address(matrix.tiles), source.address, *common]
             slots[3] = x.columns // 32
-            kernel = spec("matmul.matmul", layout=matrix.format.name)
+            kernel = spec("matmul.matmul", layout=matrix.format.name, item=self._item(x))
         reads = (source, out) if accumulate else (source,)
         self._launch(
             kernel,
@@ -351,7 +348,7 @@ class _Lowering(Lowering):
             address(self.state.output_rows) if picks_rows else 0,
             0,
             0,
-            self._residual_panels(out) if out is not None else 0,
+            out is not None and self._item(out) == 2,
         )
         changed = (source, branch) if branch else ()
         made = [buffer for buffer in (rows, panels) if buffer]

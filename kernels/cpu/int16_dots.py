@@ -1,0 +1,84 @@
+"""Dot products of int16 activations with the weights' quants: for logits, where 8 bits of activation would show.
+
+Quants are bytes. Those of even and of odd columns become words by a mask and by a shift, and the activations lie in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .int8_dots import has_sse2, settled, sse2_pair_sums
+from .isa import current_isa
+from .register_tiles import each
+from .simd import _I16, _I32, _call, _constant, _halves, _join, _operation, _store, i32x16
+
+WORDS = ir.VectorType(_I16, 32)
+_ORDER = [4 * group + place for group in range(4) for place in (0, 2, 1, 3)]
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_words(b, address, values):
+    """Sixteen columns as int16, in the order of the products."""
+    order = ir.Constant(ir.VectorType(_I32, 16), _ORDER)
+    _store(b, address, b.trunc(b.shuffle_vector(values, values, order), ir.VectorType(_I16, 16)))
+
+
+def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
+    """A tile plus the products of groups of four columns: ``quants(group)``, uint8, by two pairs ``activations(group, pair, t)``."""
+    if current_isa().name == "avx2":
+        return _add_in_halves(b, tile, groups, quants, activations)
+    for group in groups:
+        for pair, words in enumerate(_words(b, quants(group))):
+            tile = each(b, tile, lambda t, total: _dot(b, total, words, activations(group, pair, t)))  # noqa: B023
+    return tile
+
+
+def _words(b: Any, quants: Any) -> tuple[Any, Any]:
+    """Even and odd columns."""
+    columns = b.bitcast(quants, ir.VectorType(_I16, quants.type.count // 2))
+    return b.and_(columns, _constant(columns.type, 255)), b.lshr(columns, _constant(columns.type, 8))
+
+
+def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
+    """For AVX2, whose sixteen registers hold the sums of three tokens beside a group's words.
+
+    `settled` keeps them there: LLVM would take all groups of a token before the next one's, and the words through memory.
+    """
+    doubles = ir.VectorType(_I32, 8)
+
+    def add(total: Any, words: Any, factor: Any) -> Any:
+        return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", doubles, words, factor))
+
+    count = tile.type.count
+    totals = [_halves(b, b.extract_value(tile, t)) for t in range(count)]
+    for few in (range(start, min(start + 3, count)) for start in range(0, count, 3)):
+        for group in groups:
+            halves = [_words(b, half) for half in _halves(b, quants(group))]
+            for t in few:
+                for pair in range(2):
+                    factor = _halves(b, activations(group, pair, t))[0]
+                    totals[t] = [add(total, words[pair], factor) for total, words in zip(totals[t], halves, strict=True)]
+            totals[few.start : few.stop] = settled(b, totals[few.start : few.stop])
+    return each(b, tile, lambda t, _: _join(b, totals[t]))
+
+
+def _dot(b: Any, total: Any, x: Any, y: Any) -> Any:
+    """Each int32 lane of ``total`` plus two products."""
+    isa = current_isa()
+    if isa.has_avx512:
+        return _call(b, "llvm.x86.avx512.vpdpwssd.512", total.type, total, b.bitcast(x, total.type), b.bitcast(y, total.type))
+    doubles = ir.VectorType(_I32, 8)
+    if isa.name == "avxvnni":
+        parts = zip(_halves(b, total), _halves(b, x), _halves(b, y), strict=True)
+        name = "llvm.x86.avx512.vpdpwssd.256"
+        return _join(b, [_call(b, name, doubles, t, b.bitcast(p, doubles), b.bitcast(q, doubles)) for t, p, q in parts])
+    if has_sse2(b):
+        return b.add(total, sse2_pair_sums(b, x, y))
+    x, y = b.bitcast(x, total.type), b.bitcast(y, total.type)
+    sixteen = _constant(total.type, 16)
+    low = b.mul(*(b.ashr(b.shl(value, sixteen), sixteen) for value in (x, y)))
+    return b.add(total, b.add(low, b.mul(*(b.ashr(value, sixteen) for value in (x, y)))))

@@ -1,0 +1,106 @@
+"""Instruction sets that this CPU lacks: their kernels, with other instructions in place of the few that it does not have.
+
+LLVM splits vectors of 512 bits by itself. What the kernels name themselves (dot products, look-ups) is spelled out here, by Intel's
+Software Developer's Manual, so that packing, loops and addresses are tested on any x86-64 machine with AVX2. Such kernels are slow, and
+only this process has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numba  # noqa: F401 (where it is loaded, kernels are compiled in this process, and not in children that know nothing of this)
+from llvmlite import ir
+from numba.core import cgutils
+from pymistral.kernels.cpu import isa
+
+_I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
+_INTS, _FLOATS = ir.VectorType(_I32, 16), ir.VectorType(ir.FloatType(), 16)
+
+
+def emulate(name: str) -> None:
+    """Make ``avx512vnni`` or ``avxvnni`` the instruction set of this process, before anything else of the kernels is imported."""
+    features = ",".join(f"+{feature}" for feature in isa._HASWELL)
+    emulated = isa.Isa(name, "haswell", features, has_vnni=True, has_f16=True, has_bf16=name == "avx512vnni", tokens=isa._TOKENS[name])
+    isa.current_isa = functools.cache(lambda: emulated)
+    simd = importlib.import_module("pymistral.kernels.cpu.simd")
+    original = simd._call
+
+    def call(b: Any, instruction: str, result: Any, *values: Any) -> Any:
+        emulation = _INSTRUCTIONS.get(instruction)
+        return emulation(b, *values) if emulation else original(b, instruction, result, *values)
+
+    simd._call = call
+
+
+def _constant(vector: Any, number: int) -> Any:
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def _lanes(b: Any, vector: Any, first: int, step: int, count: int) -> Any:
+    mask = ir.Constant(ir.VectorType(_I32, count), list(range(first, first + step * count, step)))
+    return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _joined(b: Any, parts: list[Any]) -> Any:
+    count = 2 * parts[0].type.count
+    return b.shuffle_vector(*parts, ir.Constant(ir.VectorType(_I32, count), list(range(count))))
+
+
+def _vpdpbusd(b: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    return _dot(b, total, unsigned, signed, b.zext, _I8, 4)
+
+
+def _vpdpwssd(b: Any, total: Any, x: Any, y: Any) -> Any:
+    return _dot(b, total, x, y, b.sext, _I16, 2)
+
+
+def _dot(b: Any, total: Any, x: Any, y: Any, widen: Any, item: Any, each: int) -> Any:
+    """32-bit lanes plus ``each`` products; y is signed, x as ``widen`` takes it."""
+    lanes = total.type.count
+    x, y = (b.bitcast(value, ir.VectorType(item, each * lanes)) for value in (x, y))
+    for place in range(each):
+        left, right = (_lanes(b, value, place, each, lanes) for value in (x, y))
+        total = b.add(total, b.mul(widen(left, total.type), b.sext(right, total.type)))
+    return total
+
+
+def _vdpbf16ps(b: Any, total: Any, x: Any, y: Any) -> Any:
+    x, y = b.bitcast(x, _INTS), b.bitcast(y, _INTS)
+    for half in (lambda v: b.shl(v, _constant(_INTS, 16)), lambda v: b.and_(v, _constant(_INTS, -65536))):
+        total = b.fadd(total, b.fmul(b.bitcast(half(x), _FLOATS), b.bitcast(half(y), _FLOATS)))
+    return total
+
+
+def _vpshufb(b: Any, table: Any, indices: Any) -> Any:
+    """Within each 16 bytes; a byte whose top bit is set gives 0."""
+    parts = []
+    for start in range(0, 64, 16):
+        quarters = [_lanes(b, value, start, 1, 16) for value in (table, indices)]
+        kind = quarters[0].type
+        shuffle = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind, kind]), "llvm.x86.ssse3.pshuf.b.128")
+        parts.append(b.call(shuffle, quarters))
+    return _joined(b, [_joined(b, parts[:2]), _joined(b, parts[2:])])
+
+
+def _vcompressps(b: Any, value: Any, behind: Any, mask: Any) -> Any:
+    result, filled = behind, ir.Constant(_I32, 0)
+    for lane in range(16):
+        chosen = b.extract_element(mask, ir.Constant(_I32, lane))
+        result = b.select(chosen, b.insert_element(result, b.extract_element(value, ir.Constant(_I32, lane)), filled), result)
+        filled = b.add(filled, b.zext(chosen, _I32))
+    return result
+
+
+_INSTRUCTIONS: dict[str, Callable[..., Any]] = {
+    "llvm.x86.avx512.vpdpbusd.256": _vpdpbusd,
+    "llvm.x86.avx512.vpdpbusd.512": _vpdpbusd,
+    "llvm.x86.avx512.vpdpwssd.256": _vpdpwssd,
+    "llvm.x86.avx512.vpdpwssd.512": _vpdpwssd,
+    "llvm.x86.avx512bf16.dpbf16ps.512": _vdpbf16ps,
+    "llvm.x86.avx512.pshuf.b.512": _vpshufb,
+    "llvm.x86.avx512.mask.compress.v16f32": _vcompressps,
+}
