@@ -21,7 +21,7 @@ from .int8_dots import add_groups, start_dot_tile, takes_signed
 from .isa import current_isa
 from .quantize import quantize_block
 from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
-from .simd import exp, load_bf16x16, load_f8x16, load_f16x16, load_f32x16, load_i64, maximum, prefetch, splat_f32
+from .simd import exp, hidden, load_bf16x16, load_f8x16, load_f16x16, load_f32x16, load_i64, maximum, prefetch, splat_f32
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
 
@@ -201,8 +201,6 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             store_tile(full(w, x, blocks), target, 128)
 
     def kernel(slots, begin, end, thread):
-        gate_weights = load_i64(slots)
-        up_weights = load_i64(slots + 8)
         panels = load_i64(slots + 16)
         blocks = load_i64(slots + 24)
         tile_bytes = load_i64(slots + 32)
@@ -215,10 +213,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
             for unit in range(begin, end):
-                for half in range(2):
-                    offset = (2 * unit + half) * tile_bytes
-                    product(gate_weights + offset, x, blocks, left, gate + 64 * half)
-                    product(up_weights + offset, x, blocks, left, up + 64 * half)
+                for part in range(hidden(4)):  # `product` is long
+                    half, of_up = part // 2, part % 2
+                    weights = load_i64(slots + 8 * of_up) + (2 * unit + half) * tile_bytes
+                    product(weights, x, blocks, left, gate + of_up * (up - gate) + 64 * half)
                 target = out + (start // panel * out_blocks + unit) * record
                 for token in range(left):
                     at = 128 * token

@@ -562,6 +562,12 @@ def bits_mask(b, bits):
 
 
 @_operation(types.int64, types.int64)
+def hidden(b, x):
+    """x, of which LLVM knows nothing: a loop over it is not unrolled."""
+    return b.call(ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0"), [x])
+
+
+@_operation(types.int64, types.int64)
 def count_trailing_zeros(b, x):
     return b.cttz(x, ir.Constant(ir.IntType(1), 0))
 
