@@ -1,12 +1,14 @@
 """Decoding beside what the memory allows: models of Llama 3's shapes with random weights.
 
 The bound is the bytes that a token needs (all weights but the embeddings, of which it reads a row, and the KV cache that it looks at) over
-the bandwidth of this machine, which is measured before and after each model. 128 tokens are decoded one after the other.
+what this machine's memory gives just before and after each run of 128 tokens.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Callable
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +19,7 @@ from pymistral.nn.pool import available_threads
 from pymistral.nn.quantize import tile_format
 from pymistral.quantization.types import GgmlType
 
-from .limits import measure_limits
+from .limits import bandwidth_probe
 from .random_llama import LLAMA_1B, LLAMA_8B, multiplied, random_llama
 from .report import Report, arguments, median
 
@@ -25,7 +27,7 @@ COLUMNS = {
     "model": "model",
     "type": "type",
     "gb_per_token": "GB a token",
-    "bandwidth": "GB/s, this machine",
+    "bandwidth": "GB/s, memory",
     "tokens_per_sec": "tok/s",
     "gb_per_sec": "GB/s",
     "percent": "% of bound",
@@ -40,26 +42,33 @@ def bytes_per_token(graph: Graph, context: float) -> float:
     return sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices) + context * cache_token_bytes(graph)
 
 
-def seconds_per_token(graph: Graph, threads: int, tokens: int, runs: int) -> list[float]:
-    """Of each run: the median over its tokens, so that a moment's disturbance does not count."""
+def runs_of(graph: Graph, threads: int, tokens: int, runs: int, probe: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Of each run, the median of its tokens' seconds, and GB/s that the memory gave before and after it."""
     runner = CpuRunner(graph, max_position_embeddings=2 * tokens, threads=threads, max_num_seqs=1, cache_tokens=2 * tokens)
     table = list(range(runner.num_blocks))
-    results = []
-    for _ in range(runs + 1):
+
+    def run() -> float:
         times = []
         for position in range(tokens):
             begin = perf_counter()
             runner.forward([Segment([position], position, table, 1, 1)])
             times.append(perf_counter() - begin)
-        results.append(median(times))
-    return results[1:]  # the first one takes the weights into memory
+        return median(times)
+
+    run()  # takes the weights into memory
+    bandwidths = [probe()]
+    seconds = []
+    for _ in range(runs):
+        seconds.append(run())
+        bandwidths.append(probe())
+    return seconds, [(before + after) / 2 for before, after in pairwise(bandwidths)]
 
 
 def main() -> None:
     parser: ArgumentParser = arguments(__doc__ or "")
     parser.add_argument("-t", "--threads", type=int, default=available_threads(), metavar="N", help="threads (default: one per core)")
     parser.add_argument("--type", default="Q4_K", choices=["Q4_K", "Q8_0", "BF16"], help="of all matrices (default: Q4_K)")
-    parser.add_argument("-r", "--runs", type=int, default=3, metavar="N", help="runs of 128 tokens (default: 3)")
+    parser.add_argument("-r", "--runs", type=int, default=5, metavar="N", help="runs of 128 tokens (default: 5)")
     args = parser.parse_args()
     tokens, models = 128, MODELS
     if args.quick:
@@ -70,21 +79,20 @@ def main() -> None:
     missed = []
     for name, config in models.items():
         graph = random_llama(config, GgmlType[args.type])
-        limits = [measure_limits(args.threads, quick=args.quick).read]
-        seconds = seconds_per_token(graph, args.threads, tokens, args.runs)
-        limits.append(measure_limits(args.threads, quick=args.quick).read)
-        nbytes, bandwidth = bytes_per_token(graph, tokens / 2), max(limits)
-        speed = nbytes / median(seconds) / 1e9
+        probe = bandwidth_probe(args.threads, quick=args.quick)
+        seconds, bandwidths = runs_of(graph, args.threads, tokens, args.runs, probe)
+        nbytes = bytes_per_token(graph, tokens / 2) / 1e9
+        percent = median([100 * nbytes / s / limit for s, limit in zip(seconds, bandwidths, strict=True)])
         report.add(
             model=name,
             type=args.type,
-            gb_per_token=nbytes / 1e9,
-            bandwidth=bandwidth,
+            gb_per_token=nbytes,
+            bandwidth=median(bandwidths),
             tokens_per_sec=1 / median(seconds),
-            gb_per_sec=speed,
-            percent=100 * speed / bandwidth,
+            gb_per_sec=nbytes / median(seconds),
+            percent=percent,
         )
-        missed += [name] if 100 * speed / bandwidth < FEWEST_PERCENT else []
+        missed += [name] if percent < FEWEST_PERCENT else []
     report.finish(args)
     if missed and not args.quick:
         raise SystemExit(f"below {FEWEST_PERCENT} % of the bound: {', '.join(missed)}")

@@ -81,6 +81,21 @@ def measure_limits(threads: int, *, quick: bool = False) -> Limits:
     )
 
 
+def bandwidth_probe(threads: int, *, quick: bool = False) -> Callable[[], float]:
+    """A function that measures GB/s read from memory, now: neighbours of a virtual machine change it from second to second."""
+    read = load_kernels([spec("probes.read")]).popitem()[1]
+    size = (64 << 20) if quick else cold_bytes()
+    memory, scratch, one = zeros(size, np.uint8, huge_pages=True), zeros((threads, 4096), np.uint8), np.ones(1, np.int64)
+    memory.fill(1)
+    slots = np.array([address(memory), address(scratch)], np.int64)
+    launches, pool = Launches([(read, address(slots), address(one), size // _STRETCH, 4, 0)], threads), thread_pool(threads)
+
+    def probe(_alive: object = (memory, scratch, one, slots)) -> float:
+        return size / min(passes_of(lambda: pool.run(launches), 3, 0.05)) / 1e9
+
+    return probe
+
+
 def passes_of(run: Callable[[], None], passes: int, seconds: float) -> list[float]:
     """Seconds of one ``run`` in each pass; a pass lasts about ``seconds``."""
     run()

@@ -119,7 +119,7 @@ def identity(size: int, kind: str = "Q8_0") -> Tensor:
 
 
 def quantized(x: NDArray[np.float32], largest: int = 127) -> NDArray[np.float32]:
-    """Activations after they went through integers of up to ``largest``: 32 at a time share a scale, in the kernels' own float32 operations."""
+    """Activations after integers of up to ``largest``: 32 at a time share a scale, in the kernels' own float32 operations."""
     blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(axis=2, keepdims=True)
     inverse = np.divide(np.float32(largest), peak, out=np.zeros_like(peak), where=peak > 1e-36)

@@ -55,6 +55,12 @@ def test_engines(smollm2_path: Path) -> None:
     assert all(row["low"] <= row["tokens_per_sec"] <= row["high"] for row in result["rows"])
 
 
+def test_decode() -> None:
+    (row,) = json.loads(run("benchmarks.decode", "--quick", "--json", "-t", "1"))["rows"]
+    assert row["gb_per_token"] == pytest.approx(1.06e-3, rel=0.05)  # 1.8 million weights of half a byte each, and their scales
+    assert row["tokens_per_sec"] * row["gb_per_token"] == pytest.approx(row["gb_per_sec"])
+
+
 def test_serving(smollm2_path: Path) -> None:
     result = json.loads(
         run("benchmarks.serving", "--quick", "--json", "-t", "1", "-m", str(smollm2_path), "--python", "llama_cpp=/nowhere")

@@ -47,7 +47,8 @@ def copy() -> Any:
 
 def dot_accumulators() -> int:
     """Vectors that `int8_dots` adds to: a matrix kernel's, but enough to hide the instruction's latency."""
-    return max(8, current_isa().tokens)
+    isa = current_isa()
+    return isa.tokens if isa.name == "avx2" else max(8, isa.tokens)  # AVX2's registers hold no more
 
 
 DOTS_IN_UNIT = 4096

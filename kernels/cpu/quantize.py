@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .helpers import inline
-from .isa import current_isa
 from .int16_dots import store_words
+from .isa import current_isa
 from .simd import (
     larger_magnitudes,
     load_f32x16,
