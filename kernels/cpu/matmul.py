@@ -16,8 +16,8 @@ from numba.extending import intrinsic
 
 from . import register_tiles, simd
 from .helpers import inline
-from .int16_dots import WORDS, add_word_groups
 from .int8_dots import add_groups, start_dot_tile, takes_signed
+from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
 from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
