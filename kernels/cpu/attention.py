@@ -33,6 +33,7 @@ from .simd import (
     load_i64,
     max_lanes,
     maximum,
+    prefetch,
     round_bf16,
     scatter_bf16_pairs,
     select,
@@ -105,14 +106,22 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         return grid
 
     @inline
-    def score_more(queries, keys, more, stride):
-        """Scores of 64 positions, 32 at each address."""
+    def score_more(queries, keys, more, stride, ahead, more_ahead):
+        """Scores of 64 positions, 32 at each address. The next ones are asked for: they lie anywhere, so the CPU cannot foresee it."""
         grid = zero_tile(fourfold)
         for i in range(head_dim // 2):
             at = 64 * i
             k = (load_i32x16(keys + at), load_i32x16(keys + stride + at), load_i32x16(more + at), load_i32x16(more + stride + at))
             grid = dot_pairs_grid(grid, rows, k, queries + i * rows * 4, 4)
+            for line in (ahead + at, ahead + stride + at, more_ahead + at, more_ahead + stride + at):
+                prefetch(line)
         return grid
+
+    @inline
+    def place(cache, table, block_size, kv_heads, head, at):
+        """Where 32 positions of a head begin, of keys or of values."""
+        block = load_i32(table + at // block_size * 4) * kv_heads + head
+        return cache + (block * block_size + at % block_size) * head_dim * 2
 
     @inline
     def attend(slots, queries, table, head, position, tokens, start, stop, scores, outputs, maxima, sums):
@@ -120,20 +129,21 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window = load_i64(slots + 96)
         cap = bits_to_f32(load_i64(slots + 104))
-        head_bytes = block_size * head_dim * 2
         vector_bytes = head_dim * 32
+
         if few:
+            first = place(keys, table, block_size, kv_heads, head, start)
+            second = place(keys, table, block_size, kv_heads, head, start + 32)
             for at in range(start, stop, 64):
-                first = (
-                    keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
-                )
-                at2 = at + 32
-                second = keys + (load_i32(table + at2 // block_size * 4) * kv_heads + head) * head_bytes
-                second += at2 % block_size // 16 * vector_bytes
-                store_grid(score_more(queries, first, second, vector_bytes), rows, scores + (at - start) * 4, line_bytes)
+                later, cache = (at + 64, keys) if at + 64 < stop else (start, values)
+                ahead = place(cache, table, block_size, kv_heads, head, later)
+                more_ahead = place(cache, table, block_size, kv_heads, head, later + 32)
+                grid = score_more(queries, first, second, vector_bytes, ahead, more_ahead)
+                store_grid(grid, rows, scores + (at - start) * 4, line_bytes)
+                first, second = ahead, more_ahead
         else:
             for at in range(start, stop, 32):
-                k = keys + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes + at % block_size // 16 * vector_bytes
+                k = place(keys, table, block_size, kv_heads, head, at)
                 store_grid(score(queries, k, vector_bytes), rows, scores + (at - start) * 4, line_bytes)
         width = (stop - start + 31) // 32 * 32
         for row in range(rows):
@@ -163,26 +173,21 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             if few and head_dim % 64 == 0:
                 four = zero_tile(fourfold)
                 for at in range(start, stop, 32):
-                    v = (
-                        values
-                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
-                        + (at % block_size * head_dim + 2 * i) * 2
-                    )
+                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
+                    ahead = place(values, table, block_size, kv_heads, head, min(at + 32, stop - 1)) + 4 * i - v
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         v4 = (load_i32x16(v), load_i32x16(v + 64), load_i32x16(v + 128), load_i32x16(v + 192))
                         four = dot_pairs_grid(four, rows, v4, p, line_bytes)
+                        for line in range(0, 256, 64):
+                            prefetch(v + ahead + line)
                         v += head_dim * 4
                         p += 4
                 store_grid(four, rows, outputs + 4 * i, output_bytes)
             elif head_dim % 32 == 0:
                 two = zero_tile(twice)
                 for at in range(start, stop, 32):
-                    v = (
-                        values
-                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
-                        + (at % block_size * head_dim + 2 * i) * 2
-                    )
+                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         two = dot_pairs_grid(two, rows, (load_i32x16(v), load_i32x16(v + 64)), p, line_bytes)
@@ -192,11 +197,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             else:
                 one = zero_tile(rows)
                 for at in range(start, stop, 32):
-                    v = (
-                        values
-                        + (load_i32(table + at // block_size * 4) * kv_heads + head) * head_bytes
-                        + (at % block_size * head_dim + 2 * i) * 2
-                    )
+                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         one = dot_pairs_grid(one, rows, (load_i32x16(v),), p, line_bytes)

@@ -32,6 +32,7 @@ from .simd import (
     load_i64,
     max_lanes,
     maximum,
+    prefetch,
     select,
     splat_f32,
     splat_i32,
@@ -97,6 +98,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
     position_bytes = cache_row_bytes(cache, head_dim)
     shared = group_dims if scaled else head_dim  # dimensions whose products are added before they are scaled
     partial_bytes = partial_floats(group, head_dim) * 4
+    line_dims = max(1, 4 // item_bytes)  # dimensions of 16 keys in a line of the cache
 
     @inline
     def place(cache_at, table, block_size, kv_heads, head, at):
@@ -120,7 +122,10 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
 
     @inline
     def one_token(slots, q, table, head, position, start, stop, scores, outputs, maxima, sums):
-        """A chunk for the rows of one token."""
+        """A chunk for the rows of one token.
+
+        Each block asks for the next one while it is worked through: a block lies anywhere, so the CPU cannot foresee it.
+        """
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
@@ -129,15 +134,25 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
             block = place(keys, table, block_size, kv_heads, head, at)
             k = block + at % block_size // 16 * vector_bytes
             scales = block + block_size * value_bytes + at % block_size * 2
+            later = at + 16 * vectors
+            if later < stop:
+                ahead = place(keys, table, block_size, kv_heads, head, later) + later % block_size // 16 * vector_bytes - k
+            else:
+                ahead = place(values, table, block_size, kv_heads, head, start) - k
             for some in range(0, group, part):
                 row = min(some, group - part)  # the last part may begin with rows of the one before
                 low, high = zero_tile(part), zero_tile(part)
                 low_total, high_total = zero_tile(part), zero_tile(part)
                 for first in range(0, head_dim, shared):
-                    for i in range(first, first + shared):
-                        low = fma_tile(low, load(k + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
+                    for i in range(first, first + shared, line_dims):
+                        for j in range(i, i + line_dims):
+                            at_dim = k + j * 16 * item_bytes
+                            low = fma_tile(low, load(at_dim), q + row * row_bytes + 4 * j, row_bytes)
+                            if wide:
+                                high = fma_tile(high, load(at_dim + vector_bytes), q + row * row_bytes + 4 * j, row_bytes)
+                        prefetch(k + i * 16 * item_bytes + ahead)
                         if wide:
-                            high = fma_tile(high, load(k + vector_bytes + i * 16 * item_bytes), q + row * row_bytes + 4 * i, row_bytes)
+                            prefetch(k + i * 16 * item_bytes + ahead + vector_bytes)
                     if scaled:
                         low_total = add_scaled(low_total, low, scales + first // shared * block_size * 2)
                         high_total = add_scaled(high_total, high, scales + first // shared * block_size * 2 + 32)
@@ -162,10 +177,14 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
                     block = place(values, table, block_size, kv_heads, head, at)
                     v = block + at % block_size * value_bytes + i * item_bytes
                     p = weights + row * LINE + (at - start) * 4
+                    later = min(at + 32, stop - 1)
+                    ahead = place(values, table, block_size, kv_heads, head, later) + later % block_size * value_bytes - v
                     for j in range(min(32, stop - at)):
                         low = fma_tile(low, load(v), p + 4 * j, LINE)
                         if wide:
                             high = fma_tile(high, load(v + 16 * item_bytes), p + 4 * j, LINE)
+                        for line in range(0, value_bytes, 64):
+                            prefetch(v + ahead + line)
                         v += value_bytes
                 out = outputs + row * row_bytes + 4 * i
                 store_tile(low, out, row_bytes)

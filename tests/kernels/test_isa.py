@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 from llvmlite import ir
-from pymistral.kernels.cpu import int8_dots, simd
+from numpy.typing import NDArray
+from pymistral.kernels.cpu import int8_dots, int16_dots, simd
 from pymistral.kernels.cpu.isa import _NEEDS, Isa, current_isa
 
 CHECKS = Path(__file__).with_name("isa_checks.py")
@@ -42,6 +49,22 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
         current_isa.cache_clear()
 
 
+NEON = Isa("neon", "generic", "+neon", False, True, False, 4)
+
+
+def dot_function(emit: Callable[..., Any], triple: str) -> ir.Module:
+    """A module with ``dot(total, weights, activations)``, which stores what ``emit(b, total, weights, activations)`` makes."""
+    module = ir.Module()
+    module.triple = triple
+    pointers = [vector.llvm.as_pointer() for vector in (simd.i32x16, simd.i8x64, simd.i8x64)]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
+    b = ir.IRBuilder(function.append_basic_block())
+    values = [b.load(argument) for argument in function.args]
+    b.store(emit(b, *values), function.args[0])
+    b.ret_void()
+    return module
+
+
 @pytest.mark.parametrize(
     ("features", "signed", "instruction"),
     [
@@ -53,16 +76,9 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_dot_product_on_aarch64(features: str, signed: bool, instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows by 4 columns take four instructions of 16 products each."""
-    neon = Isa("neon", "generic", features, False, True, False, 4, has_sdot="dotprod" in features, has_usdot="i8mm" in features)
+    neon = replace(NEON, features=features, has_sdot="dotprod" in features, has_usdot="i8mm" in features)
     monkeypatch.setattr(int8_dots, "current_isa", lambda: neon)
-    module = ir.Module()
-    module.triple = "aarch64-unknown-linux-gnu"
-    pointers = [vector.llvm.as_pointer() for vector in (simd.i32x16, simd.i8x64, simd.i8x64)]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
-    b = ir.IRBuilder(function.append_basic_block())
-    total, weights, activations = (b.load(argument) for argument in function.args)
-    b.store(int8_dots.dot(b, total, weights, activations, signed=signed), function.args[0])
-    b.ret_void()
+    module = dot_function(functools.partial(int8_dots.dot, signed=signed), "aarch64-unknown-linux-gnu")
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(module.triple).create_target_machine(features=features, opt=3)
@@ -74,3 +90,38 @@ def test_dot_product_on_aarch64(features: str, signed: bool, instruction: str, m
     else:
         assert operations.count(instruction) == 4
         assert len(operations) < 40
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_dot_product_on_any_cpu(words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU gets that is neither x86-64 nor has dot products, run on this one."""
+    for module in (int8_dots, int16_dots):
+        monkeypatch.setattr(module, "current_isa", lambda: NEON)
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 256, 32 if words else 64).astype(np.int16 if words else np.uint8)
+    weights[:8] = 255
+    activations = rng.integers(*((-32767, 32768) if words else (-127, 128)), len(weights)).astype(np.int16 if words else np.int8)
+    total = rng.integers(-(1 << 20), 1 << 20, 16).astype(np.int32)
+    wanted = total + (weights.astype(np.int64) * activations).reshape(16, -1).sum(axis=1)
+
+    def emit(b: Any, total: Any, *factors: Any) -> Any:
+        if words:
+            return int16_dots._dot(b, total, *(b.bitcast(factor, int16_dots.WORDS) for factor in factors))
+        return int8_dots.dot(b, total, *factors)
+
+    text = str(dot_function(emit, "aarch64-unknown-linux-gnu")).replace("aarch64-unknown-linux-gnu", llvm.get_process_triple())
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    with llvm.create_mcjit_compiler(llvm.parse_assembly(text), llvm.Target.from_default_triple().create_target_machine()) as engine:
+        engine.finalize_object()
+        arrays = [aligned(array) for array in (total, weights, activations)]
+        ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("dot"))(*(array.ctypes.data for array in arrays))
+    assert np.array_equal(arrays[0], wanted)
+
+
+def aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy at an address that whole vectors may be loaded from."""
+    room = np.zeros(array.nbytes + 64, np.uint8)
+    copy = room[-room.ctypes.data % 64 :][: array.nbytes].view(array.dtype)
+    copy[:] = array
+    return copy
