@@ -18,6 +18,7 @@ from .register_tiles import each, scalar_row, tile_type
 from .simd import _I16, _I32, _call, _constant, _halves, _join, i32x16
 
 _WORDS = ir.VectorType(_I16, 32)
+_MOST, _PAIR = 32767, 2 * 127  # what 16 bits hold; two activations
 _Quants = Callable[[int], Any]
 _Activations = Callable[[int, int], Any]
 
@@ -25,6 +26,29 @@ _Activations = Callable[[int, int], Any]
 def takes_signed(zero: int, item: int = 1) -> bool:
     """Whether quants are taken as int8, less 128: eight-bit ones, where a uint8 x int8 product would saturate."""
     return zero == 128 and item == 1 and not current_isa().has_vnni
+
+
+def centre_of(groups: int, largest: int) -> int:
+    """What to take from quants of up to ``largest`` on AVX2, so that the sums of pairs of all these groups fit 16 bits; 0: they fit anyway,
+    or do not even so.
+
+    Nothing is taken from the quants themselves. Sums that begin with minus the centre times the activations' sum may leave the 16 bits on
+    the way, as they wrap around, if only the end is within them.
+    """
+    centre = (largest + 1) // 2
+    if current_isa().name != "avx2" or groups * _PAIR * largest <= _MOST or groups * _PAIR * centre > _MOST:
+        return 0
+    return centre
+
+
+def add_centred_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _Activations, starts: list[Any]) -> Any:
+    """As `add_groups` on AVX2, with sums that begin at ``starts[t]``, 16 words (see `centre_of`)."""
+    tokens = range(tile.type.count)
+    sums = [[start, start] for start in starts]
+    for group in groups:
+        weights = quants(group)
+        sums = settled(b, [_added(b, sums[t], _pair_products(b, weights, activations(group, t), signed=False)) for t in tokens])
+    return each(b, tile, lambda t, total: _join(b, _added(b, _halves(b, total), _widened(b, sums[t]))))
 
 
 def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _Activations, *, largest: int, signed: bool) -> Any:
@@ -36,7 +60,7 @@ def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _
         return tile
     tokens = range(tile.type.count)
     totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
-    together = 32767 // (2 * 127 * largest)
+    together = _MOST // (_PAIR * largest)
     runs = [groups[start : start + together] for start in range(0, len(groups), together)]
     if together > 2:
         for run in runs:
@@ -177,9 +201,13 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
             if offset == 0:
                 return _constant(i32x16.llvm, 0)
             total = scalar_row(b, values[2], step, t, _I32)
-            if offset & (offset - 1) == 0:
-                return b.shl(total, _constant(i32x16.llvm, offset.bit_length() - 1))
-            return b.mul(total, _constant(i32x16.llvm, offset))
+            if offset < 0:
+                total, size = b.neg(total), -offset
+            else:
+                size = offset
+            if size & (size - 1) == 0:
+                return b.shl(total, _constant(i32x16.llvm, size.bit_length() - 1))
+            return b.mul(total, _constant(i32x16.llvm, size))
 
         return each(b, tile, start)
 

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from . import register_tiles, simd
 from .helpers import inline
-from .int8_dots import add_groups, start_dot_tile, takes_signed
+from .int8_dots import add_centred_groups, add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
@@ -54,6 +54,16 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
             return add_word_groups(b, total, range(begin, end), quants, lambda group, pair, t: activations(8 * group + 4 * pair, t, WORDS))
         largest = 128 if signed else format.largest
         four = lambda group, t: activations(4 * group, t, simd.i8x64.llvm)  # noqa: E731
+        centre = centre_of(end - begin, largest)
+        if centre and not signed:
+            offset = panel_offsets(current_isa().tokens)[{(0, 8): 5, (0, 4): 6, (4, 8): 7}[begin, end]]
+
+            def start(t):
+                minus_sums = register_tiles.scalar_row(b, b.add(x, ir.Constant(ir.IntType(64), offset)), 4, t, word)
+                pairs = b.bitcast(simd._halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
+                return b.mul(pairs, simd._constant(pairs.type, centre))
+
+            return add_centred_groups(b, total, range(begin, end), quants, four, [start(t) for t in range(total.type.count)])
         return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed)
 
     return tile(tile, layout, types.intp, types.intp, item, first, last), codegen
@@ -66,12 +76,13 @@ def _tile_product(layout: str, tokens: int, item: int = 1) -> Any:
     """A function ``(weights, panel, blocks) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16 (``item=2``)."""
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens
-    scales_at, scaled_sums_at, sums_at, first_at, last_at = panel_offsets(panel, item)
+    scales_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(panel, item)
     record = panel_bytes(panel, 32, item)
     blocks_per_record = format.columns // 32
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
     halves, minimum = format.scales == 2, format.minimum
-    zero = 0 if takes_signed(format.zero, item) else format.zero
+    # what the sums of quants have too much
+    zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
     ahead = _AHEAD if tokens == 1 and not current_isa().has_avx512 else 0
 
     @inline

@@ -8,6 +8,7 @@ from .helpers import inline
 from .int16_dots import store_words
 from .isa import current_isa
 from .simd import (
+    first_pairs,
     larger_magnitudes,
     load_f32x16,
     load_i64,
@@ -26,7 +27,13 @@ _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _WORD_RECORD = panel_bytes(_PANEL, 32, 2)
 _SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(_PANEL, 2)[0]
-_SCALED_SUMS, _SUMS, _FIRST, _LAST = (offset - _SUMMARY for offset in panel_offsets(_PANEL)[1:])
+_SCALED_SUMS, _SUMS, _FIRST, _LAST, _PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (offset - _SUMMARY for offset in panel_offsets(_PANEL)[1:])
+_SUMS_PAIRS = current_isa().name == "avx2"
+
+
+@inline
+def _two_words(low, high):
+    return (low & 0xFFFF) | (high << 16)
 
 
 @inline
@@ -49,7 +56,14 @@ def quantize_block(low, high, record, slot):
     quants = record + 32 * slot
     store_i8x16(quants, low_quants)
     store_i8x16(quants + 16, high_quants)
-    _describe(record + _SUMMARY, slot, peak / 127.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+    first, last = sum_lanes_i32(low_quants), sum_lanes_i32(high_quants)
+    _describe(record + _SUMMARY, slot, peak / 127.0, first, last)
+    if _SUMS_PAIRS:
+        first_pair, last_pair = sum_lanes_i32(first_pairs(low_quants)), sum_lanes_i32(first_pairs(high_quants))
+        at = record + _SUMMARY + 4 * slot
+        store_i32(at + _PAIRS, _two_words(-first_pair - last_pair, first_pair + last_pair - first - last))
+        store_i32(at + _FIRST_PAIRS, _two_words(-first_pair, first_pair - first))
+        store_i32(at + _LAST_PAIRS, _two_words(-last_pair, last_pair - last))
 
 
 @inline

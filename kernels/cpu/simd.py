@@ -561,6 +561,12 @@ def bits_mask(b, bits):
     return b.bitcast(b.trunc(bits, _I16), b1x16.llvm)
 
 
+@_operation(i32x16, i32x16)
+def first_pairs(b, x):
+    """The lanes 0 and 1 of each four, and 0."""
+    return b.and_(x, ir.Constant(i32x16.llvm, [-1, -1, 0, 0] * 4))
+
+
 @_operation(types.int64, types.int64)
 def hidden(b, x):
     """x, of which LLVM knows nothing: a loop over it is not unrolled."""

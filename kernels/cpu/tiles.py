@@ -26,11 +26,11 @@ the rows, each for an n-th of the columns, and then hold a byte for each column 
 
 Activations
 -----------
-A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``52 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
+A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``64 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
 ``f32[P]`` scale times the sum of quants, ``i32[P]`` minus the sum of quants, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the
-last 16.
+last 16; and the last three again as ``i16[P][2]``: of the columns 0 and 1 of each group, and of 2 and 3 (these are there for AVX2 only).
 
-What logits are made of is quantised to 16 bits: the records have ``i16[P][32]`` quants and ``84 P`` bytes. In each group of 4 columns the
+What logits are made of is quantised to 16 bits: the records have ``i16[P][32]`` quants and ``96 P`` bytes. In each group of 4 columns the
 even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
 """
 
@@ -189,18 +189,16 @@ FLOAT_FORMATS: dict[str, FloatFormat] = {
 }
 FP8_LARGEST = 448.0
 
-_SUMMARY_BYTES = 20  # of one token in one record: its scale and sums
+_SUMMARY_FIELDS = 8  # of four bytes, of one token in one record: its scale and sums
 
 
-def panel_offsets(tokens: int, item: int = 1) -> tuple[int, int, int, int, int]:
-    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, first-half and last-half sums start.
-
-    Quants have ``item`` bytes.
+def panel_offsets(tokens: int, item: int = 1) -> list[int]:
+    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, sums of the first and of the last half start, and then
+    these three sums by pairs. Quants have ``item`` bytes.
     """
-    quants = tokens * COLUMNS * item
-    return quants, quants + tokens * 4, quants + tokens * 8, quants + tokens * 12, quants + tokens * 16
+    return [tokens * (COLUMNS * item + 4 * field) for field in range(_SUMMARY_FIELDS)]
 
 
 def panel_bytes(tokens: int, columns: int, item: int = 1) -> int:
     """Bytes of one panel of quants of ``item`` bytes."""
-    return columns // COLUMNS * tokens * (COLUMNS * item + _SUMMARY_BYTES)
+    return columns // COLUMNS * tokens * (COLUMNS * item + 4 * _SUMMARY_FIELDS)

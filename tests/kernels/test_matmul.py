@@ -101,6 +101,20 @@ def test_sum_with_a_residual(kind: str, tokens: int) -> None:
     assert np.all(np.abs(found - wanted) <= bound + ref.EPSILON * np.abs(wanted))  # one more rounding
 
 
+@pytest.mark.parametrize(
+    ("kind", "quants"), [("Q5_0", slice(2, None)), ("Q5_1", slice(4, None)), ("Q5_K", slice(16, None)), ("Q6_K", slice(192))]
+)
+def test_the_largest_sums(kind: str, quants: slice) -> None:
+    """All quants of a block at one end, all activations at the limit: sums of 16 bits hold just this."""
+    rng = np.random.default_rng(4)
+    tensor, _ = ref.random_tensor(kind, 40, 512, rng)
+    blocks = tensor.data.reshape(-1, BLOCK_SIZES[tensor.type][1])
+    blocks[:, quants] = rng.choice([0, 255], (len(blocks), 1))
+    weights = ref.values_of(kind, tensor.data, 40, 512)
+    x = np.ones((7, 512), np.float32) * np.array([1, -1, 1, 1, -1, -1, 1], np.float32)[:, None]
+    assert np.all(np.abs(F.linear(x, tensor) - x @ weights.T) <= ref.product_bound(weights, x))
+
+
 @pytest.mark.parametrize("kind", ref.QUANTIZED)
 @pytest.mark.parametrize("tokens", [1, 4, 14])
 def test_logits_keep_sixteen_bits(kind: str, tokens: int) -> None:
