@@ -8,10 +8,10 @@ from .helpers import inline
 from .int16_dots import store_words
 from .isa import current_isa
 from .simd import (
-    first_pairs,
     larger_magnitudes,
     load_f32x16,
     load_i64,
+    pair_sums,
     peak_lanes,
     round_to_i32,
     splat_f32,
@@ -56,14 +56,17 @@ def quantize_block(low, high, record, slot):
     quants = record + 32 * slot
     store_i8x16(quants, low_quants)
     store_i8x16(quants + 16, high_quants)
-    first, last = sum_lanes_i32(low_quants), sum_lanes_i32(high_quants)
-    _describe(record + _SUMMARY, slot, peak / 127.0, first, last)
-    if _SUMS_PAIRS:
-        first_pair, last_pair = sum_lanes_i32(first_pairs(low_quants)), sum_lanes_i32(first_pairs(high_quants))
-        at = record + _SUMMARY + 4 * slot
-        store_i32(at + _PAIRS, _two_words(-first_pair - last_pair, first_pair + last_pair - first - last))
-        store_i32(at + _FIRST_PAIRS, _two_words(-first_pair, first_pair - first))
-        store_i32(at + _LAST_PAIRS, _two_words(-last_pair, last_pair - last))
+    if not _SUMS_PAIRS:
+        _describe(record + _SUMMARY, slot, peak / 127.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        return
+    low_sums, high_sums = pair_sums(low_quants), pair_sums(high_quants)
+    first, second = low_sums << 32 >> 32, low_sums >> 32
+    third, fourth = high_sums << 32 >> 32, high_sums >> 32
+    _describe(record + _SUMMARY, slot, peak / 127.0, first + second, third + fourth)
+    at = record + _SUMMARY + 4 * slot
+    store_i32(at + _PAIRS, _two_words(-first - third, -second - fourth))
+    store_i32(at + _FIRST_PAIRS, _two_words(-first, -second))
+    store_i32(at + _LAST_PAIRS, _two_words(-third, -fourth))
 
 
 @inline

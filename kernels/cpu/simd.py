@@ -561,10 +561,14 @@ def bits_mask(b, bits):
     return b.bitcast(b.trunc(bits, _I16), b1x16.llvm)
 
 
-@_operation(i32x16, i32x16)
-def first_pairs(b, x):
-    """The lanes 0 and 1 of each four, and 0."""
-    return b.and_(x, ir.Constant(i32x16.llvm, [-1, -1, 0, 0] * 4))
+@_operation(types.int64, i32x16)
+def pair_sums(b, x):
+    """The sum of the lanes 0 and 1 of each four, in the low half; of the lanes 2 and 3 in the high half."""
+    half = b.add(*_halves(b, x))
+    quarter = b.add(*_halves(b, half))
+    pairs = b.add(quarter, b.shuffle_vector(quarter, quarter, ir.Constant(ir.VectorType(_I32, 4), [1, 0, 3, 2])))
+    low, high = (b.extract_element(pairs, ir.Constant(_I32, lane)) for lane in (0, 2))
+    return b.or_(b.zext(low, _I64), b.shl(b.zext(high, _I64), ir.Constant(_I64, 32)))
 
 
 @_operation(types.int64, types.int64)
