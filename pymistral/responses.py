@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "canceled", "tool_calls"]
 
 
 class _Response(BaseModel):
-    model_config = ConfigDict(protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(protected_namespaces=())
 
 
 class CalledFunction(_Response):

@@ -12,7 +12,7 @@ from ..errors import ModelLoadError
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 S = TypeVar("S", bound=_Config)
