@@ -271,7 +271,7 @@ class _Lowering(Lowering):
         gate, up = self.weights[node.attributes["gate"]], self.weights[node.attributes["up"]]
         activation = node.attributes["activation"]
         columns = node.output.columns
-        takes_panels = all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
+        takes_panels = self._item(x) == 1 and all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
         if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds_panels(node.output):
             source = self._panels(x)
             out = self._new_panels(node.output)

@@ -132,6 +132,17 @@ def test_logits_keep_sixteen_bits(kind: str, tokens: int) -> None:
     assert np.all(np.abs(used - x).reshape(tokens, -1, 32) <= peaks / (2 * 32767) * 1.01)
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_gated_outputs(tokens: int) -> None:
+    """Whatever is computed of output rows takes them as they are quantised."""
+    rng = np.random.default_rng(5)
+    (gate, gate_weights), (up, up_weights) = (ref.random_tensor("Q4_1", 64, 64, rng) for _ in range(2))
+    x = rng.standard_normal((tokens, 64)).astype(np.float32)
+    found = evaluate(lambda x: F.linear(F.gated_linear(x[OutputRows()], gate, up, "silu"), ref.identity(64)), x)
+    wanted = ref.silu(x @ gate_weights.T) * (x @ up_weights.T)
+    assert np.abs(found - wanted).max() <= 1e-3 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["Q4_1", "F32"])
 def test_gated_linear(kind: str, activation: str) -> None:
