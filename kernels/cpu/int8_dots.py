@@ -41,36 +41,42 @@ def centre_of(groups: int, largest: int) -> int:
     return centre
 
 
-def add_centred_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _Activations, starts: list[Any]) -> Any:
-    """As `add_groups` on AVX2, with sums that begin at ``starts[t]``, 16 words (see `centre_of`)."""
-    tokens = range(tile.type.count)
-    sums = [[start, start] for start in starts]
-    for group in groups:
-        weights = quants(group)
-        sums = settled(b, [_added(b, sums[t], _pair_products(b, weights, activations(group, t), signed=False)) for t in tokens])
-    return each(b, tile, lambda t, total: _join(b, _added(b, _halves(b, total), _widened(b, sums[t]))))
+def add_groups(
+    b: Any,
+    tile: Any,
+    groups: range,
+    quants: _Quants,
+    activations: _Activations,
+    *,
+    largest: int,
+    signed: bool,
+    starts: list[Any] | None = None,
+) -> Any:
+    """A tile plus the products of groups of four columns: ``quants(group)``, of up to ``largest``, by ``activations(group, t)``.
 
-
-def add_groups(b: Any, tile: Any, groups: range, quants: _Quants, activations: _Activations, *, largest: int, signed: bool) -> Any:
-    """A tile plus the products of groups of four columns: ``quants(group)``, of up to ``largest``, by ``activations(group, t)``."""
+    With ``starts`` (see `centre_of`) the sums of pairs begin at the 16 words ``starts[t]``, and all groups fit.
+    """
     if current_isa().name != "avx2":
         for group in groups:
             weights = quants(group)
             tile = each(b, tile, lambda t, total: dot(b, total, weights, activations(group, t), signed=signed))  # noqa: B023
         return tile
     tokens = range(tile.type.count)
-    totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
-    together = _MOST // (_PAIR * largest)
+    together = len(groups) if starts else _MOST // (_PAIR * largest)
     runs = [groups[start : start + together] for start in range(0, len(groups), together)]
     if together > 2:
         for run in runs:
-            sums: list[list[Any]] = []
+            sums = [[start, start] for start in starts or ()]
             for group in run:
                 weights = quants(group)
-                products = [_pair_products(b, weights, activations(group, t), signed) for t in tokens]
-                sums = settled(b, [_added(b, *both) for both in zip(sums, products, strict=True)] if sums else products)
-            totals = [_added(b, total, _widened(b, words)) for total, words in zip(totals, sums, strict=True)]
-        return each(b, tile, lambda t, _: _join(b, totals[t]))
+                added = []
+                for t in tokens:
+                    products = _pair_products(b, weights, activations(group, t), signed)
+                    added.append(_added(b, sums[t], products) if sums else products)
+                sums = settled(b, added)
+            tile = each(b, tile, lambda t, total: _join(b, _added(b, _halves(b, total), _widened(b, sums[t]))))  # noqa: B023
+        return tile
+    totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
     for few in (tokens[start : start + 3] for start in range(0, len(tokens), 3)):  # what registers have room for beside a run's quants
         for run in runs:
             unpacked = [quants(group) for group in run]

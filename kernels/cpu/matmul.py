@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from . import register_tiles, simd
 from .helpers import inline
-from .int8_dots import add_centred_groups, add_groups, centre_of, start_dot_tile, takes_signed
+from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
@@ -54,17 +54,16 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
             return add_word_groups(b, total, range(begin, end), quants, lambda group, pair, t: activations(8 * group + 4 * pair, t, WORDS))
         largest = 128 if signed else format.largest
         four = lambda group, t: activations(4 * group, t, simd.i8x64.llvm)  # noqa: E731
-        centre = centre_of(end - begin, largest)
-        if centre and not signed:
+        centre = 0 if signed else centre_of(end - begin, largest)
+
+        def start(t):
             offset = panel_offsets(current_isa().tokens)[{(0, 8): 5, (0, 4): 6, (4, 8): 7}[begin, end]]
+            minus_sums = register_tiles.scalar_row(b, b.add(x, ir.Constant(ir.IntType(64), offset)), 4, t, word)
+            pairs = b.bitcast(simd._halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
+            return b.mul(pairs, simd._constant(pairs.type, centre))
 
-            def start(t):
-                minus_sums = register_tiles.scalar_row(b, b.add(x, ir.Constant(ir.IntType(64), offset)), 4, t, word)
-                pairs = b.bitcast(simd._halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
-                return b.mul(pairs, simd._constant(pairs.type, centre))
-
-            return add_centred_groups(b, total, range(begin, end), quants, four, [start(t) for t in range(total.type.count)])
-        return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed)
+        starts = [start(t) for t in range(total.type.count)] if centre else None
+        return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed, starts=starts)
 
     return tile(tile, layout, types.intp, types.intp, item, first, last), codegen
 
