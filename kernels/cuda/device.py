@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..cpu.compiler import cache_folder
 from .launch import Kernel, Launch, source_text
+
+logger = logging.getLogger("pymistral.kernels")
 
 _CONVERT: dict[str, Any] = {"p": np.uint64, "i": np.int32, "l": np.int64, "f": np.float32}
 _STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Device:
@@ -31,16 +40,48 @@ class Device:
         self.arch = int(device.compute_capability)
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self._functions: dict[Kernel, Any] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="pymistral-cuda-")
 
     def load(self, kernel: Kernel) -> Any:
-        """The kernel, compiled. Raises ValueError if this GPU is too old for it."""
+        """The kernel, compiled. Raises ValueError if this GPU does not have its instructions."""
         known = self._functions.get(kernel)
         if known is None:
-            if self.arch < kernel.min_arch:
-                raise ValueError(f"kernel {kernel.name} needs compute capability {kernel.min_arch / 10}; this GPU has {self.arch / 10}")
-            module = self._cupy.RawModule(code=source_text(kernel.source), options=("-std=c++17", *kernel.options))
-            known = self._functions[kernel] = module.get_function(kernel.name)
+            if not kernel.runs_on(self.arch):
+                needed = f"{kernel.min_arch / 10}" + (" alone" if kernel.only_there else "")
+                raise ValueError(f"kernel {kernel.name} is for compute capability {needed}; this GPU has {self.arch / 10}")
+            known = self._functions[kernel] = self._module(kernel).get_function(kernel.name)
         return known
+
+    def _module(self, kernel: Kernel) -> Any:
+        source, options = source_text(kernel.source), ("-std=c++17", *kernel.options)
+        if not kernel.only_there:
+            return self._cupy.RawModule(code=source, options=options)
+        # CuPy compiles for sm_90, and for sm_90a takes machine code in a file only.
+        path = Path(self._folder.name) / f"{len(self._functions)}.cubin"
+        path.write_bytes(self._machine_code(kernel, source, (*options, "-ftz=true", f"-arch=sm_{self.arch}a")))
+        return self._cupy.RawModule(path=str(path))
+
+    def _machine_code(self, kernel: Kernel, source: str, options: tuple[str, ...]) -> bytes:
+        """From the cache on disk, where its digest comes first, or compiled."""
+        nvrtc = self._cupy.cuda.nvrtc
+        key = hashlib.sha256("\0".join([source, *options, str(nvrtc.getVersion())]).encode()).hexdigest()
+        path = cache_folder() / f"{kernel.name}-{key[:32]}.cubin"
+        try:
+            kept = path.read_bytes()
+        except OSError:
+            kept = b""
+        if kept and hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST]:
+            return kept[_DIGEST:]
+        program = nvrtc.createProgram(source, kernel.source, (), ())
+        try:
+            nvrtc.compileProgram(program, options)
+            code: bytes = nvrtc.getCUBIN(program)
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"NVRTC does not compile {kernel.source} {options}:\n{nvrtc.getProgramLog(program)}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        _keep(path, hashlib.sha256(code).digest() + code)
+        return code
 
     def prepare(self, launch: Launch) -> Any:
         """The kernel, loaded and allowed its shared memory."""
@@ -54,3 +95,19 @@ class Device:
         function = self.prepare(launch)
         arguments = tuple(_CONVERT[kind](value) for kind, value in zip(launch.kernel.arguments, launch.arguments, strict=True))
         function(launch.grid, (launch.block, 1, 1), arguments, shared_mem=launch.shared)
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write by rename, if we can: a read-only or full disk costs the next start some time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()  # no fsync: what a crash damages, the digest finds
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        logger.info("compiled kernels cannot be kept in %s: %s", path.parent, error)

@@ -26,6 +26,8 @@ class Kernel:
         What the source is specialised by.
     min_arch
         The first compute capability that has the instructions, times ten.
+    only_there
+        No later one has them: the kernel is compiled for an "architecture-specific" target, sm_90a.
     """
 
     name: str
@@ -33,6 +35,11 @@ class Kernel:
     arguments: str
     macros: tuple[tuple[str, str], ...] = ()
     min_arch: int = 70
+    only_there: bool = False
+
+    def runs_on(self, arch: int) -> bool:
+        """Whether a GPU of this compute capability, times ten, has the instructions."""
+        return arch == self.min_arch if self.only_there else arch >= self.min_arch
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -174,6 +174,21 @@ def matmul_bf16(
     return Launch(kernel, grid, 128, 4 * (128 + 128) * (32 + 8) * 2, arguments)
 
 
+def matmul_hopper(
+    unpacked: int, weights: Weights, x: Rows, out: int, out_stride: int, *, accumulate: bool, count: int, max_rows: int
+) -> Launch:
+    """As `matmul_bf16`, by the instructions of a warpgroup that sm_90 alone has."""
+    tiles = _ceil(max_rows, 128)
+    width = 256 if tiles * _ceil(weights.rows, 256) >= HOPPER_TILES else 128
+    kernel = Kernel("matmul_hopper", "matmul_hopper.cu", "piipipiip", _macros(BN=width), 90, only_there=True)
+    arguments = (unpacked, weights.rows, 32 * weights.blocks, x.bf16, x.stride, out, out_stride, int(accumulate), count)
+    return Launch(kernel, (tiles, _ceil(weights.rows, width), 1), 256, (192 << 10) + 1024, arguments)
+
+
+HOPPER_TILES = 200
+"""Wide tiles from which on they are better than twice as many narrow ones: 1.5 for each SM."""
+
+
 def _matmul(
     weights: Weights,
     x: Rows,

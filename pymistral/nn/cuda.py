@@ -301,12 +301,14 @@ class _CudaLowering(Lowering):
         cores = self._tensor_cores(matrix.layout.name)
         if not cores or rows < ops.UNPACKED_ROWS:
             self.launches.append(ops.matmul(matrix, source, out.address, stride, tensor_cores=cores, **options))
-        elif matrix.layout.name == "bf16":
-            self.launches.append(ops.matmul_bf16(matrix.address, matrix, source, out.address, stride, **options))
+            return
+        matmul = ops.matmul_hopper if self.model.gpu.arch == 90 else ops.matmul_bf16
+        if matrix.layout.name == "bf16":
+            self.launches.append(matmul(matrix.address, matrix, source, out.address, stride, **options))
         else:
             unpacked = self._new((weight.shape[0], stride_of(weight.shape[1])), np.uint16)
             self.launches.append(ops.dequantize(matrix, unpacked.address))
-            self.launches.append(ops.matmul_bf16(unpacked.address, matrix, source, out.address, stride, **options))
+            self.launches.append(matmul(unpacked.address, matrix, source, out.address, stride, **options))
             self._give_back(unpacked)
 
     def _matvec(self, product: ops.Product, x: Rows, accumulate: bool, counted: dict[str, int]) -> None:

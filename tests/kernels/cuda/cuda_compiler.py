@@ -50,7 +50,7 @@ def architectures() -> list[int]:
     return list(values)
 
 
-def compile_kernel(source: str, name: str, arch: int, options: tuple[str, ...]) -> Report:
+def compile_kernel(source: str, name: str, arch: str, options: tuple[str, ...]) -> Report:
     """Compile to machine code. Raises RuntimeError with the compiler's log."""
     log = _nvrtc_log(source, arch, options) if library() is not None else _nvcc_log(source, arch, options)
     after = log.partition(f"entry function '{name}'")[2]
@@ -64,7 +64,7 @@ def compile_kernel(source: str, name: str, arch: int, options: tuple[str, ...]) 
     return Report(number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes smem"))
 
 
-def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
+def _nvcc_log(source: str, arch: str, options: tuple[str, ...]) -> str:
     assert NVCC is not None
     # nvcc, unlike NVRTC, takes a comma in an option for the start of another option.
     macros = [option[2:].replace("=", " ", 1) for option in options if option.startswith("-D")]
@@ -73,7 +73,7 @@ def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
         path.write_text("".join(f"#define {macro}\n" for macro in macros) + source)
         command = [
             NVCC,
-            f"-arch=sm_{arch}",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-std=c++17",
             "-Xptxas",
             "-v",
@@ -86,7 +86,7 @@ def _nvcc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
         return subprocess.run(command, capture_output=True, text=True).stderr
 
 
-def _nvrtc_log(source: str, arch: int, options: tuple[str, ...]) -> str:
+def _nvrtc_log(source: str, arch: str, options: tuple[str, ...]) -> str:
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     as_cupy = ("-std=c++17", *options, "-ftz=true", "--device-as-default-execution-space")

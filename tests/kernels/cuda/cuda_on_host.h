@@ -2,6 +2,7 @@
 // of a block are fibers, switched where they wait for each other. Strict where a GPU is forgiving: shared memory starts as NaNs in every
 // block, asynchronous copies arrive when they are waited for, and threads that wait for what never comes are an error.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <cstdint>
@@ -43,12 +44,14 @@ namespace gpu {
 
 constexpr int STACK = 256 << 10, PAYLOAD = 64;
 struct Copy { void* target; const void* source; bool valid; };
+struct Product { float* sums; uint64_t a, b; std::vector<double> terms; std::vector<float> results; };
 
 struct Fiber {
     ucontext_t context;
     jmp_buf here;
     bool started = false, done = true;
     std::vector<std::vector<Copy>> groups;  // of copies under way; the last one is open
+    std::vector<std::vector<Product>> products;  // of a warpgroup, likewise
     char* stack = nullptr;
 };
 struct Warp {
@@ -154,7 +157,7 @@ inline const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, 
     if (fibers.size() < threads) fibers.resize(threads);
     for (unsigned i = 0; i < threads; i++)
         if (!fibers[i].stack) fibers[i].stack = (char*)malloc(STACK);
-    dynamic_shared = (unsigned char*)aligned_alloc(256, (shared + 255) / 256 * 256 + 256);
+    dynamic_shared = (unsigned char*)aligned_alloc(1024, (shared + 1023) / 1024 * 1024 + 1024);
     for (block_index.z = 0; block_index.z < z; block_index.z++)
         for (block_index.y = 0; block_index.y < y; block_index.y++)
             for (block_index.x = 0; block_index.x < x; block_index.x++) {
@@ -166,6 +169,7 @@ inline const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, 
                     Fiber& fiber = fibers[i];
                     fiber.started = fiber.done = false;
                     fiber.groups.assign(1, {});
+                    fiber.products.assign(1, {});
                     getcontext(&fiber.context);
                     fiber.context.uc_stack.ss_sp = fiber.stack;
                     fiber.context.uc_stack.ss_size = STACK;
@@ -347,3 +351,68 @@ void wait_copies() {
         groups.erase(groups.begin());
     }
 }
+
+// ---- products of a warpgroup (kernels/cuda/warpgroup.cuh) ----
+// They read shared memory when they are issued, and again when they are waited for: what changes in between is an error. Sums are NaNs
+// until then.
+
+inline uint64_t tile_descriptor(const unsigned short* tile) {
+    const uint64_t offset = (unsigned char*)tile - gpu::dynamic_shared;
+    if (offset % 1024) gpu::error = "a swizzled tile does not begin at a multiple of 1024 bytes";
+    return offset >> 4;
+}
+
+namespace gpu {
+
+inline float swizzled_item(uint64_t descriptor, unsigned row, unsigned k) {
+    const uint64_t at = (descriptor << 4) + row * 128 + k * 2;
+    unsigned short bits;
+    memcpy(&bits, dynamic_shared + (at ^ (at >> 7 & 7) << 4), 2);
+    return gpu_bf16(bits, 0);
+}
+
+// What a thread of four warps adds to its sums of a product of 64 rows and 2 N columns.
+inline std::vector<double> terms(uint64_t a, uint64_t b, unsigned n) {
+    const unsigned warp = current / 32 % 4, lane = current % 32;
+    std::vector<double> out(n);
+    for (unsigned i = 0; i < n; i++) {
+        const unsigned row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) out[i] += (double)swizzled_item(a, row, k) * swizzled_item(b, column, k);
+    }
+    return out;
+}
+
+}  // namespace gpu
+
+inline void publish_writes() {}
+inline void begin_products() {}
+inline void commit_products() { gpu::fibers[gpu::current].products.emplace_back(); }
+
+template <int N>
+void product(float (&d)[N], uint64_t a, uint64_t b) {
+    gpu::Product own = {d, a, b, gpu::terms(a, b, N), std::vector<float>(d, d + N)};
+    for (const auto& group : gpu::fibers[gpu::current].products)
+        for (const auto& before : group)
+            if (before.sums == d) own.results = before.results;
+    for (int i = 0; i < N; i++) own.results[i] = (float)(own.results[i] + own.terms[i]), d[i] = NAN;
+    gpu::fibers[gpu::current].products.back().push_back(own);
+}
+
+template <int PENDING>
+void wait_products() {
+    auto& groups = gpu::fibers[gpu::current].products;
+    while (groups.size() > PENDING + 1) {
+        const auto done = groups.front();
+        groups.erase(groups.begin());
+        for (const auto& each : done) {
+            const auto again = gpu::terms(each.a, each.b, each.terms.size());
+            if (memcmp(again.data(), each.terms.data(), 8 * again.size())) gpu::error = "shared memory changed while wgmma read it";
+            memcpy(each.sums, each.results.data(), 4 * each.results.size());
+        }
+        for (const auto& group : groups)
+            for (const auto& each : group) std::fill(each.sums, each.sums + each.results.size(), NAN);
+    }
+}
+
+template <int N>
+void settle(float (&)[N]) {}

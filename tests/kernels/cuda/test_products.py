@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy_reference as ref
 import pytest
 from conftest import Gpu, tensor_core_gpu
 from numpy.typing import NDArray
 from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda.launch import Launch
 from weights import random_weights
 
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType
@@ -200,10 +203,13 @@ def test_matmul_of_large_tiles(gpu: Gpu) -> None:
     del arrays
 
 
+@pytest.mark.parametrize("matmul", [ops.matmul_bf16, ops.matmul_hopper])
 @pytest.mark.parametrize(("kind", "rows", "columns", "tokens"), [("BF16", 130, 96, 131), ("Q4_K", 255, 512, 40), ("Q8_0", 8, 32, 300)])
-def test_matmul_on_unpacked_weights(gpu: Gpu, kind: str, rows: int, columns: int, tokens: int) -> None:
+def test_matmul_on_unpacked_weights(gpu: Gpu, matmul: Callable[..., Launch], kind: str, rows: int, columns: int, tokens: int) -> None:
     """More stages than pieces of columns, tiles that are partly empty, and blocks beyond the count."""
     tensor_core_gpu(gpu)
+    if matmul is ops.matmul_hopper and gpu.arch != 90:
+        pytest.skip("this GPU has no products of warpgroups")
     rng = np.random.default_rng(8)
     weights, values, _ = put(gpu, kind, rows, columns, rng)
     x = inputs(rng, tokens, columns)
@@ -215,12 +221,35 @@ def test_matmul_on_unpacked_weights(gpu: Gpu, kind: str, rows: int, columns: int
         before = rng.standard_normal((tokens + 1, rows + 3)).astype(np.float32)
         out = gpu.put(before)
         options = {"accumulate": accumulate, "count": gpu.count(tokens).address, "max_rows": 512}
-        gpu.run(ops.matmul_bf16(unpacked.address, weights, acts, out.address, rows + 3, **options))
+        gpu.run(matmul(unpacked.address, weights, acts, out.address, rows + 3, **options))
         found, old = out.get(), before[:tokens, :rows] * accumulate
         size = np.abs(left) @ np.abs(right).T
         assert np.all(np.abs(found[:tokens, :rows] - old - left @ right.T) <= 1e-4 * size + 1e-5 * np.abs(old) + 1e-30)
         assert np.array_equal(found[tokens:], before[tokens:])
         assert np.array_equal(found[:, rows:], before[:, rows:])
+    del arrays
+
+
+def test_wide_tiles_of_a_warpgroup(gpu: Gpu) -> None:
+    """Tiles of 256 rows of weights, more pieces of columns than stages, and pairs of floats written together."""
+    if gpu.arch != 90:
+        pytest.skip("this GPU has no products of warpgroups")
+    rng = np.random.default_rng(10)
+    rows, columns, tokens = 512, 480, 70
+    weights, values, _ = put(gpu, "BF16", rows, columns, rng)
+    x = inputs(rng, tokens, columns)
+    acts, arrays = gpu.activations(x)
+    before = rng.standard_normal((tokens + 1, rows)).astype(np.float32)
+    for accumulate in (False, True):
+        out = gpu.put(before)
+        options = {"accumulate": accumulate, "count": gpu.count(tokens).address}
+        launch = ops.matmul_hopper(weights.address, weights, acts, out.address, rows, max_rows=64 * 256, **options)
+        assert ("BN", "256") in launch.kernel.macros
+        gpu.run(launch._replace(grid=(1, *launch.grid[1:])))
+        wanted = rounded(x.astype(np.float64)) @ values.T
+        found = out.get() - before * accumulate
+        assert np.all(np.abs(found[:tokens] - wanted) <= 1e-4 * (np.abs(rounded(x.astype(np.float64))) @ np.abs(values).T) + 1e-5)
+        assert np.array_equal(out.get()[tokens], before[tokens])
     del arrays
 
 
