@@ -42,6 +42,8 @@ extern "C" __global__ void attention_decode(
     const float* q, int q_stride, const Cached* keys, const Cached* values, int block_size, int heads, int kv_heads,
     const int* positions, const int* rows, const int* tables, int table_width, int window, float cap, float* partials, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const int splits = gridDim.y, split = blockIdx.y;
     const i64 token = blockIdx.z;
     if (token >= *count) return;
@@ -143,6 +145,8 @@ extern "C" __global__ void attention_decode(
 extern "C" __global__ void attention_merge(
     const float* partials, int splits, int heads, const int* positions, int window, ROWS_ARGUMENTS, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     __shared__ float shares[MERGED][MAX_SPLITS];  // of each head: what a split's outputs are multiplied by
     const i64 token = blockIdx.y;
     if (token >= *count) return;

@@ -11,6 +11,8 @@ extern "C" __global__ void __launch_bounds__(128, HEAD_DIM <= 128 ? 3 : 2) atten
     const int* items, const int* tables, int table_width, int window, float cap, float* out_f32, u16* out_bf16, int out_stride,
     const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     if (blockIdx.x >= *count) return;
     const int kv_head = blockIdx.y, group = heads / kv_heads;
     const int first_token = items[3 * blockIdx.x], tokens = items[3 * blockIdx.x + 1];

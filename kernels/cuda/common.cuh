@@ -19,6 +19,21 @@ __device__ __forceinline__ float half_to_float(u16 bits) {
 }
 #endif
 
+// Programmatic dependent launch (sm_90 and later): blocks of the next kernel may start when all blocks of this one have, and load what no
+// kernel writes, weights and the step's state, while this one ends. So every kernel begins with the first of these, and does the second
+// before it touches anything else: then all kernels in front of it are done.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(CUDA_ON_HOST) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(CUDA_ON_HOST) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #define FULL 0xffffffffu
 #define LOWEST -1.0e30f  // of a masked score
 

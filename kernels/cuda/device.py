@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -17,8 +18,32 @@ from .launch import Kernel, Launch, source_text
 logger = logging.getLogger("pymistral.kernels")
 
 _CONVERT: dict[str, Any] = {"p": np.uint64, "i": np.int32, "l": np.int64, "f": np.float32}
+_C_TYPES: dict[str, Any] = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
+_OVERLAPS_IN_GRAPHS = 12030  # the driver's CUDA version that captures programmatic dependent launches
 _STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
 _DIGEST = hashlib.sha256().digest_size
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, for values that are one int."""
+
+    _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_OVERLAP = _Attribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Device:
@@ -41,6 +66,9 @@ class Device:
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self._functions: dict[Kernel, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="pymistral-cuda-")
+        self._driver: Any = None  # by which launches may overlap, where the GPU and the driver can
+        if self.arch >= 90 and cupy.cuda.runtime.driverGetVersion() >= _OVERLAPS_IN_GRAPHS:
+            self._driver = ctypes.CDLL("libcuda.so.1")
 
     def load(self, kernel: Kernel) -> Any:
         """The kernel, compiled. Raises ValueError if this GPU does not have its instructions."""
@@ -91,10 +119,23 @@ class Device:
         return function
 
     def launch(self, launch: Launch) -> None:
-        """Launch on the current stream. `prepare` first if that stream is being captured."""
+        """Launch on the current stream. `prepare` first if that stream is being captured.
+
+        From Hopper on, the kernel may start before the one in front of it has ended (common.cuh says how it waits).
+        """
         function = self.prepare(launch)
-        arguments = tuple(_CONVERT[kind](value) for kind, value in zip(launch.kernel.arguments, launch.arguments, strict=True))
-        function(launch.grid, (launch.block, 1, 1), arguments, shared_mem=launch.shared)
+        kinds = zip(launch.kernel.arguments, launch.arguments, strict=True)
+        if self._driver is None:
+            arguments = tuple(_CONVERT[kind](value) for kind, value in kinds)
+            function(launch.grid, (launch.block, 1, 1), arguments, shared_mem=launch.shared)
+            return
+        values = [_C_TYPES[kind](value) for kind, value in kinds]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = self._cupy.cuda.get_current_stream().ptr
+        configuration = _Configuration(launch.grid, (launch.block, 1, 1), launch.shared, stream, ctypes.pointer(_OVERLAP), 1)
+        code = self._driver.cuLaunchKernelEx(ctypes.byref(configuration), ctypes.c_void_p(function.kernel.ptr), pointers, None)
+        if code:
+            raise RuntimeError(f"NVIDIA's driver answers {code} to the launch of {launch.kernel.name} on {launch.grid} x {launch.block}")
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -13,6 +13,8 @@ extern "C" __global__ void __launch_bounds__(256) matmul(
     const u8* weights, i64 expert_bytes, int rows, int blocks, const u16* x, int x_stride, float* out, int out_stride, int accumulate,
     const int* places, const int* tile_experts, int choices_per_row, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     // Without experts `count` is rows of x; with them, tiles.
     const int tile = blockIdx.x, live = *count;
     if (places ? tile >= live : tile * BM >= live) return;

@@ -10,6 +10,8 @@ extern "C" __global__ void __launch_bounds__(256) matmul_float(
     const u8* weights, i64 expert_bytes, int rows, int blocks, const float* x, int x_stride, float* out, int out_stride, int accumulate,
     const int* places, const int* tile_experts, int choices_per_row, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     __shared__ float a_tile[BK][BM + 4], b_tile[BK][BN + 4];
     const int tile = blockIdx.x, live = *count;
     if (places ? tile >= live : tile * BM >= live) return;

@@ -14,6 +14,8 @@
 extern "C" __global__ void __launch_bounds__(256) matmul_hopper(
     const u16* weights, int rows, int columns, const u16* x, int x_stride, float* out, int out_stride, int accumulate, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const int live = *count, first_x = blockIdx.x * BM, first_w = blockIdx.y * BN;
     if (first_x >= live) return;
     DYNAMIC_SHARED(shared);

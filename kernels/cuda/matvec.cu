@@ -17,7 +17,8 @@ struct Inputs {
 #define WORDS_AHEAD (BITS + HIGH > 4 ? 36 : 32)
 #endif
 
-// sums[n][t] = row rows[n] of matrix m[n] . x[first + t], in every lane. Rows of x from `live` on are not read.
+// sums[n][t] = row rows[n] of matrix m[n] . x[first + t], in every lane. Rows of x from `live` on are not read. The first weights are on
+// their way before x is waited for.
 template <int N, int T>
 __device__ __forceinline__ void dot_rows(
     float (&sums)[N][T], const Matrix (&m)[N], const int (&rows)[N], const Inputs& x, i64 first, int live
@@ -40,6 +41,7 @@ __device__ __forceinline__ void dot_rows(
                 const uint4* source = (const uint4*)(m[n].base + (i64)rows[n] * m[n].blocks * 32 * FLOAT_BYTES);
                 if (begin + 32 * u < pieces) words[u][n] = source[begin + 32 * u];
             }
+        wait_for_previous();
 #pragma unroll
         for (int u = 0; u < ahead; u++) {
             const int p = begin + 32 * u;
@@ -73,6 +75,7 @@ __device__ __forceinline__ void dot_rows(
 #pragma unroll
             for (int n = 0; n < N; n++)
                 if (begin + 32 * u < m[0].blocks) raw[u][n] = load_raw(m[n], rows[n], begin + 32 * u);
+        wait_for_previous();
 #pragma unroll
         for (int u = 0; u < ahead; u++) {
             const int b = begin + 32 * u;
@@ -122,6 +125,7 @@ extern "C" __global__ void matvec(
     int rows2, float* out2, int stride2, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride,
     int accumulate, const int* count
 ) {
+    let_next_start();
     const i64 first = (i64)blockIdx.y * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
     const u8* weights = weights0;
@@ -135,13 +139,14 @@ extern "C" __global__ void matvec(
         row -= (rows + ROWS - 1) / ROWS * ROWS;
         weights = weights2, rows = rows2, out = out2, stride = stride2;
     }
-    if (live <= 0 || row >= rows) return;
+    if (live <= 0 || row >= rows) return wait_for_previous();
     float sums[ROWS][TOKENS];
     Matrix matrices[ROWS];
     int own[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) matrices[r] = matrix_at(weights, rows, blocks), own[r] = min(row + r, rows - 1);
     dot_rows<ROWS, TOKENS>(sums, matrices, own, Inputs{x_f32, x_q8, x_scales, x_stride}, first, live);
+    wait_for_previous();  // lanes behind the last column, too
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -158,10 +163,11 @@ extern "C" __global__ void gated_matvec(
     const u8* gate, const u8* up, int rows, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride,
     int kind, ROWS_ARGUMENTS, const int* count
 ) {
+    let_next_start();
     __shared__ float products[TOKENS][32];
     const i64 first = (i64)blockIdx.y * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
-    if (live <= 0) return;
+    if (live <= 0) return wait_for_previous();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const Inputs x = {x_f32, x_q8, x_scales, x_stride};
     const Matrix gates = matrix_at(gate, rows, blocks), ups = matrix_at(up, rows, blocks);
@@ -173,6 +179,7 @@ extern "C" __global__ void gated_matvec(
             const int next = min(row + 1, rows - 1), own[4] = {row, next, row, next};
             dot_rows<4, TOKENS>(sums, matrices, own, x, first, live);
         }
+        wait_for_previous();
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -189,6 +196,8 @@ extern "C" __global__ void expert_matvec(
     const u8* weights, i64 expert_bytes, int rows, int blocks, const float* x_f32, const i8* x_q8, const float2* x_scales, int x_stride,
     int shared_x, float* out, int out_stride, const int* chosen, int top_k, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const int choice = blockIdx.y;
     const int row = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * ROWS;
     if (choice >= *count * top_k || row >= rows) return;

@@ -5,6 +5,8 @@
 extern "C" __global__ void route(
     const float* logits, int stride, int experts, int top_k, int normalize, int* chosen, float* weights, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= *count) return;
     const float* own = logits + (i64)token * stride;
@@ -45,6 +47,8 @@ extern "C" __global__ void route(
 extern "C" __global__ void group(
     const int* chosen, int top_k, int experts, int tile_rows, int* places, int* tile_experts, int* tiles, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     DYNAMIC_SHARED(shared);
     int* counts = (int*)shared;
     int* firsts = counts + experts;
@@ -79,6 +83,8 @@ extern "C" __global__ void group(
 extern "C" __global__ void gate_choices(
     const float* gate, const float* up, int stride, int columns, int kind, int top_k, ROWS_ARGUMENTS, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const i64 choice = blockIdx.y;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (choice >= (i64)*count * top_k || i / 32 * 32 >= columns) return;
@@ -89,6 +95,8 @@ extern "C" __global__ void gate_choices(
 extern "C" __global__ void combine(
     const float* rows, int stride, const float* weights, int top_k, int columns, ROWS_ARGUMENTS, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const i64 token = blockIdx.y;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (token >= *count || i / 32 * 32 >= columns) return;

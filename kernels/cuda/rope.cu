@@ -17,6 +17,8 @@ extern "C" __global__ void rope_and_cache(
     const float* k_norm, float epsilon, const float* rotations, int pairs, float scale, const int* positions, const int* slots,
     Cached* keys, Cached* values, int block_size, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const i64 token = blockIdx.y;
     const int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= *count || head >= heads + kv_heads) return;

@@ -7,6 +7,8 @@ extern "C" __global__ void __launch_bounds__(1024) norm_rows(
     float* x, int x_stride, const float* branch, int branch_stride, const float* branch_weight, const float* weight, const int* indices,
     int columns, float epsilon, ROWS_ARGUMENTS, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     __shared__ float room[33];
     const int unit = blockIdx.x;
     if (unit >= *count) return;
@@ -32,6 +34,8 @@ extern "C" __global__ void __launch_bounds__(1024) norm_rows(
 // Elementwise operations: blockIdx.y is the row, a thread has one column; what is behind the last column is written as 0.
 #define ELEMENT(name, parameters, expression)                                                                                     \
     extern "C" __global__ void name(const float* x, int x_stride, int columns, parameters, ROWS_ARGUMENTS, const int* count) {    \
+        let_next_start();                                                                                                         \
+        wait_for_previous();                                                                                                      \
         const i64 row = blockIdx.y;                                                                                               \
         const int i = blockIdx.x * blockDim.x + threadIdx.x;                                                                      \
         if (row >= *count || i / 32 * 32 >= columns) return;                                                                   \
@@ -55,6 +59,8 @@ ELEMENT(scale, float factor, a * factor)
 
 // out[i] = x[indices[i]]
 extern "C" __global__ void take_rows(const float* x, int x_stride, const int* indices, int columns, ROWS_ARGUMENTS, const int* count) {
+    let_next_start();
+    wait_for_previous();
     const i64 row = blockIdx.y;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= *count || i / 32 * 32 >= columns) return;

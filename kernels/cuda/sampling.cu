@@ -198,6 +198,8 @@ __device__ void list_largest(const float* row, int count, int wanted, int* ids, 
 
 // descriptions: [rows][ROW_WORDS]; scratch: [rows][2][count] floats.
 extern "C" __global__ void __launch_bounds__(1024) sample(i64* descriptions, int count, float* scratch, const int* rows) {
+    let_next_start();
+    wait_for_previous();
     if (blockIdx.x >= *rows) return;
     __shared__ Room room;
     i64* words = descriptions + (i64)blockIdx.x * ROW_WORDS;

@@ -5,6 +5,8 @@
 extern "C" __global__ void embedding(
     const u8* weights, int rows, int blocks, const int* tokens, float scale, float* out, int out_stride, int columns, const int* count
 ) {
+    let_next_start();
+    wait_for_previous();
     const int row = blockIdx.x;
     if (row >= *count) return;
     const int token = tokens[row];
@@ -20,6 +22,8 @@ extern "C" __global__ void embedding(
 
 // The matrix in bfloat16 [rows][blocks * 32].
 extern "C" __global__ void dequantize(const u8* weights, int rows, int blocks, u16* out) {
+    let_next_start();
+    wait_for_previous();
     const Matrix m = matrix_at(weights, rows, blocks);
     const i64 step = (i64)gridDim.x * blockDim.x;
     for (i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x; index < (i64)rows * blocks; index += step) {

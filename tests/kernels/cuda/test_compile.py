@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cuda_compiler
 import pytest
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import launch, ops
 from pymistral.kernels.cuda.launch import Kernel, source_text
 from pymistral.kernels.cuda.planes import LAYOUTS
 
@@ -60,6 +62,14 @@ def test_compiles(kernel: Kernel, arch: int) -> None:
     report = cuda_compiler.compile_kernel(source_text(kernel.source), kernel.name, target, kernel.options)
     assert 0 < report.registers <= 255
     assert report.spilled == 0, report
+
+
+@pytest.mark.parametrize("path", sorted(Path(launch.__file__).parent.glob("*.cu")), ids=lambda path: path.name)
+def test_every_kernel_waits_for_the_one_in_front_of_it(path: Path) -> None:
+    """It may have been started before that one has ended."""
+    for body in path.read_text().split("__global__")[1:]:
+        assert body.count("let_next_start()") == 1
+        assert "wait_for_previous()" in body or "dot_rows" in body
 
 
 def test_a_source_that_does_not_compile_is_an_error() -> None:
