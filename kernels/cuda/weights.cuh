@@ -134,25 +134,20 @@ __device__ __forceinline__ int look_up(u32 q) {
 }
 #endif
 
-__device__ __forceinline__ Block decode(const Raw& raw) {
-    Block block;
-#pragma unroll
-    for (int g = 0; g < 8; g++) {
-        const int per_word = 8 / BITS;
-        u32 q = raw.base[g / per_word] >> (BITS * (g % per_word));
-        if (BITS < 8) q &= ((1u << BITS) - 1) * 0x01010101u;
+// Columns 4 g to 4 g + 3 as they are stored, a byte each.
+__device__ __forceinline__ u32 bytes_of(const Raw& raw, int g) {
+    const int per_word = 8 / BITS;
+    u32 q = raw.base[g / per_word] >> (BITS * (g % per_word));
+    if (BITS < 8) q &= ((1u << BITS) - 1) * 0x01010101u;
 #if HIGH
-        const int per_plane = 8 / HIGH;
-        q |= (raw.high[g / per_plane] >> (HIGH * (g % per_plane)) & (((1u << HIGH) - 1) * 0x01010101u)) << BITS;
+    const int per_plane = 8 / HIGH;
+    q |= (raw.high[g / per_plane] >> (HIGH * (g % per_plane)) & (((1u << HIGH) - 1) * 0x01010101u)) << BITS;
 #endif
-#ifdef CODEBOOK
-        block.quants[g] = look_up(q);
-#else
-        if (ZERO == 128) q ^= 0x80808080u;
-        else if (ZERO_IN_BYTES) q = ((q | 0x80808080u) - ZERO * 0x01010101u) ^ 0x80808080u;
-        block.quants[g] = (int)q;
-#endif
-    }
+    return q;
+}
+
+// Without what ZERO adds to a minimum.
+__device__ __forceinline__ void scales_of(const Raw& raw, float (&scales)[HALVES], float (&minimums)[HALVES]) {
     float super = SUPERS ? half_to_float((u16)raw.super) * UNIT : 1.0f;
     float super_minimum = MINIMUM && SUPERS ? half_to_float((u16)(raw.super >> 16)) : 0.0f;
 #pragma unroll
@@ -173,10 +168,28 @@ __device__ __forceinline__ Block decode(const Raw& raw) {
             minimum = -super_minimum * (float)(byte >> 4);
         }
         if (SCALE == SCALE_E8M0) scale = byte > 1 ? __uint_as_float((byte - 1) << 23) : 0.0f;  // below float32's range; CuPy compiles with -ftz=true
-        if (ZERO && !ZERO_IN_BYTES) minimum = -(float)ZERO * scale;
-        block.scale[h] = scale;
-        block.minimum[h] = minimum;
+        scales[h] = scale;
+        minimums[h] = minimum;
     }
+}
+
+__device__ __forceinline__ Block decode(const Raw& raw) {
+    Block block;
+#pragma unroll
+    for (int g = 0; g < 8; g++) {
+        u32 q = bytes_of(raw, g);
+#ifdef CODEBOOK
+        block.quants[g] = look_up(q);
+#else
+        if (ZERO == 128) q ^= 0x80808080u;
+        else if (ZERO_IN_BYTES) q = ((q | 0x80808080u) - ZERO * 0x01010101u) ^ 0x80808080u;
+        block.quants[g] = (int)q;
+#endif
+    }
+    scales_of(raw, block.scale, block.minimum);
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+        if (ZERO && !ZERO_IN_BYTES) block.minimum[h] = -(float)ZERO * block.scale[h];
     return block;
 }
 
