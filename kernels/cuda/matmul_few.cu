@@ -11,26 +11,29 @@
 
 #define WARPS 8
 #define GROUPS (TOKENS / 8)          // of 8 rows of x, a fragment's
-#define STAGES (GROUPS == 4 ? 2 : 3)  // of 64 columns of x: a warp's own, in shared memory
+#define STAGES (GROUPS == 4 ? 2 : 4)  // of 64 columns of x: a warp's own, in shared memory
 #define STAGE (TOKENS * 64)
 #define STRIDE(tiles) (16 * (tiles) + 4)  // of a row of sums: four more spread a fragment over the banks
 #define ONES 0x3f803f80u         // a pair of bfloat16
 
 #if FLOAT_BYTES
 
-#define PARTS 1  // stages in a chunk
+#define PARTS 1   // stages in a chunk
+#define CHUNK 64  // columns
 
 // Of 64 columns, 8 c to 8 c + 7 of each 32.
 struct Own {
     uint4 words[2];
 };
 
-__device__ __forceinline__ Own load_own(const Matrix& m, int row, int chunk) {
-    const int c = threadIdx.x % 4;
-    const uint4* source = (const uint4*)(m.base + (i64)row * m.blocks * 64) + c;
+// `first` is the index of the row's first block.
+__device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
     Own own;
 #pragma unroll
-    for (int i = 0; i < 2; i++) own.words[i] = source[4 * min(2 * chunk + i, m.blocks - 1)];
+    for (int i = 0; i < 2; i++) {
+        const u32 index = first + min(2 * chunk + i, m.blocks - 1);
+        own.words[i] = ((const uint4*)m.base)[(u64)index * 4 + threadIdx.x % 4];
+    }
     return own;
 }
 
@@ -51,10 +54,11 @@ struct Decoder {
 #else
 
 #define PARTS 2
+#define CHUNK 128
 typedef Raw Own;
 
-__device__ __forceinline__ Own load_own(const Matrix& m, int row, int chunk) {
-    return load_raw(m, row, min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1));
+__device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
+    return load_raw_at(m, first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1));
 }
 
 // Bytes become bfloat16 without a conversion: 0x4300 + i is 128 + i for i < 128. All integers up to 256 are exact.
@@ -94,47 +98,52 @@ struct Decoder {
 #endif
 
 // Leaves the sums of a block's warps in shared memory, [WARPS][TOKENS][STRIDE(TILES)] with STAGES * STAGE * 2 bytes to a warp: tile i is 16 rows of
-// m[i] from rows[i] on, as far as there are; rows of x from `live` on are zeros.
+// m[i] from rows[i] on, as far as there are.
 template <int TILES>
 __device__ __forceinline__ void multiply_tiles(
     u16* shared, const Matrix (&m)[TILES], const int (&rows)[TILES], const u16* x, int x_stride, i64 first, int live
 ) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
-    const int columns = m[0].blocks * 32, chunks = (columns + 64 * PARTS - 1) / (64 * PARTS);
+    const int columns = m[0].blocks * 32, chunks = (columns + CHUNK - 1) / CHUNK;
     u16* stages = shared + warp * STAGES * STAGE;
 
     // Units of 8 columns lie as lanes read them, [GROUPS][2][32]; lanes of the second are permuted, so that writing meets all banks, too.
-    auto copy_x = [&](int chunk, int part, int stage) {
-        if (chunk < chunks) {
-#pragma unroll
-            for (int n = 0; n < GROUPS; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
+    // A row that does not exist is another one: nobody reads its sums. Columns that do not exist are zeros.
 #if FLOAT_BYTES
-                    const int owner = c, unit = i, column = chunk * 64 + i * 32 + c * 8;
+    const int unit = 0, owner = c, step = 32;
+    int column = warp * CHUNK + c * 8;
 #else
-                    const int owner = 2 * i + c / 2, unit = c % 2, column = chunk * 128 + owner * 32 + part * 16 + unit * 8;
+    const int unit = c % 2, owner = c / 2, step = 64;
+    int column = warp * CHUNK + owner * 32 + unit * 8;
 #endif
-                    const int token = n * 8 + lane / 4;
-                    const bool valid = token < live && column < columns;
-                    u16* target = stages + stage * STAGE + ((n * 2 + unit) * 32 + ((lane / 4 * 4 + owner) ^ (2 * unit))) * 8;
-                    copy_async(target, x + (valid ? (first + token) * x_stride + column : 0), valid);
-                }
+    const u16* sources[GROUPS];
+#pragma unroll
+    for (int n = 0; n < GROUPS; n++) sources[n] = x + (first + min(n * 8 + lane / 4, live - 1)) * x_stride + column;
+    auto copy_x = [&](int ahead, int stage) {  // parts from the chunk of `sources` on
+        const int from = ahead / PARTS * WARPS * CHUNK + ahead % PARTS * 16;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#if FLOAT_BYTES
+            u16* target = stages + stage * STAGE + i * 256 + (lane ^ (2 * i)) * 8;
+#else
+            u16* target = stages + stage * STAGE + unit * 256 + ((lane / 4 * 4 + owner + 2 * i) ^ (2 * unit)) * 8;
+#endif
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++) copy_async(target + n * 512, sources[n] + from + i * step, column + from + i * step < columns);
         }
         commit_copies();
     };
-    int own_rows[TILES][2];
+    u32 firsts[TILES][2];
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) own_rows[i][j] = min(rows[i] + lane / 4 + 8 * j, m[i].rows - 1);
+        for (int j = 0; j < 2; j++) firsts[i][j] = (u32)min(rows[i] + lane / 4 + 8 * j, m[i].rows - 1) * m[i].blocks;
     Own next[TILES][2];
     auto fetch = [&](int chunk) {
-        if (chunk >= chunks) return;
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) next[i][j] = load_own(m[i], own_rows[i][j], chunk);
+            for (int j = 0; j < 2; j++) next[i][j] = load_own(m[i], firsts[i][j], chunk);
     };
 
     float sums[TILES][GROUPS][4];
@@ -146,8 +155,8 @@ __device__ __forceinline__ void multiply_tiles(
             for (int k = 0; k < 4; k++) sums[i][n][k] = 0.0f;
     fetch(warp);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) copy_x(warp + s / PARTS * WARPS, s % PARTS, s);
-    int stage = 0;
+    for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
+    unsigned stage = 0;
 #pragma unroll 2
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
         Own own[TILES][2];
@@ -156,7 +165,7 @@ __device__ __forceinline__ void multiply_tiles(
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++) own[i][j] = next[i][j];
-        fetch(chunk + WARPS);
+        fetch(chunk + WARPS < chunks ? chunk + WARPS : chunk);  // always something, so that registers need not be copied
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -165,10 +174,9 @@ __device__ __forceinline__ void multiply_tiles(
         for (int part = 0; part < PARTS; part++) {
             wait_copies<STAGES - 2>();
             __syncwarp();  // others' copies are there, and the stage before has been read
-            const int ahead = part + STAGES - 1;
-            copy_x(chunk + ahead / PARTS * WARPS, ahead % PARTS, stage ? stage - 1 : STAGES - 1);
+            copy_x(part + STAGES - 1, (stage + STAGES - 1) % STAGES);
             const uint4* units = (const uint4*)(stages + stage * STAGE);
-            stage = stage == STAGES - 1 ? 0 : stage + 1;
+            stage = (stage + 1) % STAGES;
 #pragma unroll
             for (int unit = 0; unit < 2; unit++) {
                 uint4 b[GROUPS];
@@ -186,6 +194,9 @@ __device__ __forceinline__ void multiply_tiles(
                     }
             }
         }
+        column += WARPS * CHUNK;
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) sources[n] += WARPS * CHUNK;
     }
     wait_copies<0>();
     __syncwarp();
@@ -227,10 +238,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
         weights = weights2, rows = rows2, out = out2, stride = stride2;
     }
     if (live <= 0 || row >= rows) return;
+    const Matrix matrix = opaque(matrix_at(weights, rows, blocks));
     Matrix matrices[MATRIX_TILES];
     int own[MATRIX_TILES];
 #pragma unroll
-    for (int i = 0; i < MATRIX_TILES; i++) matrices[i] = matrix_at(weights, rows, blocks), own[i] = row + 16 * i;
+    for (int i = 0; i < MATRIX_TILES; i++) matrices[i] = matrix, own[i] = row + 16 * i;
     multiply_tiles<MATRIX_TILES>((u16*)shared, matrices, own, x, x_stride, first, live);
     __syncthreads();
     for (int i = threadIdx.x; i < live * size; i += 32 * WARPS) {
@@ -251,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) gated_matmul_few(
     const i64 first = (i64)blockIdx.x * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
     if (live <= 0) return;
-    const Matrix matrices[2] = {matrix_at(gate, rows, blocks), matrix_at(up, rows, blocks)};
+    const Matrix matrices[2] = {opaque(matrix_at(gate, rows, blocks)), opaque(matrix_at(up, rows, blocks))};
     for (int half = 0; half < 2; half++) {
         const int row = blockIdx.y * 32 + 16 * half, own[2] = {row, row};
         if (row < rows) multiply_tiles<2>((u16*)shared, matrices, own, x, x_stride, first, live);

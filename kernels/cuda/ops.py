@@ -151,7 +151,7 @@ def _few_tokens(max_rows: int) -> int:
 def _few_kernel(name: str, arguments: str, layout: Layout, tokens: int, tiles: int) -> tuple[Kernel, int]:
     """And its shared memory."""
     kernel = Kernel(name, "matmul_few.cu", arguments, (*layout.macros, *_macros(TOKENS=tokens, MATRIX_TILES=tiles)), 80)
-    return kernel, 8 * (2 if tokens == 32 else 3) * tokens * 64 * 2
+    return kernel, 8 * (2 if tokens == 32 else 4) * tokens * 64 * 2
 
 
 def matmul_few(products: Sequence[Product], x: Rows, *, accumulate: bool, count: int, max_rows: int) -> Launch:

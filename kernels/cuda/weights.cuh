@@ -18,7 +18,20 @@ struct Matrix {
     int rows, blocks;  // of 32 columns
 };
 
+// A compiler that knows an address to be a sum adds its parts anew for every load.
+__device__ __forceinline__ const u8* opaque(const u8* address) {
+#ifndef CUDA_ON_HOST
+    asm("" : "+l"(address));
+    __builtin_assume(__isGlobal(address));
+#endif
+    return address;
+}
+
 __device__ __forceinline__ i64 whole(i64 bytes) { return (bytes + 255) / 256 * 256; }
+
+__device__ __forceinline__ Matrix opaque(const Matrix& m) {
+    return Matrix{opaque(m.base), opaque(m.high), opaque(m.scales), opaque(m.supers), m.rows, m.blocks};
+}
 
 #if FLOAT_BYTES
 
@@ -97,23 +110,25 @@ __device__ __forceinline__ void load_words(const u8* source, u32* out) {
     }
 }
 
-__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) {
+// `index` counts the blocks of all rows; those of a row with super-scales are a multiple of eight.
+__device__ __forceinline__ Raw load_raw_at(const Matrix& m, u32 index) {
     Raw raw;
-    i64 index = (i64)row * m.blocks + block;
-    load_words<BITS>(m.base + index * (4 * BITS), raw.base);
+    load_words<BITS>(m.base + (u64)index * (4 * BITS), raw.base);
 #if HIGH
-    load_words<HIGH>(m.high + index * (4 * HIGH), raw.high);
+    load_words<HIGH>(m.high + (u64)index * (4 * HIGH), raw.high);
 #endif
     raw.scale = raw.super = 0;
-    if (SCALE_BYTES == 4) raw.scale = *(const u32*)(m.scales + index * 4);
-    if (SCALE_BYTES == 2) raw.scale = *(const u16*)(m.scales + index * 2);
+    if (SCALE_BYTES == 4) raw.scale = *(const u32*)(m.scales + (u64)index * 4);
+    if (SCALE_BYTES == 2) raw.scale = *(const u16*)(m.scales + (u64)index * 2);
     if (SCALE_BYTES == 1) raw.scale = m.scales[index];
     if (SUPERS) {
-        i64 super = (i64)row * (m.blocks / 8) + block / 8;
-        raw.super = SUPER_BYTES == 4 ? *(const u32*)(m.supers + super * 4) : *(const u16*)(m.supers + super * 2);
+        const u8* super = m.supers + (u64)(index / 8) * SUPER_BYTES;
+        raw.super = SUPER_BYTES == 4 ? *(const u32*)super : *(const u16*)super;
     }
     return raw;
 }
+
+__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) { return load_raw_at(m, (u32)row * m.blocks + block); }
 
 // 32 columns: weight i is scale[i / 16] * quant + minimum[i / 16] (one of each, where HALVES is 1); quants are int8, four to a word.
 struct Block {
