@@ -176,14 +176,15 @@ def product_row(gpu: GpuLike, limits: Limits, weights: list[ops.Weights], tokens
     x = ops.Rows(stride, *(gpu.allocate(size) for size in sizes))
     out, count = gpu.allocate(4 * tokens * first.rows), gpu.allocate(8)
     gpu.copy_in(count, np.array([tokens], np.int64))
-    few = tokens <= ops.MATVEC_ROWS
     counted: dict[str, Any] = {"accumulate": False, "count": count, "max_rows": tokens}
     cores = gpu.arch >= 80 and first.layout.name != "f32"
+    name = "matmul_few" if cores and 1 < tokens <= ops.FEW_ROWS else "matvec" if tokens <= ops.MATVEC_ROWS else "matmul"
+    few = name != "matmul"
     unpacked = gpu.allocate(2 * first.rows * stride) if cores and tokens >= ops.UNPACKED_ROWS else 0
 
     def launches(w: ops.Weights) -> list[Launch]:
         if few:
-            return [ops.matvec([ops.Product(w, out, first.rows)], x, **counted)]
+            return [getattr(ops, name)([ops.Product(w, out, first.rows)], x, **counted)]
         if not unpacked:
             return [ops.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)]
         if w.layout.name == "bf16":
@@ -194,7 +195,7 @@ def product_row(gpu: GpuLike, limits: Limits, weights: list[ops.Weights], tokens
     nbytes, flops = first.layout.nbytes(first.rows, first.columns), 2 * first.rows * first.columns * tokens
     limit = nbytes / limits.copy / 1e9 if few and limits.copy else flops / limits.bf16 / 1e12 if not few and limits.bf16 else 0.0
     return {
-        "name": f"{'matvec' if few else 'matmul'} {first.rows}x{first.columns}",
+        "name": f"{name} {first.rows}x{first.columns}",
         "tokens": tokens,
         "microseconds": seconds * 1e6,
         "gb_per_sec": nbytes / seconds / 1e9,

@@ -111,16 +111,19 @@ class Product(NamedTuple):
 MATVEC_PRODUCTS = 3
 
 
+def _product_arguments(products: Sequence[Product]) -> tuple[int, ...]:
+    parts = [(each.weights.address, each.weights.rows, each.out, each.stride) for each in products]
+    parts += [(0, 0, 0, 0)] * (MATVEC_PRODUCTS - len(parts))
+    return (*itertools.chain.from_iterable(parts), products[0].weights.blocks)
+
+
 def matvec(products: Sequence[Product], x: Rows, *, accumulate: bool, count: int, max_rows: int) -> Launch:
     """``out = x @ weights.T`` (float32), or ``out += ...``, for up to `MATVEC_PRODUCTS` matrices of one layout and width.
     Quantised weights take ``x.q8``, floats ``x.f32``.
     """
     tokens, rows, warps = _group_of_tokens(max_rows), 2, 4
-    first = products[0].weights
-    kernel = _vector_kernel("matvec", "pipipipipipiipppiip", first.layout, tokens, rows)
-    parts = [(each.weights.address, each.weights.rows, each.out, each.stride) for each in products]
-    parts += [(0, 0, 0, 0)] * (MATVEC_PRODUCTS - len(parts))
-    arguments = (*itertools.chain.from_iterable(parts), first.blocks, *x.vector, int(accumulate), count)
+    kernel = _vector_kernel("matvec", "pipipipipipiipppiip", products[0].weights.layout, tokens, rows)
+    arguments = (*_product_arguments(products), *x.vector, int(accumulate), count)
     groups = sum(_ceil(each.weights.rows, rows) for each in products)  # a warp has one
     return Launch(kernel, (_ceil(groups, warps), _ceil(max_rows, tokens), 1), 32 * warps, 0, arguments)
 
@@ -133,6 +136,42 @@ def gated_matvec(gate: Weights, up: Weights, x: Rows, activation: str, out: Rows
     blocks = _ceil(gate.rows, 32)
     threads = 256 if blocks <= 256 else 128  # registers let a block of 256 have two neighbours on an SM, one of 128 five
     return Launch(kernel, (blocks, _ceil(max_rows, tokens), 1), threads, 0, arguments)
+
+
+FEW_ROWS = 128
+"""Rows up to which `matmul_few` is the better kernel: it reads weights once for 32, but has more blocks than `matmul`, none of which
+waits for others to unpack."""
+_FEW_BLOCKS = 128  # that `matmul_few` should have, about one for each multiprocessor of a large GPU
+
+
+def _few_tokens(max_rows: int) -> int:
+    return next((tokens for tokens in (8, 16) if max_rows <= tokens), 32)
+
+
+def _few_kernel(name: str, arguments: str, layout: Layout, tokens: int, tiles: int) -> tuple[Kernel, int]:
+    """And its shared memory."""
+    kernel = Kernel(name, "matmul_few.cu", arguments, (*layout.macros, *_macros(TOKENS=tokens, MATRIX_TILES=tiles)), 80)
+    return kernel, 8 * (2 if tokens == 32 else 4) * tokens * 64 * 2
+
+
+def matmul_few(products: Sequence[Product], x: Rows, *, accumulate: bool, count: int, max_rows: int) -> Launch:
+    """As `matvec`, on tensor cores (sm_80 and later), for quantised weights and floats of two bytes; takes ``x.bf16``. A row's result does
+    not depend on how many others there are.
+    """
+    tokens = _few_tokens(max_rows)
+    tiles = 2 if sum(each.weights.rows for each in products) >= 32 * _FEW_BLOCKS else 1
+    kernel, shared = _few_kernel("matmul_few", "pipipipipipiipiip", products[0].weights.layout, tokens, tiles)
+    arguments = (*_product_arguments(products), x.bf16, x.stride, int(accumulate), count)
+    blocks = sum(_ceil(each.weights.rows, 16 * tiles) for each in products)
+    return Launch(kernel, (_ceil(max_rows, tokens), blocks, 1), 256, shared, arguments)
+
+
+def gated_matmul_few(gate: Weights, up: Weights, x: Rows, activation: str, out: Rows, *, count: int, max_rows: int) -> Launch:
+    """As `gated_matvec`, on tensor cores; takes ``x.bf16``."""
+    tokens = _few_tokens(max_rows)
+    kernel, shared = _few_kernel("gated_matmul_few", f"ppiipii{_OUT}p", gate.layout, tokens, 2)
+    arguments = (gate.address, up.address, gate.rows, gate.blocks, x.bf16, x.stride, ACTIVATIONS[activation], *out.out, count)
+    return Launch(kernel, (_ceil(max_rows, tokens), _ceil(gate.rows, 32), 1), 256, shared, arguments)
 
 
 def matmul_tile(max_rows: int) -> int:

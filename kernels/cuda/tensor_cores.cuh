@@ -27,6 +27,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&out)[4], const u1
                  : "memory");
 }
 
+// a b + c for two bfloat16 in a word, rounded once.
+__device__ __forceinline__ u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
 // Copy 16 bytes to shared memory, or zeros; nothing is read then.
 __device__ __forceinline__ void copy_async(u16* target, const u16* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(target)), "l"(source),

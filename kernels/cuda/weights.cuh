@@ -18,7 +18,20 @@ struct Matrix {
     int rows, blocks;  // of 32 columns
 };
 
+// A compiler that knows an address to be a sum adds its parts anew for every load.
+__device__ __forceinline__ const u8* opaque(const u8* address) {
+#ifndef CUDA_ON_HOST
+    asm("" : "+l"(address));
+    __builtin_assume(__isGlobal(address));
+#endif
+    return address;
+}
+
 __device__ __forceinline__ i64 whole(i64 bytes) { return (bytes + 255) / 256 * 256; }
+
+__device__ __forceinline__ Matrix opaque(const Matrix& m) {
+    return Matrix{opaque(m.base), opaque(m.high), opaque(m.scales), opaque(m.supers), m.rows, m.blocks};
+}
 
 #if FLOAT_BYTES
 
@@ -97,23 +110,25 @@ __device__ __forceinline__ void load_words(const u8* source, u32* out) {
     }
 }
 
-__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) {
+// `index` counts the blocks of all rows; those of a row with super-scales are a multiple of eight.
+__device__ __forceinline__ Raw load_raw_at(const Matrix& m, u32 index) {
     Raw raw;
-    i64 index = (i64)row * m.blocks + block;
-    load_words<BITS>(m.base + index * (4 * BITS), raw.base);
+    load_words<BITS>(m.base + (u64)index * (4 * BITS), raw.base);
 #if HIGH
-    load_words<HIGH>(m.high + index * (4 * HIGH), raw.high);
+    load_words<HIGH>(m.high + (u64)index * (4 * HIGH), raw.high);
 #endif
     raw.scale = raw.super = 0;
-    if (SCALE_BYTES == 4) raw.scale = *(const u32*)(m.scales + index * 4);
-    if (SCALE_BYTES == 2) raw.scale = *(const u16*)(m.scales + index * 2);
+    if (SCALE_BYTES == 4) raw.scale = *(const u32*)(m.scales + (u64)index * 4);
+    if (SCALE_BYTES == 2) raw.scale = *(const u16*)(m.scales + (u64)index * 2);
     if (SCALE_BYTES == 1) raw.scale = m.scales[index];
     if (SUPERS) {
-        i64 super = (i64)row * (m.blocks / 8) + block / 8;
-        raw.super = SUPER_BYTES == 4 ? *(const u32*)(m.supers + super * 4) : *(const u16*)(m.supers + super * 2);
+        const u8* super = m.supers + (u64)(index / 8) * SUPER_BYTES;
+        raw.super = SUPER_BYTES == 4 ? *(const u32*)super : *(const u16*)super;
     }
     return raw;
 }
+
+__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) { return load_raw_at(m, (u32)row * m.blocks + block); }
 
 // 32 columns: weight i is scale[i / 16] * quant + minimum[i / 16] (one of each, where HALVES is 1); quants are int8, four to a word.
 struct Block {
@@ -134,25 +149,20 @@ __device__ __forceinline__ int look_up(u32 q) {
 }
 #endif
 
-__device__ __forceinline__ Block decode(const Raw& raw) {
-    Block block;
-#pragma unroll
-    for (int g = 0; g < 8; g++) {
-        const int per_word = 8 / BITS;
-        u32 q = raw.base[g / per_word] >> (BITS * (g % per_word));
-        if (BITS < 8) q &= ((1u << BITS) - 1) * 0x01010101u;
+// Columns 4 g to 4 g + 3 as they are stored, a byte each.
+__device__ __forceinline__ u32 bytes_of(const Raw& raw, int g) {
+    const int per_word = 8 / BITS;
+    u32 q = raw.base[g / per_word] >> (BITS * (g % per_word));
+    if (BITS < 8) q &= ((1u << BITS) - 1) * 0x01010101u;
 #if HIGH
-        const int per_plane = 8 / HIGH;
-        q |= (raw.high[g / per_plane] >> (HIGH * (g % per_plane)) & (((1u << HIGH) - 1) * 0x01010101u)) << BITS;
+    const int per_plane = 8 / HIGH;
+    q |= (raw.high[g / per_plane] >> (HIGH * (g % per_plane)) & (((1u << HIGH) - 1) * 0x01010101u)) << BITS;
 #endif
-#ifdef CODEBOOK
-        block.quants[g] = look_up(q);
-#else
-        if (ZERO == 128) q ^= 0x80808080u;
-        else if (ZERO_IN_BYTES) q = ((q | 0x80808080u) - ZERO * 0x01010101u) ^ 0x80808080u;
-        block.quants[g] = (int)q;
-#endif
-    }
+    return q;
+}
+
+// Without what ZERO adds to a minimum.
+__device__ __forceinline__ void scales_of(const Raw& raw, float (&scales)[HALVES], float (&minimums)[HALVES]) {
     float super = SUPERS ? half_to_float((u16)raw.super) * UNIT : 1.0f;
     float super_minimum = MINIMUM && SUPERS ? half_to_float((u16)(raw.super >> 16)) : 0.0f;
 #pragma unroll
@@ -173,10 +183,28 @@ __device__ __forceinline__ Block decode(const Raw& raw) {
             minimum = -super_minimum * (float)(byte >> 4);
         }
         if (SCALE == SCALE_E8M0) scale = byte > 1 ? __uint_as_float((byte - 1) << 23) : 0.0f;  // below float32's range; CuPy compiles with -ftz=true
-        if (ZERO && !ZERO_IN_BYTES) minimum = -(float)ZERO * scale;
-        block.scale[h] = scale;
-        block.minimum[h] = minimum;
+        scales[h] = scale;
+        minimums[h] = minimum;
     }
+}
+
+__device__ __forceinline__ Block decode(const Raw& raw) {
+    Block block;
+#pragma unroll
+    for (int g = 0; g < 8; g++) {
+        u32 q = bytes_of(raw, g);
+#ifdef CODEBOOK
+        block.quants[g] = look_up(q);
+#else
+        if (ZERO == 128) q ^= 0x80808080u;
+        else if (ZERO_IN_BYTES) q = ((q | 0x80808080u) - ZERO * 0x01010101u) ^ 0x80808080u;
+        block.quants[g] = (int)q;
+#endif
+    }
+    scales_of(raw, block.scale, block.minimum);
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+        if (ZERO && !ZERO_IN_BYTES) block.minimum[h] = -(float)ZERO * block.scale[h];
     return block;
 }
 

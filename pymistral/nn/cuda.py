@@ -221,12 +221,16 @@ class _CudaLowering(Lowering):
 
     # ---- forms ------------------------------------------------------------------------------------------------------
 
-    def _form_for(self, tensor: Tensor, rows: int) -> str:
+    def _form_for(self, tensor: Tensor, rows: int, *, experts: bool = False) -> str:
         """The form of x that a product of so many rows takes."""
         format = tile_format(tensor)
-        if rows <= ops.MATVEC_ROWS:
+        if rows <= ops.MATVEC_ROWS and (experts or not self._few(format.name, rows)):
             return "f32" if isinstance(format, FloatFormat) else "q8"
         return "bf16" if self._tensor_cores(format.name) else "f32"
+
+    def _few(self, format: str, rows: int) -> bool:
+        """Whether a product of so many rows is that of `ops.matmul_few`."""
+        return 1 < rows <= ops.FEW_ROWS and self._tensor_cores(format)
 
     def _tensor_cores(self, format: str) -> bool:
         return self.model.gpu.arch >= 80 and format != "f32"
@@ -240,7 +244,7 @@ class _CudaLowering(Lowering):
                 matrices = [user.attributes[name] for name in ("weight", "gate", "up") if name in user.attributes]
                 wanted |= {self._form_for(matrix, rows) for matrix in matrices}
             elif user.op == "mixture_of_experts" and array is user.inputs[0]:
-                wanted |= {self._form_for(user.attributes[name][0], rows) for name in ("gate", "up")}
+                wanted |= {self._form_for(user.attributes[name][0], rows, experts=True) for name in ("gate", "up")}
         return wanted or {"f32"}
 
     def _form(self, array: Array) -> Rows:
@@ -294,8 +298,10 @@ class _CudaLowering(Lowering):
         rows, stride = self._max_rows(x), stride_of(weight.shape[0])
         source = self._in(x, self._form_for(weight, rows))
         counted = self._counted(x)
-        if rows <= ops.MATVEC_ROWS:
-            self._matvec(ops.Product(matrix, out.address, stride), source, accumulate, counted)
+        few = self._few(matrix.layout.name, rows)
+        if few or rows <= ops.MATVEC_ROWS:
+            make = ops.matmul_few if few else ops.matvec
+            self._matvec(make, ops.Product(matrix, out.address, stride), source, accumulate, counted)
             return
         options: dict[str, Any] = {"accumulate": accumulate, **counted}
         cores = self._tensor_cores(matrix.layout.name)
@@ -311,13 +317,13 @@ class _CudaLowering(Lowering):
             self.launches.append(matmul(unpacked.address, matrix, source, out.address, stride, **options))
             self._give_back(unpacked)
 
-    def _matvec(self, product: ops.Product, x: Rows, accumulate: bool, counted: dict[str, int]) -> None:
+    def _matvec(self, make: Callable[..., Launch], product: ops.Product, x: Rows, accumulate: bool, counted: dict[str, int]) -> None:
         """Products of the same rows that follow each other, say queries, keys and values, are one launch."""
         key = (product.weights.layout, product.weights.columns, x)
         last = self._last_matvec
         joins = last is not None and last.launch is self.launches[-1] and last.key == key and not accumulate
         products = [*last.products, product] if last is not None and joins else [product]
-        launch = ops.matvec(products, x, accumulate=accumulate, **counted)
+        launch = make(products, x, accumulate=accumulate, **counted)
         self.launches[-1 if joins else len(self.launches) :] = [launch]
         open_to_more = not accumulate and len(products) < ops.MATVEC_PRODUCTS
         self._last_matvec = _Matvec(launch, key, products) if open_to_more else None
@@ -333,10 +339,12 @@ class _CudaLowering(Lowering):
         options = node.attributes
         gate, up = options["gate"], options["up"]
         counted = self._counted(x)
-        if self._max_rows(x) <= ops.MATVEC_ROWS and tile_format(gate) == tile_format(up):
+        few = self._few(tile_format(gate).name, self._max_rows(x))
+        if (few or self._max_rows(x) <= ops.MATVEC_ROWS) and tile_format(gate) == tile_format(up):
             source = self._in(x, self._form_for(gate, self._max_rows(x)))
             first, second = self.model.weights.matrix(gate), self.model.weights.matrix(up)
-            self.launches.append(ops.gated_matvec(first, second, source, options["activation"], self._out(node.output), **counted))
+            make = ops.gated_matmul_few if few else ops.gated_matvec
+            self.launches.append(make(first, second, source, options["activation"], self._out(node.output), **counted))
             return
         columns = node.output.columns
         parts = [self._new((self._max_rows(x), stride_of(columns)), np.float32) for _ in range(2)]
@@ -521,9 +529,9 @@ class _CudaLowering(Lowering):
             self.launches.append(launch)
             return Rows(stride, f32=out.address)
 
-        gate, up = (by_expert(name, self._in(x, self._form_for(options[name][0], tokens)), top_k) for name in ("gate", "up"))
+        gate, up = (by_expert(name, self._in(x, self._form_for(options[name][0], tokens, experts=True)), top_k) for name in ("gate", "up"))
         columns = stacks["gate"].rows
-        gated = self._scratch_form(self._form_for(options["down"][0], tokens), choices, columns, scratch)
+        gated = self._scratch_form(self._form_for(options["down"][0], tokens, experts=True), choices, columns, scratch)
         self.launches.append(ops.gate_choices(gate, up, columns, activation, top_k, gated, **counted))
         down = by_expert("down", gated, 1)
         self.launches.append(ops.combine(down, weights.address, top_k, x.columns, self._out(node.output), **counted))

@@ -298,6 +298,15 @@ inline float half_to_float(unsigned short bits) {
 
 inline float gpu_bf16(unsigned packed, int half) { return __uint_as_float(half ? packed & 0xffff0000u : packed << 16); }
 
+inline unsigned fma_bf16(unsigned a, unsigned b, unsigned c) {
+    unsigned out = 0;
+    for (int half = 0; half < 2; half++) {
+        const unsigned bits = __float_as_uint(gpu_bf16(a, half) * gpu_bf16(b, half) + gpu_bf16(c, half));
+        out |= (bits + 0x7fff + (bits >> 16 & 1)) >> 16 << 16 * half;
+    }
+    return out;
+}
+
 inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     struct Fragments { unsigned a[4], b[2]; } own = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     auto slots = gpu::exchange(own);

@@ -187,6 +187,135 @@ def test_matmul_on_tensor_cores(gpu: Gpu, kind: str, rows: int, tokens: int, mos
     del arrays
 
 
+def check_few(found: NDArray[np.float32], x: NDArray[np.float32], values: ref.Floats, before: NDArray[np.float32]) -> None:
+    """Weights are rounded as scale, as minimum and as themselves; all are of the size of their block at most."""
+    left = rounded(x.astype(np.float64))
+    peak = np.abs(values).reshape(len(values), -1, 32).max(axis=2).repeat(32, axis=1)
+    error = np.sqrt(np.square(left) @ np.square(BF16 * peak).T)  # errors of many blocks are independent
+    bound = 3 * error + (x.shape[1] + 4) * 4 * ref.EPSILON * (np.abs(left) @ np.abs(values).T + np.abs(before)) + 1e-30
+    assert np.all(np.abs(found - before - left @ values.T) <= bound)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "F32"])
+def test_matmul_few(gpu: Gpu, kind: str) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(10)
+    columns = columns_for(kind, 5) if kind not in ref.FLOATS else 416
+    weights, values, _ = put(gpu, kind, 19, columns, rng, edges=True)
+    x = inputs(rng, 3, columns)
+    rows, arrays = gpu.activations(x)
+    out = gpu.put(np.full((4, 24), 777, np.float32))
+    gpu.run(ops.matmul_few([ops.Product(weights, out.address, 24)], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
+    found = out.get()
+    check_few(found[:3, :19], x, values, np.zeros((3, 19), np.float32))
+    assert np.all(found[3] == 777)
+    assert np.all(found[:, 19:] == 777)
+    del arrays
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9, 16, 31, 33, 64])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "F16"])
+def test_matmul_few_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(tokens)
+    columns = 1312 if kind != "Q4_K" else 1280  # more chunks than warps, the last not whole
+    weights, values, _ = put(gpu, kind, 37, columns, rng)
+    x = inputs(rng, tokens, columns)
+    rows, arrays = gpu.activations(x)
+    before = rng.standard_normal((tokens + 2, 40)).astype(np.float32)
+    out = gpu.put(before)
+    product = ops.Product(weights, out.address, 40)
+    gpu.run(ops.matmul_few([product], rows, accumulate=True, count=gpu.count(tokens).address, max_rows=max(tokens, 1)))
+    found = out.get()
+    check_few(found[:tokens, :37], x, values, before[:tokens, :37])
+    assert np.array_equal(found[tokens:], before[tokens:])
+    assert np.array_equal(found[:, 37:], before[:, 37:])
+    del arrays
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "BF16"])
+def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str) -> None:
+    """Bit for bit, for any number of others; also where rows of weights suffice for larger tiles."""
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(11)
+    weights, _, _ = put(gpu, kind, 40, 1536, rng)
+    up, _, _ = put(gpu, kind, 40, 1536, rng)
+    x = inputs(rng, 64, 1536)
+    found, gated = [], []
+    for tokens in (1, 5, 8, 13, 31, 64):
+        rows, arrays = gpu.activations(x[:tokens])
+        out = gpu.put(np.zeros((tokens, 40), np.float32))
+        counted = {"count": gpu.count(tokens).address, "max_rows": tokens}
+        gpu.run(ops.matmul_few([ops.Product(weights, out.address, 40)], rows, accumulate=False, **counted))
+        other, made = gpu.rows(tokens, 40)
+        gpu.run(ops.gated_matmul_few(weights, up, rows, "relu", other, **counted))
+        found.append(out.get())
+        gated.append(made["f32"].get())
+        del arrays
+    for some in (found, gated):
+        assert np.any(some[-1])
+        for each in some:
+            assert np.array_equal(each, some[-1][: len(each)])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "F16"])
+def test_matmul_few_of_many_rows(gpu: Gpu, kind: str) -> None:
+    """Blocks have two tiles, the last of which is not whole."""
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(12)
+    weights, values, _ = put(gpu, kind, 4105, 96, rng)
+    x = inputs(rng, 9, 96)
+    rows, arrays = gpu.activations(x)
+    out = gpu.put(np.full((10, 4110), 777, np.float32))
+    launch = ops.matmul_few([ops.Product(weights, out.address, 4110)], rows, accumulate=False, count=gpu.count(9).address, max_rows=16)
+    gpu.run(launch)
+    found = out.get()
+    check_few(found[:9, :4105], x, values, np.zeros((9, 4105), np.float32))
+    assert np.all(found[9] == 777)
+    assert np.all(found[:, 4105:] == 777)
+    del arrays
+
+
+def test_three_products_of_few_rows(gpu: Gpu) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(13)
+    made = [put(gpu, "Q6_K", rows, 512, rng) for rows in (33, 7, 17)]
+    x = inputs(rng, 3, 512)
+    rows, arrays = gpu.activations(x)
+    outs = [gpu.put(np.full((4, 40), 777, np.float32)) for _ in made]
+    products = [ops.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
+    for used in (3, 2):
+        gpu.run(ops.matmul_few(products[:used], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
+        for (weights, values, _), out in list(zip(made, outs, strict=True))[:used]:
+            found = out.get()
+            check_few(found[:3, : weights.rows], x, values, np.zeros((3, weights.rows), np.float32))
+            assert np.all(found[3] == 777)
+            assert np.all(found[:, weights.rows :] == 777)
+    del arrays
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kind", "tokens"), [("Q4_1", 3), ("Q6_K", 19), ("BF16", 33)])
+def test_gated_matmul_few(gpu: Gpu, kind: str, tokens: int, activation: str) -> None:
+    tensor_core_gpu(gpu)
+    rng = np.random.default_rng(14)
+    columns, ffn = columns_for(kind, 2) if kind != "BF16" else 160, 75
+    gate, gate_values, _a = put(gpu, kind, ffn, columns, rng)
+    up, up_values, _b = put(gpu, kind, ffn, columns, rng)
+    x = (rng.standard_normal((tokens, columns)) / 4).astype(np.float32)
+    rows, arrays = gpu.activations(x)
+    out, made = gpu.rows(tokens + 1, ffn, "f32 q8 bf16")
+    gpu.run(ops.gated_matmul_few(gate, up, rows, activation, out, count=gpu.count(tokens).address, max_rows=tokens + 1))
+    left = rounded(x.astype(np.float64))
+    wanted = ACTIVATIONS[activation](left @ gate_values.T) * (left @ up_values.T)
+    found = made["f32"].get()
+    assert np.allclose(found[:tokens, :ffn], wanted, rtol=0.02, atol=0.01 * np.abs(wanted).max())
+    assert np.all(found[:tokens, ffn:] == 0)
+    assert np.all(found[tokens] == 777)
+    check_forms(found[:tokens], made, tokens)
+    del arrays
+
+
 def test_matmul_of_large_tiles(gpu: Gpu) -> None:
     tensor_core_gpu(gpu)
     rng = np.random.default_rng(5)

@@ -1,0 +1,281 @@
+// Products of weights and the rows of a batch's decoding step, 2 to some 64, on tensor cores (sm_80 and later): every weight is read once for
+// 8, 16 or 32 rows, from global memory to the registers that a fragment takes it from.
+// Macros: those of weights.cuh, TOKENS (8, 16, 32: rows of x for each block), MATRIX_TILES (of 16 rows of weights, for a block of matmul_few).
+//
+// The warps of a block deal out the columns, in chunks. In which order a product's columns come does not matter, so long as it is the same in
+// both: so lane l, with c = l % 4, owns of a chunk of 128 the columns of block c, of rows l / 4 and l / 4 + 8 of each tile, and gives a fragment
+// four of them at a time. Of x (rows l / 4 of each eight) it needs the same columns. What is added in which order depends on neither TOKENS
+// nor the other rows of x: a row's result is the same in every step.
+#include "tensor_cores.cuh"
+#include "weights.cuh"
+
+#define WARPS 8
+#define GROUPS (TOKENS / 8)          // of 8 rows of x, a fragment's
+#define STAGES (GROUPS == 4 ? 2 : 4)  // of 64 columns of x: a warp's own, in shared memory
+#define STAGE (TOKENS * 64)
+#define STRIDE(tiles) (16 * (tiles) + 4)  // of a row of sums: four more spread a fragment over the banks
+#define ONES 0x3f803f80u         // a pair of bfloat16
+
+#if FLOAT_BYTES
+
+#define PARTS 1   // stages in a chunk
+#define CHUNK 64  // columns
+
+// Of 64 columns, 8 c to 8 c + 7 of each 32.
+struct Own {
+    uint4 words[2];
+};
+
+// `first` is the index of the row's first block.
+__device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
+    Own own;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 index = first + min(2 * chunk + i, m.blocks - 1);
+        own.words[i] = ((const uint4*)m.base)[(u64)index * 4 + threadIdx.x % 4];
+    }
+    return own;
+}
+
+struct Decoder {
+    __device__ __forceinline__ void begin(const Own&) {}
+
+    // Columns 4 step to 4 step + 3 of a lane, as two pairs.
+    __device__ __forceinline__ void pairs(const Own& own, int step, u32& low, u32& high) const {
+        const uint4 w = own.words[step / 2];
+        low = step % 2 ? w.z : w.x, high = step % 2 ? w.w : w.y;
+#if !BF16
+        low = pack_bf16(half_to_float((u16)low), half_to_float((u16)(low >> 16)));
+        high = pack_bf16(half_to_float((u16)high), half_to_float((u16)(high >> 16)));
+#endif
+    }
+};
+
+#else
+
+#define PARTS 2
+#define CHUNK 128
+typedef Raw Own;
+
+__device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
+    return load_raw_at(m, first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1));
+}
+
+// Bytes become bfloat16 without a conversion: 0x4300 + i is 128 + i for i < 128. All integers up to 256 are exact.
+struct Decoder {
+    u32 scales[HALVES], minimums[HALVES];
+
+    __device__ __forceinline__ void begin(const Own& own) {
+        float scale[HALVES], minimum[HALVES];
+        scales_of(own, scale, minimum);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) scales[h] = pack_bf16(scale[h], scale[h]), minimums[h] = pack_bf16(minimum[h], minimum[h]);
+    }
+
+    __device__ __forceinline__ u32 pair(u32 bytes, u32 selector, int h) const {
+        u32 value = __byte_perm(bytes, 0x43, selector), offset = 0xc300c300u + ZERO * 0x00010001u;  // -(128 + ZERO)
+#ifdef CODEBOOK
+        offset = (value & 0x00800080u) ^ 0xc300c300u;  // signed bytes: the sign is 128 more to subtract
+        value &= 0xff7fff7fu;
+#elif ZERO == 128
+        offset = (value & 0x00800080u) ^ 0xc380c380u;
+        value &= 0xff7fff7fu;
+#endif
+        value = fma_bf16(value, ONES, offset);
+        return fma_bf16(value, scales[h], MINIMUM ? minimums[h] : 0x80008000u);
+    }
+
+    __device__ __forceinline__ void pairs(const Own& own, int step, u32& low, u32& high) const {
+        u32 bytes = bytes_of(own, step);
+#ifdef CODEBOOK
+        bytes = (u32)look_up(bytes);
+#endif
+        const int h = HALVES == 2 ? step / 4 : 0;
+        low = pair(bytes, 0x4140, h), high = pair(bytes, 0x4342, h);
+    }
+};
+
+#endif
+
+// Leaves the sums of a block's warps in shared memory, [WARPS][TOKENS][STRIDE(TILES)] with STAGES * STAGE * 2 bytes to a warp: tile i is 16 rows of
+// m[i] from rows[i] on, as far as there are.
+template <int TILES>
+__device__ __forceinline__ void multiply_tiles(
+    u16* shared, const Matrix (&m)[TILES], const int (&rows)[TILES], const u16* x, int x_stride, i64 first, int live
+) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
+    const int columns = m[0].blocks * 32, chunks = (columns + CHUNK - 1) / CHUNK;
+    u16* stages = shared + warp * STAGES * STAGE;
+
+    // Units of 8 columns lie as lanes read them, [GROUPS][2][32]; lanes of the second are permuted, so that writing meets all banks, too.
+    // A row that does not exist is another one: nobody reads its sums. Columns that do not exist are zeros.
+#if FLOAT_BYTES
+    const int unit = 0, owner = c, step = 32;
+    int column = warp * CHUNK + c * 8;
+#else
+    const int unit = c % 2, owner = c / 2, step = 64;
+    int column = warp * CHUNK + owner * 32 + unit * 8;
+#endif
+    const u16* sources[GROUPS];
+#pragma unroll
+    for (int n = 0; n < GROUPS; n++) sources[n] = x + (first + min(n * 8 + lane / 4, live - 1)) * x_stride + column;
+    auto copy_x = [&](int ahead, int stage) {  // parts from the chunk of `sources` on
+        const int from = ahead / PARTS * WARPS * CHUNK + ahead % PARTS * 16;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#if FLOAT_BYTES
+            u16* target = stages + stage * STAGE + i * 256 + (lane ^ (2 * i)) * 8;
+#else
+            u16* target = stages + stage * STAGE + unit * 256 + ((lane / 4 * 4 + owner + 2 * i) ^ (2 * unit)) * 8;
+#endif
+#pragma unroll
+            for (int n = 0; n < GROUPS; n++) copy_async(target + n * 512, sources[n] + from + i * step, column + from + i * step < columns);
+        }
+        commit_copies();
+    };
+    u32 firsts[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) firsts[i][j] = (u32)min(rows[i] + lane / 4 + 8 * j, m[i].rows - 1) * m[i].blocks;
+    Own next[TILES][2];
+    auto fetch = [&](int chunk) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) next[i][j] = load_own(m[i], firsts[i][j], chunk);
+    };
+
+    float sums[TILES][GROUPS][4];
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) sums[i][n][k] = 0.0f;
+    fetch(warp);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
+    unsigned stage = 0;
+#pragma unroll 2
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        Own own[TILES][2];
+        Decoder decoders[TILES][2];
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) own[i][j] = next[i][j];
+        fetch(chunk + WARPS < chunks ? chunk + WARPS : chunk);  // always something, so that registers need not be copied
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) decoders[i][j].begin(own[i][j]);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            wait_copies<STAGES - 2>();
+            __syncwarp();  // others' copies are there, and the stage before has been read
+            copy_x(part + STAGES - 1, (stage + STAGES - 1) % STAGES);
+            const uint4* units = (const uint4*)(stages + stage * STAGE);
+            stage = (stage + 1) % STAGES;
+#pragma unroll
+            for (int unit = 0; unit < 2; unit++) {
+                uint4 b[GROUPS];
+#pragma unroll
+                for (int n = 0; n < GROUPS; n++) b[n] = units[(n * 2 + unit) * 32 + (lane ^ (2 * unit))];
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) {
+                        u32 a[4];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) decoders[i][j].pairs(own[i][j], (part * 2 + unit) * 2 + half, a[j], a[j + 2]);
+#pragma unroll
+                        for (int n = 0; n < GROUPS; n++) mma(sums[i][n], a, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
+                    }
+            }
+        }
+        column += WARPS * CHUNK;
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++) sources[n] += WARPS * CHUNK;
+    }
+    wait_copies<0>();
+    __syncwarp();
+    float* target = (float*)stages;
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int n = 0; n < GROUPS; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) target[(n * 8 + 2 * c + k % 2) * STRIDE(TILES) + i * 16 + lane / 4 + k / 2 * 8] = sums[i][n][k];
+}
+
+// The product of row `row` of the tiles with row `token` of x.
+template <int TILES>
+__device__ __forceinline__ float sum_of(const u16* shared, int token, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) sum += ((const float*)(shared + warp * STAGES * STAGE))[token * STRIDE(TILES) + row];
+    return sum;
+}
+
+// As `matvec`: up to three matrices of one width. blockIdx.x counts groups of TOKENS rows of x: blocks that run together share their weights.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
+    const u8* weights0, int rows0, float* out0, int stride0, const u8* weights1, int rows1, float* out1, int stride1, const u8* weights2,
+    int rows2, float* out2, int stride2, int blocks, const u16* x, int x_stride, int accumulate, const int* count
+) {
+    DYNAMIC_SHARED(shared);
+    const i64 first = (i64)blockIdx.x * TOKENS;
+    const int live = min(*count - (int)first, TOKENS), size = 16 * MATRIX_TILES;
+    const u8* weights = weights0;
+    float* out = out0;
+    int row = blockIdx.y * size, rows = rows0, stride = stride0;
+    if (row >= rows) {
+        row -= (rows + size - 1) / size * size;
+        weights = weights1, rows = rows1, out = out1, stride = stride1;
+    }
+    if (row >= rows) {
+        row -= (rows + size - 1) / size * size;
+        weights = weights2, rows = rows2, out = out2, stride = stride2;
+    }
+    if (live <= 0 || row >= rows) return;
+    const Matrix matrix = opaque(matrix_at(weights, rows, blocks));
+    Matrix matrices[MATRIX_TILES];
+    int own[MATRIX_TILES];
+#pragma unroll
+    for (int i = 0; i < MATRIX_TILES; i++) matrices[i] = matrix, own[i] = row + 16 * i;
+    multiply_tiles<MATRIX_TILES>((u16*)shared, matrices, own, x, x_stride, first, live);
+    __syncthreads();
+    for (int i = threadIdx.x; i < live * size; i += 32 * WARPS) {
+        const int token = i / size, r = i % size;
+        if (row + r >= rows) continue;
+        float* target = out + (first + token) * stride + row + r;
+        const float sum = sum_of<MATRIX_TILES>((u16*)shared, token, r);
+        *target = accumulate ? *target + sum : sum;
+    }
+}
+
+// activation(x @ gate.T) * (x @ up.T), in every form: 32 columns, 16 at a time.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) gated_matmul_few(
+    const u8* gate, const u8* up, int rows, int blocks, const u16* x, int x_stride, int kind, ROWS_ARGUMENTS, const int* count
+) {
+    __shared__ float products[TOKENS][32];
+    DYNAMIC_SHARED(shared);
+    const i64 first = (i64)blockIdx.x * TOKENS;
+    const int live = min(*count - (int)first, TOKENS);
+    if (live <= 0) return;
+    const Matrix matrices[2] = {opaque(matrix_at(gate, rows, blocks)), opaque(matrix_at(up, rows, blocks))};
+    for (int half = 0; half < 2; half++) {
+        const int row = blockIdx.y * 32 + 16 * half, own[2] = {row, row};
+        if (row < rows) multiply_tiles<2>((u16*)shared, matrices, own, x, x_stride, first, live);
+        __syncthreads();
+        for (int i = threadIdx.x; i < live * 16; i += 32 * WARPS) {
+            const int token = i / 16, r = i % 16;
+            const bool there = row + r < rows;
+            products[token][16 * half + r] =
+                there ? activation(kind, sum_of<2>((u16*)shared, token, r)) * sum_of<2>((u16*)shared, token, 16 + r) : 0.0f;
+        }
+        __syncthreads();
+    }
+    const int lane = threadIdx.x % 32;
+    for (int t = threadIdx.x / 32; t < live; t += WARPS) emit(ROWS_OUT, first + t, blockIdx.y * 32 + lane, products[t][lane]);
+}
