@@ -154,6 +154,7 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll
             for (int k = 0; k < 4; k++) sums[i][n][k] = 0.0f;
     fetch(warp);
+    wait_for_previous();  // weights are on their way before x is there
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
     unsigned stage = 0;
@@ -224,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
     int rows2, float* out2, int stride2, int blocks, const u16* x, int x_stride, int accumulate, const int* count
 ) {
     DYNAMIC_SHARED(shared);
+    let_next_start();
     const i64 first = (i64)blockIdx.x * TOKENS;
     const int live = min(*count - (int)first, TOKENS), size = 16 * MATRIX_TILES;
     const u8* weights = weights0;
@@ -237,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
         row -= (rows + size - 1) / size * size;
         weights = weights2, rows = rows2, out = out2, stride = stride2;
     }
-    if (live <= 0 || row >= rows) return;
+    if (live <= 0 || row >= rows) return wait_for_previous();
     const Matrix matrix = opaque(matrix_at(weights, rows, blocks));
     Matrix matrices[MATRIX_TILES];
     int own[MATRIX_TILES];
@@ -260,9 +262,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) gated_matmul_few(
 ) {
     __shared__ float products[TOKENS][32];
     DYNAMIC_SHARED(shared);
+    let_next_start();
     const i64 first = (i64)blockIdx.x * TOKENS;
     const int live = min(*count - (int)first, TOKENS);
-    if (live <= 0) return;
+    if (live <= 0) return wait_for_previous();
     const Matrix matrices[2] = {opaque(matrix_at(gate, rows, blocks)), opaque(matrix_at(up, rows, blocks))};
     for (int half = 0; half < 2; half++) {
         const int row = blockIdx.y * 32 + 16 * half, own[2] = {row, row};
