@@ -441,9 +441,14 @@ def _decode_macros(heads: Heads) -> tuple[tuple[str, str], ...]:
     return _macros(HEAD_DIM=heads.head_dim, CACHE_F32=heads.float_cache, GROUP=_head_group(heads))
 
 
+def _prefill_rows(heads: Heads) -> int:
+    """Queries of a block of `attention_prefill`: outputs of more than this fill the registers."""
+    return 128 if heads.head_dim <= 128 else 64
+
+
 def query_tile_tokens(heads: Heads) -> int:
     """Tokens of an item of `attention_prefill`."""
-    return 64 // heads.group
+    return _prefill_rows(heads) // heads.group
 
 
 def can_prefill(heads: Heads, arch: int) -> bool:
@@ -455,13 +460,14 @@ def attention_prefill(
     q: Rows, heads: Heads, places: Places, out: Rows, *, window: int, soft_cap: float, count: int, max_items: int
 ) -> Launch:
     """Many tokens of a sequence together, on tensor cores; writes ``out.f32`` and ``out.bf16``. ``count`` is of items."""
-    tile = 64 if heads.head_dim <= 128 else 32
-    kernel = Kernel("attention_prefill", "attention_prefill.cu", "pippiiipppiifppip", _macros(HEAD_DIM=heads.head_dim, KEYS=tile), 80)
-    cache = (heads.keys, heads.values, heads.block_size, heads.heads, heads.kv_heads)
+    rows = _prefill_rows(heads)
+    keys = rows // 2
+    macros = _macros(HEAD_DIM=heads.head_dim, GROUP=heads.group, BLOCK_SIZE=heads.block_size, SOFT_CAP=soft_cap > 0, ROWS=rows, KEYS=keys)
+    kernel = Kernel("attention_prefill", "attention_prefill.cu", "pippipppiifppip", macros, 80)
     state = (places.positions, places.items, places.block_tables, places.table_width)
-    arguments = (q.f32, q.stride, *cache, *state, window, soft_cap, out.f32, out.bf16, out.stride, count)
-    shared = (64 + 2 * tile) * (heads.head_dim + 8) * 2
-    return Launch(kernel, (max_items, heads.kv_heads, 1), 128, shared, arguments)
+    arguments = (q.f32, q.stride, heads.keys, heads.values, heads.kv_heads, *state, window, soft_cap, out.f32, out.bf16, out.stride, count)
+    shared = (rows + 2 * keys) * (heads.head_dim + 8) * 2
+    return Launch(kernel, (heads.kv_heads, max_items, 1), 128, shared, arguments)
 
 
 # ---- mixtures of experts ---------------------------------------------------------------------------------------------

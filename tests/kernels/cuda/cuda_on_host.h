@@ -259,6 +259,7 @@ inline unsigned __ballot_sync(unsigned, bool own) {
     for (unsigned lane = 0; lane < 32; lane++) bits |= (unsigned)gpu::take<bool>(slots, lane) << lane;
     return bits;
 }
+inline bool __any_sync(unsigned mask, bool own) { return __ballot_sync(mask, own) != 0; }
 template <class T, class U>
 T atomicAdd(T* target, U value) { T old = *target; *target = old + (T)value; return old; }
 template <class T>
@@ -281,6 +282,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <class T>
 T min(T a, T b) { return a < b ? a : b; }
 template <class T>

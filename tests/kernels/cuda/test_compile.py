@@ -49,6 +49,7 @@ def kernels() -> list[Kernel]:
         found.append(ops.attention_decode(ROWS, heads, PLACES, partials=1, splits=2, max_rows=8, **common).kernel)  # type: ignore[arg-type]
         found.append(ops.attention_merge(heads, PLACES, ROWS, partials=1, splits=2, max_rows=8, window=0, count=1).kernel)
         found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
+        found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, window=0, soft_cap=30.0, count=1).kernel)
     norms = {"q_norm": 0, "k_norm": 0, "epsilon": 0.0, "rotations": 0, "pairs": 0, "scale": 1.0, "count": 1, "max_rows": 8}
     found.append(ops.rope_and_cache(ROWS, ROWS, ROWS, heads, PLACES, **norms).kernel)  # type: ignore[arg-type]
     return found
