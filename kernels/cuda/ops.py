@@ -224,6 +224,16 @@ def matmul_hopper(
     return Launch(kernel, (tiles, _ceil(weights.rows, width), 1), 256, (192 << 10) + 1024, arguments)
 
 
+def gated_matmul_hopper(
+    unpacked: tuple[int, int], weights: Weights, x: Rows, activation: str, out: Rows, *, count: int, max_rows: int
+) -> Launch:
+    """``out.bf16 = activation(x @ gate.T) * (x @ up.T)`` of two matrices of this shape, both unpacked."""
+    kernel = Kernel("gated_matmul_hopper", "matmul_hopper.cu", "ppiipiipip", _macros(BN=256), 90, only_there=True)
+    shape = (weights.rows, 32 * weights.blocks)
+    arguments = (*unpacked, *shape, x.bf16, x.stride, ACTIVATIONS[activation], out.bf16, out.stride, count)
+    return Launch(kernel, (_ceil(max_rows, 128), _ceil(weights.rows, 128), 1), 256, (192 << 10) + 1024, arguments)
+
+
 HOPPER_TILES = 200
 """Wide tiles from which on they are better than twice as many narrow ones: 1.5 for each SM."""
 

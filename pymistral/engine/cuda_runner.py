@@ -186,14 +186,14 @@ def weight_bytes(graph: Graph) -> int:
 
 
 def step_bytes(graph: Graph, max_tokens: int) -> int:
-    """About what lives during a step: rows as wide as the widest product (gate, up, and what they become), and a matrix in bfloat16."""
+    """About what lives during a step: rows as wide as the widest product (gate, up, and what they become), and two matrices in bfloat16."""
     widest = largest = 0
     for node in graph.nodes:
         if node.op in ("linear", "gated_linear", "mixture_of_experts") and node.output.rows == TOKENS:
             shapes = [tensor.shape for tensor in Graph([node]).matrices()]
             widest = max(widest, max(shape[0] for shape in shapes) * node.attributes.get("top_k", 1))
             largest = max(largest, max(prod(shape) for shape in shapes))
-    return 4 * 4 * max_tokens * widest + 2 * largest
+    return 4 * 4 * max_tokens * widest + 2 * 2 * largest
 
 
 def free_after_weights(graph: Graph, gpu: GpuLike, max_tokens: int = _MAX_TOKENS) -> int:

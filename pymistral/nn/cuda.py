@@ -309,13 +309,18 @@ class _CudaLowering(Lowering):
             self.launches.append(ops.matmul(matrix, source, out.address, stride, tensor_cores=cores, **options))
             return
         matmul = ops.matmul_hopper if self.model.gpu.arch == 90 else ops.matmul_bf16
-        if matrix.layout.name == "bf16":
-            self.launches.append(matmul(matrix.address, matrix, source, out.address, stride, **options))
-        else:
-            unpacked = self._new((weight.shape[0], stride_of(weight.shape[1])), np.uint16)
-            self.launches.append(ops.dequantize(matrix, unpacked.address))
-            self.launches.append(matmul(unpacked.address, matrix, source, out.address, stride, **options))
+        address, unpacked = self._unpack(matrix)
+        self.launches.append(matmul(address, matrix, source, out.address, stride, **options))
+        if unpacked is not None:
             self._give_back(unpacked)
+
+    def _unpack(self, matrix: ops.Weights) -> tuple[int, Buffer | None]:
+        """Where the matrix is in bfloat16, and what is to be given back when it has been read."""
+        if matrix.layout.name == "bf16":
+            return matrix.address, None
+        unpacked = self._new((matrix.rows, stride_of(matrix.columns)), np.uint16)
+        self.launches.append(ops.dequantize(matrix, unpacked.address))
+        return unpacked.address, unpacked
 
     def _matvec(self, make: Callable[..., Launch], product: ops.Product, x: Rows, accumulate: bool, counted: dict[str, int]) -> None:
         """Products of the same rows that follow each other, say queries, keys and values, are one launch."""
@@ -346,6 +351,15 @@ class _CudaLowering(Lowering):
             make = ops.gated_matmul_few if few else ops.gated_matvec
             self.launches.append(make(first, second, source, options["activation"], self._out(node.output), **counted))
             return
+        if self._is_gated_by_hopper(node):
+            source, matrices = self._in(x, "bf16"), [self.model.weights.matrix(tensor) for tensor in (gate, up)]
+            (first, own), (second, other) = (self._unpack(matrix) for matrix in matrices)
+            out = self._out(node.output)
+            self.launches.append(ops.gated_matmul_hopper((first, second), matrices[0], source, options["activation"], out, **counted))
+            for buffer in (own, other):
+                if buffer is not None:
+                    self._give_back(buffer)
+            return
         columns = node.output.columns
         parts = [self._new((self._max_rows(x), stride_of(columns)), np.float32) for _ in range(2)]
         for tensor, part in zip((gate, up), parts, strict=True):
@@ -354,6 +368,12 @@ class _CudaLowering(Lowering):
         self.launches.append(ops.gate(gated, raised, options["activation"], columns, self._out(node.output), **counted))
         for part in parts:
             self._give_back(part)
+
+    def _is_gated_by_hopper(self, node: Node) -> bool:
+        """Whether `ops.gated_matmul_hopper` can make all that is wanted."""
+        cores = all(self._tensor_cores(tile_format(node.attributes[name]).name) for name in ("gate", "up"))
+        enough = self._max_rows(node.output) >= ops.UNPACKED_ROWS
+        return self.model.gpu.arch == 90 and cores and enough and self._wanted(node.output) == {"bf16"}
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ def kernels() -> list[Kernel]:
         ops.matmul_bf16(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
         ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
         ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=2048).kernel,
+        ops.gated_matmul_hopper((1, 1), w, ROWS, "gelu", ROWS, count=1, max_rows=2048).kernel,
         ops.norm(ROWS, 4096, 1e-5, count=1, max_rows=8).kernel,
         ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
         ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,

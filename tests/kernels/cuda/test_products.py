@@ -382,6 +382,28 @@ def test_wide_tiles_of_a_warpgroup(gpu: Gpu) -> None:
     del arrays
 
 
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(150, 96, 131), (40, 320, 20)])
+def test_gated_products_of_a_warpgroup(gpu: Gpu, rows: int, columns: int, tokens: int) -> None:
+    if gpu.arch != 90:
+        pytest.skip("this GPU has no products of warpgroups")
+    rng = np.random.default_rng(11)
+    (gate, gates, _), (up, ups, _) = (put(gpu, "BF16", rows, columns, rng) for _ in range(2))
+    x = inputs(rng, tokens, columns)
+    acts, arrays = gpu.activations(x)
+    out, made = gpu.rows(tokens + 1, rows, "bf16")
+    count = gpu.count(tokens).address
+    gpu.run(ops.gated_matmul_hopper((gate.address, up.address), gate, acts, "gelu", out, count=count, max_rows=256))
+    left = rounded(x.astype(np.float64))
+    first, second = left @ gates.T, left @ ups.T
+    wanted = ref.gelu(first) * second
+    size = np.abs(left) @ np.abs(gates).T * np.abs(second) + np.abs(first) * (np.abs(left) @ np.abs(ups).T)
+    found = (made["bf16"].get().astype(np.uint32) << 16).view(np.float32)
+    assert np.all(np.abs(found[:tokens, :rows] - wanted) <= 1.1 * BF16 * np.abs(wanted) + 1e-4 * size + 1e-30)
+    assert np.all(found[:tokens, rows:] == 0)
+    assert np.all(made["bf16"].get()[tokens] == 0x4442)
+    del arrays
+
+
 def test_three_products_at_once(gpu: Gpu) -> None:
     """Odd numbers of rows: what belongs to one matrix is never written into another's result."""
     rng = np.random.default_rng(9)
