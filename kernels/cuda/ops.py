@@ -80,16 +80,15 @@ def _macros(**values: int) -> tuple[tuple[str, str], ...]:
 
 def embedding(weights: Weights, tokens: int, out: Rows, scale: float, *, count: int, max_rows: int) -> Launch:
     """``out.f32[i] = weights[tokens[i]] * scale``."""
-    kernel = Kernel("embedding", "unpack.cu", "piipfpiip", weights.layout.macros)
-    arguments = (weights.address, weights.rows, weights.blocks, tokens, scale, out.f32, out.stride, weights.columns, count)
+    kernel = Kernel("embedding", "unpack.cu", "piipfpip", weights.layout.macros)
+    arguments = (weights.address, weights.rows, weights.blocks, tokens, scale, out.f32, out.stride, count)
     return Launch(kernel, (max_rows, 1, 1), 32 * min(4, _ceil(weights.blocks, 32)), 0, arguments)
 
 
 def dequantize(weights: Weights, out: int) -> Launch:
     """The matrix in bfloat16 ``[rows][columns rounded up to 32]``, for `matmul_bf16`."""
     kernel = Kernel("dequantize", "unpack.cu", "piip", weights.layout.macros)
-    blocks = min(_ceil(weights.rows * weights.blocks, 256), 4096)
-    return Launch(kernel, (blocks, 1, 1), 256, 0, (weights.address, weights.rows, weights.blocks, out))
+    return Launch(kernel, (_ceil(weights.rows * weights.blocks, 256), 1, 1), 256, 0, (weights.address, weights.rows, weights.blocks, out))
 
 
 def _vector_kernel(name: str, arguments: str, layout: Layout, tokens: int, rows: int) -> Kernel:
@@ -222,15 +221,17 @@ def norm(
     if bool(weight) != (out is not None):
         raise ValueError("a norm has both a weight and an output, or neither")
     out, branch = out or Rows(32), branch or Rows(32)
-    kernel = Kernel("norm_rows", "rows.cu", f"pipipppif{_OUT}p")
+    most = 2 if max_rows <= MATVEC_TOKENS else 4  # pieces of four columns to a thread; few rows: the time of one counts
+    threads = 32 * min(32, _ceil(columns, 128 * most))
+    macros = _macros(PIECES=_ceil(columns, 4 * threads), THREADS=threads, WHOLE=columns % 4 == 0)
+    kernel = Kernel("norm_rows", "norm.cu", f"pipipppif{_OUT}p", macros)
     arguments = (x.f32, x.stride, branch.f32, branch.stride, branch_weight, weight, indices, columns, epsilon, *out.out, count)
-    threads = 128 if columns <= 512 else 256 if max_rows > MATVEC_TOKENS or columns < 4096 else 1024  # few rows: the time of one counts
     return Launch(kernel, (max_rows, 1, 1), threads, 0, arguments)
 
 
 def _element(name: str, kinds: str, x: Rows, columns: int, parameters: tuple[int | float, ...], out: Rows, count: int, rows: int) -> Launch:
     kernel = Kernel(name, "rows.cu", f"pii{kinds}{_OUT}p")
-    return Launch(kernel, (_ceil(columns, 128), rows, 1), 128, 0, (x.f32, x.stride, columns, *parameters, *out.out, count))
+    return Launch(kernel, (_ceil(columns, 512), rows, 1), 128, 0, (x.f32, x.stride, columns, *parameters, *out.out, count))
 
 
 def add(x: Rows, y: Rows, columns: int, out: Rows, *, count: int, max_rows: int) -> Launch:
@@ -276,7 +277,7 @@ def scale(x: Rows, factor: float, columns: int, out: Rows, *, count: int, max_ro
 def take_rows(x: Rows, indices: int, columns: int, out: Rows, *, count: int, max_rows: int) -> Launch:
     """``out[i] = x[indices[i]]``."""
     kernel = Kernel("take_rows", "rows.cu", f"pipi{_OUT}p")
-    return Launch(kernel, (_ceil(columns, 128), max_rows, 1), 128, 0, (x.f32, x.stride, indices, columns, *out.out, count))
+    return Launch(kernel, (_ceil(columns, 512), max_rows, 1), 128, 0, (x.f32, x.stride, indices, columns, *out.out, count))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .quantize import tile_format
 from .rope import Rope
 from .state import Limits, State
 
-_LEAVE_REST = ("linear", "add", "embedding", "attention")  # operations whose kernels may not write what is behind the last column
+_LEAVE_REST = ("linear", "add", "attention")  # operations whose kernels may not write what is behind the last column
 _ARENA_BYTES = 64 << 20  # taken from the device at a time
 
 

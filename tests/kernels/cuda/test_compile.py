@@ -29,7 +29,7 @@ def kernels() -> list[Kernel]:
         ops.embedding(w, 1, ROWS, 1.0, count=1, max_rows=8).kernel,
         ops.dequantize(w, 1).kernel,
         ops.matmul_bf16(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
-        ops.norm(ROWS, 4096, 1e-5, count=1, max_rows=8).kernel,
+        *(ops.norm(ROWS, columns, 1e-5, count=1, max_rows=512).kernel for columns in (4096, 16384)),
         ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
         ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
         ops.sample(1, 32000, 1, count=1, max_rows=8).kernel,
