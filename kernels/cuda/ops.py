@@ -343,14 +343,21 @@ def _head_group(heads: Heads) -> int:
     return _ceil(heads.group, _ceil(heads.group, most))
 
 
-def decode_splits(heads: Heads, max_rows: int, max_length: int, multiprocessors: int) -> int:
-    """Splits of each token that keep a GPU busy, each of 64 positions at least."""
+def decode_tensor_cores(heads: Heads, arch: int) -> bool:
+    """Whether `attention_decode` is that of tensor cores: registers hold heads of up to 128 dimensions."""
+    return arch >= 80 and not heads.float_cache and heads.head_dim in (64, 128)
+
+
+def decode_splits(heads: Heads, max_rows: int, max_length: int, multiprocessors: int, *, tensor_cores: bool) -> int:
+    """Splits of each token, of 64 positions at least: as many blocks as run together, or four, so that a long sequence among short ones
+    is dealt out too."""
     blocks = max_rows * heads.kv_heads * _ceil(heads.group, _head_group(heads))
-    return max(1, min(_ceil(4 * multiprocessors, blocks), _ceil(max_length, 64), 128))
+    together = (2 if tensor_cores else 4) * multiprocessors
+    return max(1, min(max(4, together // blocks), _ceil(max_length, 64), 128))
 
 
 def partial_floats(heads: Heads, max_rows: int, splits: int) -> int:
-    """float32 of scratch that `attention_decode` writes and `attention_merge` reads."""
+    """float32 of scratch for the splits of `attention_decode`."""
     return max_rows * heads.heads * splits * (heads.head_dim + 2)
 
 
@@ -358,34 +365,37 @@ def attention_decode(
     q: Rows,
     heads: Heads,
     places: Places,
+    out: Rows,
     *,
     window: int,
     soft_cap: float,
     partials: int,
+    arrived: int,
     splits: int,
+    tensor_cores: bool,
     count: int,
     max_rows: int,
-) -> Launch:
-    """Each token by itself, its positions dealt out to ``splits`` blocks. ``window`` and ``soft_cap`` 0: none."""
+) -> list[Launch]:
+    """Each token by itself, its positions dealt out to ``splits`` blocks; ``out`` in every form. ``window`` and ``soft_cap`` 0: none.
+
+    ``arrived``: an int32 for each row and query head, all 0 before and after.
+    """
     group = _head_group(heads)
-    kernel = Kernel("attention_decode", "attention.cu", "pippiiipppiifpp", _decode_macros(heads))
     grid = (heads.kv_heads * _ceil(heads.group, group), splits, max_rows)
     cache = (heads.keys, heads.values, heads.block_size, heads.heads, heads.kv_heads)
     state = (places.positions, places.table_rows, places.block_tables, places.table_width)
-    return Launch(kernel, grid, 128, 0, (q.f32, q.stride, *cache, *state, window, soft_cap, partials, count))
-
-
-def attention_merge(
-    heads: Heads, places: Places, out: Rows, *, window: int, partials: int, splits: int, count: int, max_rows: int
-) -> Launch:
-    """What `attention_decode` left, as rows in every form."""
-    kernel = Kernel("attention_merge", "attention.cu", f"piipi{_OUT}p", _decode_macros(heads))
-    grid = (_ceil(heads.heads * heads.head_dim, 128), max_rows, 1)
-    return Launch(kernel, grid, 128, 0, (partials, splits, heads.heads, places.positions, window, *out.out, count))
-
-
-def _decode_macros(heads: Heads) -> tuple[tuple[str, str], ...]:
-    return _macros(HEAD_DIM=heads.head_dim, CACHE_F32=heads.float_cache, GROUP=_head_group(heads))
+    arguments = (q.f32, q.stride, *cache, *state, window, soft_cap, partials)
+    signature = "pippiiipppiifp"
+    if tensor_cores:
+        macros = _macros(HEAD_DIM=heads.head_dim, GROUP=group)
+        kernel = Kernel("attention_decode_bf16", "attention_decode.cu", f"{signature}p{_OUT}p", macros, 80)
+        return [Launch(kernel, grid, 128, 0, (*arguments, arrived, *out.out, count))]
+    macros = _macros(HEAD_DIM=heads.head_dim, CACHE_F32=heads.float_cache, GROUP=group)
+    decode = Kernel("attention_decode", "attention.cu", f"{signature}p", macros)
+    merge = Kernel("attention_merge", "attention.cu", f"piipi{_OUT}p", macros)
+    columns = _ceil(heads.heads * heads.head_dim, 128)
+    merged = (partials, splits, heads.heads, places.positions, window, *out.out, count)
+    return [Launch(decode, grid, 128, 0, (*arguments, count)), Launch(merge, (columns, max_rows, 1), 128, 0, merged)]
 
 
 def _prefill_rows(heads: Heads) -> int:

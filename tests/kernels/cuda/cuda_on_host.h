@@ -241,6 +241,9 @@ struct Entry<K> {
 #define gridDim (gpu::grid)
 
 inline void __syncthreads() { gpu::wait_block(); }
+inline void __threadfence() {}  // blocks run one after the other
+template <class T>
+T __ldcg(const T* source) { return *source; }
 inline void __syncwarp() { gpu::exchange(0); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return gpu::take<T>(gpu::exchange(value), (gpu::current % 32) ^ mask); }
