@@ -1,6 +1,6 @@
 // Attention over a paged KV cache for decoding: a token's positions are split over blocks, whose results are merged (flash decoding).
 // Macros: HEAD_DIM, CACHE_F32, GROUP (query heads of a key/value head that a block takes together).
-#include "common.cuh"
+#include "attention.cuh"
 
 #if CACHE_F32
 typedef float Cached;
@@ -33,11 +33,8 @@ __device__ __forceinline__ void floats_of(const Eight& items, float* out) {
 #endif
 }
 
-// Positions that each split of a token takes: whole runs of 32, at least 64.
-__device__ __forceinline__ int split_length(int length, int splits) { return max(64, (length + 32 * splits - 1) / (32 * splits) * 32); }
-
 // q comes scaled. Units: (key/value head and group of its query heads, split, token); partial results are
-// [token][head][split][HEAD_DIM + 2]: outputs, maximum, sum.
+// [token][head][split][HEAD_DIM + 2]: outputs, maximum (a logarithm to base 2), sum.
 extern "C" __global__ void attention_decode(
     const float* q, int q_stride, const Cached* keys, const Cached* values, int block_size, int heads, int kv_heads,
     const int* positions, const int* rows, const int* tables, int table_width, int window, float cap, float* partials, const int* count
@@ -65,7 +62,7 @@ extern "C" __global__ void attention_decode(
         top[g] = LOWEST, sum[g] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            query[g][i] = used && g < live ? q[token * q_stride + (first_head + g) * HEAD_DIM + piece * 8 + i] : 0.0f;
+            query[g][i] = used && g < live ? q[token * q_stride + (first_head + g) * HEAD_DIM + piece * 8 + i] * LOG2E : 0.0f;
             out[g][i] = 0.0f;
         }
     }
@@ -98,9 +95,9 @@ extern "C" __global__ void attention_decode(
             for (int i = 0; i < 8; i++) score += query[g][i] * k[i];
 #pragma unroll
             for (int offset = LANES / 2; offset; offset >>= 1) score += __shfl_xor_sync(FULL, score, offset);
-            if (cap > 0.0f) score = cap * tanhf(score / cap);
+            if (cap > 0.0f) score = capped(score, cap);
             if (visible) {
-                const float next = fmaxf(top[g], score), keep = __expf(top[g] - next), p = __expf(score - next);
+                const float next = fmaxf(top[g], score), keep = exp2f(top[g] - next), p = exp2f(score - next);
                 top[g] = next;
                 sum[g] = sum[g] * keep + p;
 #pragma unroll
@@ -126,12 +123,12 @@ extern "C" __global__ void attention_decode(
         float* partial = partials + ((token * heads + first_head + g) * splits + split) * (HEAD_DIM + 2);
         for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
             float total = 0.0f;
-            for (int s = 0; s < STREAMS; s++) total += __expf(maxima[s] - peak) * outputs[s][i];
+            for (int s = 0; s < STREAMS; s++) total += exp2f(maxima[s] - peak) * outputs[s][i];
             partial[i] = total;
         }
         if (threadIdx.x == 0) {
             float total = 0.0f;
-            for (int s = 0; s < STREAMS; s++) total += __expf(maxima[s] - peak) * sums[s];
+            for (int s = 0; s < STREAMS; s++) total += exp2f(maxima[s] - peak) * sums[s];
             partial[HEAD_DIM] = peak, partial[HEAD_DIM + 1] = total;
         }
         __syncthreads();
@@ -139,7 +136,6 @@ extern "C" __global__ void attention_decode(
 }
 
 #define MERGED (126 / HEAD_DIM + 2)  // heads that 128 columns may belong to
-#define MAX_SPLITS 128
 
 // The splits of each head, in order. A block of 4 warps makes 128 columns of a token's row.
 extern "C" __global__ void attention_merge(
@@ -161,7 +157,7 @@ extern "C" __global__ void attention_merge(
         for (int s = threadIdx.x % 32; s < used; s += 32) peak = fmaxf(peak, ends[s * (HEAD_DIM + 2)]);
         peak = warp_max(peak);
         for (int s = threadIdx.x % 32; s < used; s += 32) {
-            shares[h][s] = __expf(ends[s * (HEAD_DIM + 2)] - peak);
+            shares[h][s] = exp2f(ends[s * (HEAD_DIM + 2)] - peak);
             total += shares[h][s] * ends[s * (HEAD_DIM + 2) + 1];
         }
         total = warp_sum(total);

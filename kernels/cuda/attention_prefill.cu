@@ -2,14 +2,13 @@
 // Macros: HEAD_DIM (a multiple of 16), GROUP (query heads of a key/value head), BLOCK_SIZE (of the cache, a multiple of 32), SOFT_CAP (0 or 1),
 // ROWS (queries of a block: 128, or 64), KEYS (positions in a tile: 64, or 32).
 // A block has four warps. Row r of its queries is query head r % GROUP of token r / GROUP of an item.
+#include "attention.cuh"
 #include "tensor_cores.cuh"
 
 #define WIDTH (HEAD_DIM + 8)  // of a row in shared memory: eight more spread rows over the banks
 #define PIECES (HEAD_DIM / 8)  // of 16 bytes, of a row
 #define RUN (KEYS * PIECES >= 1024 ? 8 : KEYS * PIECES >= 512 ? 4 : 2)  // rows that a thread copies: they lie in one block of the cache
 #define FRAGMENTS (ROWS / 64)  // of 16 queries, in a warp: what is loaded of keys and values serves all of them
-#define LOG2E 1.4426950408889634f
-#define SLACK 8.0f  // powers of two that a score may be above the maximum that outputs are kept by, before they are scaled down
 
 // items: [first token, tokens, row of the block table]. q comes scaled. Blocks are started from the last item on: it has most keys.
 extern "C" __global__ void __launch_bounds__(128, 2) attention_prefill(
@@ -105,14 +104,12 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_prefill(
                 }
             }
 #if SOFT_CAP
-            const float limit = cap * LOG2E;
 #pragma unroll
             for (int m = 0; m < FRAGMENTS; m++)
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++)  // limit * tanh(score / limit)
-                        scores[m][n][i] = limit - __fdividef(2.0f * limit, 1.0f + exp2f(scores[m][n][i] * (2.0f / cap)));
+                    for (int i = 0; i < 4; i++) scores[m][n][i] = capped(scores[m][n][i], cap);
 #endif
             if (start + KEYS - 1 > oldest || (window && start <= newest - window)) {
 #pragma unroll

@@ -70,20 +70,12 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// The sum over all threads of a block, in every thread. `room` is shared memory for 33 floats.
+// The sum over all threads of a block, in every thread. `room` is shared memory for 32 floats, of this sum alone.
 __device__ __forceinline__ float block_sum(float value, float* room) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
     __syncthreads();
-    if (threadIdx.x < 32) {
-        float part = threadIdx.x < blockDim.x / 32 ? room[threadIdx.x] : 0.0f;
-        part = warp_sum(part);
-        if (threadIdx.x == 0) room[32] = part;
-    }
-    __syncthreads();
-    value = room[32];
-    __syncthreads();
-    return value;
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? room[threadIdx.x % 32] : 0.0f);  // every warp for itself
 }
 
 #define SILU 1
@@ -91,9 +83,26 @@ __device__ __forceinline__ float block_sum(float value, float* room) {
 #define RELU 3
 
 __device__ __forceinline__ float activation(int kind, float x) {
-    if (kind == SILU) return x / (1.0f + expf(-x));
+    if (kind == SILU) return __fdividef(x, 1.0f + expf(-x));
     if (kind == GELU) return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
     return fmaxf(x, 0.0f);
+}
+
+// Four columns of a row, from column i on; zeros behind the last. `whole`: columns are a multiple of 4, and the row starts at one of 16 bytes.
+__device__ __forceinline__ float4 load4(const float* row, int i, int columns, bool whole) {
+    if (whole) return i < columns ? *(const float4*)(row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = i + j < columns ? row[i + j] : 0.0f;
+    return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __forceinline__ void store4(float* row, int i, int columns, bool whole, float4 x) {
+    const float values[4] = {x.x, x.y, x.z, x.w};
+    if (whole && i < columns) *(float4*)(row + i) = x;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (!whole && i + j < columns) row[i + j] = values[j];
 }
 
 // An array of activations, in the forms that its readers want; a null pointer: not in that form. Rows lie `stride` columns apart,
@@ -121,6 +130,30 @@ __device__ __forceinline__ void emit(const Rows& out, i64 row, int column, float
         out.q8[at] = (i8)quant;
         if (column % 32 == 0) {
             float scale = peak > 1e-36f ? peak / 127.0f : 0.0f;
+            out.scales[at / 32] = make_float2(scale, scale * sum);
+        }
+    }
+}
+
+// As `emit`, four columns to a lane: a warp writes 128, as far as the row goes (`columns`, up to a multiple of 32). Addresses are multiples of 16.
+__device__ __forceinline__ void emit4(const Rows& out, i64 row, int column, int columns, float4 x) {
+    const i64 at = row * out.stride + column;
+    const bool inside = column / 32 * 32 < columns;
+    if (out.f32 && inside) *(float4*)(out.f32 + at) = x;
+    if (out.bf16 && inside) *(uint2*)(out.bf16 + at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+    if (out.q8) {
+        float peak = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+#pragma unroll
+        for (int offset = 4; offset; offset >>= 1) peak = fmaxf(peak, __shfl_xor_sync(FULL, peak, offset));
+        const float factor = peak > 1e-36f ? 127.0f / peak : 0.0f;
+        const int quants[4] = {(int)rintf(x.x * factor), (int)rintf(x.y * factor), (int)rintf(x.z * factor), (int)rintf(x.w * factor)};
+        int sum = quants[0] + quants[1] + quants[2] + quants[3];
+#pragma unroll
+        for (int offset = 4; offset; offset >>= 1) sum += __shfl_xor_sync(FULL, sum, offset);
+        if (!inside) return;
+        *(u32*)(out.q8 + at) = (quants[0] & 255) | (quants[1] & 255) << 8 | (quants[2] & 255) << 16 | (u32)quants[3] << 24;
+        if (column % 32 == 0) {
+            const float scale = peak > 1e-36f ? peak / 127.0f : 0.0f;
             out.scales[at / 32] = make_float2(scale, scale * sum);
         }
     }

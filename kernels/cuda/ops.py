@@ -80,16 +80,15 @@ def _macros(**values: int) -> tuple[tuple[str, str], ...]:
 
 def embedding(weights: Weights, tokens: int, out: Rows, scale: float, *, count: int, max_rows: int) -> Launch:
     """``out.f32[i] = weights[tokens[i]] * scale``."""
-    kernel = Kernel("embedding", "unpack.cu", "piipfpiip", weights.layout.macros)
-    arguments = (weights.address, weights.rows, weights.blocks, tokens, scale, out.f32, out.stride, weights.columns, count)
+    kernel = Kernel("embedding", "unpack.cu", "piipfpip", weights.layout.macros)
+    arguments = (weights.address, weights.rows, weights.blocks, tokens, scale, out.f32, out.stride, count)
     return Launch(kernel, (max_rows, 1, 1), 32 * min(4, _ceil(weights.blocks, 32)), 0, arguments)
 
 
 def dequantize(weights: Weights, out: int) -> Launch:
     """The matrix in bfloat16 ``[rows][columns rounded up to 32]``, for `matmul_bf16`."""
     kernel = Kernel("dequantize", "unpack.cu", "piip", weights.layout.macros)
-    blocks = min(_ceil(weights.rows * weights.blocks, 256), 4096)
-    return Launch(kernel, (blocks, 1, 1), 256, 0, (weights.address, weights.rows, weights.blocks, out))
+    return Launch(kernel, (_ceil(weights.rows * weights.blocks, 256), 1, 1), 256, 0, (weights.address, weights.rows, weights.blocks, out))
 
 
 def _vector_kernel(name: str, arguments: str, layout: Layout, tokens: int, rows: int) -> Kernel:
@@ -286,15 +285,17 @@ def norm(
     if bool(weight) != (out is not None):
         raise ValueError("a norm has both a weight and an output, or neither")
     out, branch = out or Rows(32), branch or Rows(32)
-    kernel = Kernel("norm_rows", "rows.cu", f"pipipppif{_OUT}p")
+    most = 2 if max_rows <= MATVEC_TOKENS else 4  # pieces of four columns to a thread; few rows: the time of one counts
+    threads = 32 * min(32, _ceil(columns, 128 * most))
+    macros = _macros(PIECES=_ceil(columns, 4 * threads), THREADS=threads, WHOLE=columns % 4 == 0)
+    kernel = Kernel("norm_rows", "norm.cu", f"pipipppif{_OUT}p", macros)
     arguments = (x.f32, x.stride, branch.f32, branch.stride, branch_weight, weight, indices, columns, epsilon, *out.out, count)
-    threads = 128 if columns <= 512 else 256 if max_rows > MATVEC_TOKENS or columns < 4096 else 1024  # few rows: the time of one counts
     return Launch(kernel, (max_rows, 1, 1), threads, 0, arguments)
 
 
 def _element(name: str, kinds: str, x: Rows, columns: int, parameters: tuple[int | float, ...], out: Rows, count: int, rows: int) -> Launch:
     kernel = Kernel(name, "rows.cu", f"pii{kinds}{_OUT}p")
-    return Launch(kernel, (_ceil(columns, 128), rows, 1), 128, 0, (x.f32, x.stride, columns, *parameters, *out.out, count))
+    return Launch(kernel, (_ceil(columns, 512), rows, 1), 128, 0, (x.f32, x.stride, columns, *parameters, *out.out, count))
 
 
 def add(x: Rows, y: Rows, columns: int, out: Rows, *, count: int, max_rows: int) -> Launch:
@@ -340,7 +341,7 @@ def scale(x: Rows, factor: float, columns: int, out: Rows, *, count: int, max_ro
 def take_rows(x: Rows, indices: int, columns: int, out: Rows, *, count: int, max_rows: int) -> Launch:
     """``out[i] = x[indices[i]]``."""
     kernel = Kernel("take_rows", "rows.cu", f"pipi{_OUT}p")
-    return Launch(kernel, (_ceil(columns, 128), max_rows, 1), 128, 0, (x.f32, x.stride, indices, columns, *out.out, count))
+    return Launch(kernel, (_ceil(columns, 512), max_rows, 1), 128, 0, (x.f32, x.stride, indices, columns, *out.out, count))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -406,14 +407,21 @@ def _head_group(heads: Heads) -> int:
     return _ceil(heads.group, _ceil(heads.group, most))
 
 
-def decode_splits(heads: Heads, max_rows: int, max_length: int, multiprocessors: int) -> int:
-    """Splits of each token that keep a GPU busy, each of 64 positions at least."""
+def decode_tensor_cores(heads: Heads, arch: int) -> bool:
+    """Whether `attention_decode` is that of tensor cores: registers hold heads of up to 128 dimensions."""
+    return arch >= 80 and not heads.float_cache and heads.head_dim in (64, 128)
+
+
+def decode_splits(heads: Heads, max_rows: int, max_length: int, multiprocessors: int, *, tensor_cores: bool) -> int:
+    """Splits of each token, of 64 positions at least: as many blocks as run together, or four, so that a long sequence among short ones
+    is dealt out too."""
     blocks = max_rows * heads.kv_heads * _ceil(heads.group, _head_group(heads))
-    return max(1, min(_ceil(4 * multiprocessors, blocks), _ceil(max_length, 64), 128))
+    together = (2 if tensor_cores else 4) * multiprocessors
+    return max(1, min(max(4, together // blocks), _ceil(max_length, 64), 128))
 
 
 def partial_floats(heads: Heads, max_rows: int, splits: int) -> int:
-    """float32 of scratch that `attention_decode` writes and `attention_merge` reads."""
+    """float32 of scratch for the splits of `attention_decode`."""
     return max_rows * heads.heads * splits * (heads.head_dim + 2)
 
 
@@ -421,34 +429,37 @@ def attention_decode(
     q: Rows,
     heads: Heads,
     places: Places,
+    out: Rows,
     *,
     window: int,
     soft_cap: float,
     partials: int,
+    arrived: int,
     splits: int,
+    tensor_cores: bool,
     count: int,
     max_rows: int,
-) -> Launch:
-    """Each token by itself, its positions dealt out to ``splits`` blocks. ``window`` and ``soft_cap`` 0: none."""
+) -> list[Launch]:
+    """Each token by itself, its positions dealt out to ``splits`` blocks; ``out`` in every form. ``window`` and ``soft_cap`` 0: none.
+
+    ``arrived``: an int32 for each row and query head, all 0 before and after.
+    """
     group = _head_group(heads)
-    kernel = Kernel("attention_decode", "attention.cu", "pippiiipppiifpp", _decode_macros(heads))
     grid = (heads.kv_heads * _ceil(heads.group, group), splits, max_rows)
     cache = (heads.keys, heads.values, heads.block_size, heads.heads, heads.kv_heads)
     state = (places.positions, places.table_rows, places.block_tables, places.table_width)
-    return Launch(kernel, grid, 128, 0, (q.f32, q.stride, *cache, *state, window, soft_cap, partials, count))
-
-
-def attention_merge(
-    heads: Heads, places: Places, out: Rows, *, window: int, partials: int, splits: int, count: int, max_rows: int
-) -> Launch:
-    """What `attention_decode` left, as rows in every form."""
-    kernel = Kernel("attention_merge", "attention.cu", f"piipi{_OUT}p", _decode_macros(heads))
-    grid = (_ceil(heads.heads * heads.head_dim, 128), max_rows, 1)
-    return Launch(kernel, grid, 128, 0, (partials, splits, heads.heads, places.positions, window, *out.out, count))
-
-
-def _decode_macros(heads: Heads) -> tuple[tuple[str, str], ...]:
-    return _macros(HEAD_DIM=heads.head_dim, CACHE_F32=heads.float_cache, GROUP=_head_group(heads))
+    arguments = (q.f32, q.stride, *cache, *state, window, soft_cap, partials)
+    signature = "pippiiipppiifp"
+    if tensor_cores:
+        macros = _macros(HEAD_DIM=heads.head_dim, GROUP=group)
+        kernel = Kernel("attention_decode_bf16", "attention_decode.cu", f"{signature}p{_OUT}p", macros, 80)
+        return [Launch(kernel, grid, 128, 0, (*arguments, arrived, *out.out, count))]
+    macros = _macros(HEAD_DIM=heads.head_dim, CACHE_F32=heads.float_cache, GROUP=group)
+    decode = Kernel("attention_decode", "attention.cu", f"{signature}p", macros)
+    merge = Kernel("attention_merge", "attention.cu", f"piipi{_OUT}p", macros)
+    columns = _ceil(heads.heads * heads.head_dim, 128)
+    merged = (partials, splits, heads.heads, places.positions, window, *out.out, count)
+    return [Launch(decode, grid, 128, 0, (*arguments, count)), Launch(merge, (columns, max_rows, 1), 128, 0, merged)]
 
 
 def _prefill_rows(heads: Heads) -> int:

@@ -4,11 +4,14 @@
 
 #if CACHE_F32
 typedef float Cached;
-__device__ __forceinline__ Cached to_cache(float value) { return value; }
+__device__ __forceinline__ void to_cache(Cached* out, float4 x) { *(float4*)out = x; }
 #else
 typedef u16 Cached;
 // What is not finite must not reach the block's next owner, whose masked positions are multiplied by 0.
-__device__ __forceinline__ Cached to_cache(float value) { return float_to_bf16(fminf(fmaxf(value, -3.38e38f), 3.38e38f)); }
+__device__ __forceinline__ float finite(float value) { return fminf(fmaxf(value, -3.38e38f), 3.38e38f); }
+__device__ __forceinline__ void to_cache(Cached* out, float4 x) {
+    *(uint2*)out = make_uint2(pack_bf16(finite(x.x), finite(x.y)), pack_bf16(finite(x.z), finite(x.w)));
+}
 #endif
 
 // q, k, v lie in rows of their own strides; q is overwritten. `rotations` is [position][2][pairs]: cosines, then sines.
@@ -18,7 +21,6 @@ extern "C" __global__ void rope_and_cache(
     Cached* keys, Cached* values, int block_size, const int* count
 ) {
     let_next_start();
-    wait_for_previous();
     const i64 token = blockIdx.y;
     const int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= *count || head >= heads + kv_heads) return;
@@ -26,20 +28,25 @@ extern "C" __global__ void rope_and_cache(
     const int own = is_query ? head : head - heads;
     const float* source = is_query ? q + token * q_stride + own * HEAD_DIM : k + token * k_stride + own * HEAD_DIM;
     const float* weight = is_query ? q_norm : k_norm;
-    __shared__ float room[4][HEAD_DIM];  // of four warps
+    const int position = positions[token], slot = slots[token];
+    wait_for_previous();
+    __shared__ __align__(16) float room[4][HEAD_DIM];  // of four warps
     float* x = room[threadIdx.x / 32];
     float squares = 0.0f;
-    for (int i = lane; i < HEAD_DIM; i += 32) {
-        x[i] = source[i];
-        squares += x[i] * x[i];
+    for (int i = 4 * lane; i < HEAD_DIM; i += 128) {
+        const float4 a = *(const float4*)(source + i);
+        *(float4*)(x + i) = a;
+        squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
     }
     if (weight) {
         const float factor = 1.0f / sqrtf(warp_sum(squares) / HEAD_DIM + epsilon);
-        for (int i = lane; i < HEAD_DIM; i += 32) x[i] *= factor * weight[i];
+        for (int i = 4 * lane; i < HEAD_DIM; i += 128)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[i + j] *= factor * weight[i + j];
     }
     __syncwarp();
     if (rotations) {
-        const float* cosines = rotations + (i64)positions[token] * pairs * 2;
+        const float* cosines = rotations + (i64)position * pairs * 2;
         for (int i = lane; i < pairs; i += 32) {
             const float a = x[i], b = x[i + pairs], c = cosines[i], s = cosines[pairs + i];
             x[i] = a * c - b * s;
@@ -47,14 +54,14 @@ extern "C" __global__ void rope_and_cache(
         }
         __syncwarp();
     }
-    if (is_query) {
-        for (int i = lane; i < HEAD_DIM; i += 32) q[token * q_stride + own * HEAD_DIM + i] = x[i] * scale;
-        return;
-    }
-    const int slot = slots[token];
     const i64 at = (((i64)(slot / block_size) * kv_heads + own) * block_size + slot % block_size) * HEAD_DIM;
-    for (int i = lane; i < HEAD_DIM; i += 32) {
-        keys[at + i] = to_cache(x[i]);
-        values[at + i] = to_cache(v[token * v_stride + own * HEAD_DIM + i]);
+    for (int i = 4 * lane; i < HEAD_DIM; i += 128) {
+        const float4 a = *(const float4*)(x + i);
+        if (is_query) {
+            *(float4*)(q + token * q_stride + own * HEAD_DIM + i) = make_float4(a.x * scale, a.y * scale, a.z * scale, a.w * scale);
+        } else {
+            to_cache(keys + at + i, a);
+            to_cache(values + at + i, *(const float4*)(v + token * v_stride + own * HEAD_DIM + i));
+        }
     }
 }

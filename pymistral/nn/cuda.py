@@ -25,7 +25,7 @@ from .quantize import tile_format
 from .rope import Rope
 from .state import Limits, State
 
-_LEAVE_REST = ("linear", "add", "embedding", "attention")  # operations whose kernels may not write what is behind the last column
+_LEAVE_REST = ("linear", "add", "attention")  # operations whose kernels may not write what is behind the last column
 _ARENA_BYTES = 64 << 20  # taken from the device at a time
 
 
@@ -81,6 +81,7 @@ class CudaModel:
         self.heads = {id(node): self._cache(node) for node in graph.nodes if node.op == "attention"}
         self.can_prefill = all(ops.can_prefill(heads, gpu.arch) for heads in self.heads.values())
         self.query_tile = min((ops.query_tile_tokens(heads) for heads in self.heads.values()), default=1) if self.can_prefill else 1
+        self.arrived = gpu.allocate(4 * limits.max_tokens * max((heads.heads for heads in self.heads.values()), default=0))
         # Before the first program, so that memory that is too small shows when the model is built. With it come all weights.
         self.program(Size(limits.max_tokens, limits.max_outputs, self.can_prefill))
 
@@ -475,11 +476,13 @@ class _CudaLowering(Lowering):
         if self.size.prefill:
             self._prefill(node, queries, heads, window, cap)
         else:
-            splits = ops.decode_splits(heads, counted["max_rows"], limits.max_blocks * limits.block_size, model.gpu.multiprocessors)
+            cores = ops.decode_tensor_cores(heads, model.gpu.arch)
+            longest = limits.max_blocks * limits.block_size
+            splits = ops.decode_splits(heads, counted["max_rows"], longest, model.gpu.multiprocessors, tensor_cores=cores)
             partials = self._new((ops.partial_floats(heads, counted["max_rows"], splits),), np.float32)
-            shared = {"window": window, "partials": partials.address, "splits": splits, **counted}
-            self.launches.append(ops.attention_decode(queries, heads, self.places, soft_cap=cap, **shared))
-            self.launches.append(ops.attention_merge(heads, self.places, self._out(node.output), **shared))
+            scratch = {"partials": partials.address, "arrived": model.arrived, "splits": splits, "tensor_cores": cores}
+            out = self._out(node.output)
+            self.launches += ops.attention_decode(queries, heads, self.places, out, window=window, soft_cap=cap, **scratch, **counted)
             self._give_back(partials)
         self._give_back(buffer)  # if it is a copy
 

@@ -97,7 +97,7 @@ def test_queries_keys_and_values_are_one_launch(tmp_path: Path) -> None:
     config, values, _, _ = golden(GOLDENS[0].parent / "mistral.npz")
     runner = runner_of(load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, "Q8_0")), "90")
     launches = runner.model.program(Size(1, 1, False)).launches
-    layers = sum(launch.kernel.name == "attention_decode" for launch in launches)
+    layers = sum(launch.kernel.name.startswith("attention_decode") for launch in launches)
     assert sum(launch.kernel.name == "matvec" for launch in launches) == 3 * layers + 1  # and the output's, the way down, the logits
 
 
@@ -133,11 +133,11 @@ def test_a_real_model(smollm2_path: Path) -> None:
     checkpoint = load_gguf(smollm2_path)
     runner = runner_of(checkpoint, "90")
     with np.load(Path(__file__).parents[1] / "goldens" / "smollm2-135m-instruct-q4_1.npz") as golden:
-        tokens, limit = [int(token) for token in golden["tokens"][:12]], float(golden["llama_cpp_mean_kl"])
-        expected = {"top_ids": golden["top_ids"][:12], "top_logprobs": golden["top_logprobs"][:12]}
+        tokens, limit = [int(token) for token in golden["tokens"][:32]], float(golden["llama_cpp_mean_kl"])
+        expected = {"top_ids": golden["top_ids"][:32], "top_logprobs": golden["top_logprobs"][:32]}
     rows = [
         runner.read_logits(runner.forward([Segment(tokens[start:end], start, [2], end - start)])).copy()
-        for start, end in ((0, 10), (10, 11), (11, 12))
+        for start, end in ((0, 30), (30, 31), (31, 32))
     ]
     divergence, agreement = compare(np.concatenate(rows), expected)
     assert divergence <= limit

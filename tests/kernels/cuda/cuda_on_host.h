@@ -26,15 +26,18 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static __attribute__((section("gpu_shared")))
 #define DYNAMIC_SHARED(name) unsigned char* name = gpu::dynamic_shared
 
-struct uint2 { uint32_t x, y; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) int4 { int32_t x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct Dim { unsigned x = 1, y = 1, z = 1; };
 
@@ -242,6 +245,9 @@ struct Entry<K> {
 #define gridDim (gpu::grid)
 
 inline void __syncthreads() { gpu::wait_block(); }
+inline void __threadfence() {}  // blocks run one after the other
+template <class T>
+T __ldcg(const T* source) { return *source; }
 inline void __syncwarp() { gpu::exchange(0); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return gpu::take<T>(gpu::exchange(value), (gpu::current % 32) ^ mask); }

@@ -10,6 +10,7 @@ import pytest
 from conftest import Array, Gpu
 from numpy.typing import NDArray
 from pymistral.kernels.cuda import ops
+from test_products import check_forms
 
 BLOCK = 32
 
@@ -157,7 +158,7 @@ def test_what_is_cached_is_finite(gpu: Gpu) -> None:
     assert np.all(np.isfinite(batch.cached(batch.values, 0, 1)))
 
 
-SHAPES = [(64, 9, 3), (128, 4, 1), (256, 4, 1), (80, 2, 2), (16, 2, 1), (32, 20, 1)]
+SHAPES = [(64, 9, 3), (128, 4, 1), (256, 4, 1), (80, 2, 2), (16, 2, 1), (32, 20, 1), (64, 20, 1)]
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (17, 0.0), (0, 3.0)])
@@ -167,27 +168,42 @@ def test_attention_decode(gpu: Gpu, head_dim: int, heads: int, kv_heads: int, sp
     rng = np.random.default_rng(1)
     batch = Batch(gpu, rng, [(0, 1), (5, 2), (31, 1), (260, 1), (0, 0)], heads, kv_heads, head_dim, floats=head_dim == 16)
     batch.fill(gpu, rng)
-    check_decode(gpu, rng, batch, splits, window, cap)
+    for tensor_cores in sorted({False, ops.decode_tensor_cores(batch.heads, gpu.arch)}):
+        check_decode(gpu, rng, batch, splits, window, cap, tensor_cores)
 
 
-def check_decode(gpu: Gpu, rng: np.random.Generator, batch: Batch, splits: int, window: int, cap: float) -> None:
+def check_decode(
+    gpu: Gpu, rng: np.random.Generator, batch: Batch, splits: int, window: int, cap: float, tensor_cores: bool, sharpness: float = 1.0
+) -> None:
     heads, tokens = batch.heads, batch.tokens
     columns = heads.heads * heads.head_dim
-    q = rng.standard_normal((tokens + 1, columns)).astype(np.float32) / np.float32(heads.head_dim**0.5)
+    q = rng.standard_normal((tokens + 1, columns)).astype(np.float32) * np.float32(sharpness / heads.head_dim**0.5)
     queries = gpu.put(q)
     partials = gpu.put(np.full(ops.partial_floats(heads, tokens + 1, splits), np.nan, np.float32))
     out, made = gpu.rows(tokens + 1, columns, "f32 q8 bf16")
-    common: dict[str, Any] = {
-        "window": window, "partials": partials.address, "splits": splits, "count": batch.count.address, "max_rows": tokens + 1,
-    }  # fmt: skip
-    gpu.run(
-        ops.attention_decode(ops.Rows(columns, queries.address), heads, batch.places(), soft_cap=cap, **common),
-        ops.attention_merge(heads, batch.places(), out, **common),
-    )
-    wanted, bound = batch.expected(q, window, cap, 2.0**-20)
+    arrived = gpu.put(np.zeros((tokens + 1, heads.heads), np.int32))
+    launches = ops.attention_decode(
+        ops.Rows(columns, queries.address), heads, batch.places(), out,
+        window=window, soft_cap=cap, partials=partials.address, arrived=arrived.address, splits=splits, tensor_cores=tensor_cores,
+        count=batch.count.address, max_rows=tokens + 1,
+    )  # fmt: skip
+    gpu.run(*launches)
+    assert not arrived.get().any()
+    wanted, bound = batch.expected(q, window, cap, 2.0**-16 if tensor_cores else 2.0**-20)
     found = made["f32"].get()
     assert np.all(np.abs(found[:tokens, :columns] - wanted) <= bound)
     assert np.all(found[tokens] == 777)
+    check_forms(found[:tokens], made, tokens)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_decode_of_long_sequences(gpu: Gpu, window: int) -> None:
+    """Several products of a warp, with maxima that grow from one to the next, and scores far below them."""
+    rng = np.random.default_rng(4)
+    batch = Batch(gpu, rng, [(700, 1), (0, 1), (511, 1)], 4, 1, 128, floats=False)
+    batch.fill(gpu, rng)
+    for tensor_cores in sorted({False, ops.decode_tensor_cores(batch.heads, gpu.arch)}):
+        check_decode(gpu, rng, batch, 2, window, 0.0, tensor_cores, sharpness=12.0)
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (50, 0.0), (0, 3.0)])

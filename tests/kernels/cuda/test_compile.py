@@ -39,7 +39,7 @@ def kernels() -> list[Kernel]:
         ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
         ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=2048).kernel,
         ops.gated_matmul_hopper((1, 1), w, ROWS, "gelu", ROWS, count=1, max_rows=2048).kernel,
-        ops.norm(ROWS, 4096, 1e-5, count=1, max_rows=8).kernel,
+        *(ops.norm(ROWS, columns, 1e-5, count=1, max_rows=512).kernel for columns in (4096, 16384)),
         ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
         ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
         ops.sample(1, 32000, 1, count=1, max_rows=8).kernel,
@@ -47,8 +47,10 @@ def kernels() -> list[Kernel]:
     common = {"window": 0, "soft_cap": 0.0, "count": 1}
     for dim in (64, 128, 256):
         heads = ops.Heads(32, 8, dim, 1, 1, 32)
-        found.append(ops.attention_decode(ROWS, heads, PLACES, partials=1, splits=2, max_rows=8, **common).kernel)  # type: ignore[arg-type]
-        found.append(ops.attention_merge(heads, PLACES, ROWS, partials=1, splits=2, max_rows=8, window=0, count=1).kernel)
+        for cores in {False, ops.decode_tensor_cores(heads, 80)}:
+            shared = {"partials": 1, "arrived": 1, "splits": 2, "max_rows": 8, "tensor_cores": cores}
+            launches = ops.attention_decode(ROWS, heads, PLACES, ROWS, **shared, **common)  # type: ignore[arg-type]
+            found += [launch.kernel for launch in launches]
         found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
         found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, window=0, soft_cap=30.0, count=1).kernel)
     norms = {"q_norm": 0, "k_norm": 0, "epsilon": 0.0, "rotations": 0, "pairs": 0, "scale": 1.0, "count": 1, "max_rows": 8}

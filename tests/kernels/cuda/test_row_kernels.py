@@ -13,7 +13,7 @@ from pymistral.kernels.cuda import ops
 from test_products import ACTIVATIONS, check_forms, put
 
 
-@pytest.mark.parametrize("columns", [32, 576, 1100])
+@pytest.mark.parametrize("columns", [32, 576, 1102, 4200])
 @pytest.mark.parametrize("branch", ["none", "plain", "normed"])
 @pytest.mark.parametrize("picked", [False, True])
 def test_norm(gpu: Gpu, columns: int, branch: str, picked: bool) -> None:
