@@ -1,17 +1,18 @@
 // Products of weights and the rows of a batch's decoding step, 2 to some 64, on tensor cores (sm_80 and later): every weight is read once for
 // 8, 16 or 32 rows, from global memory to the registers that a fragment takes it from.
-// Macros: those of weights.cuh, TOKENS (8, 16, 32: rows of x for each block), MATRIX_TILES (of 16 rows of weights, for a block of matmul_few).
+// Macros: those of weights.cuh, TOKENS (8, 16, 32: rows of x for each block), MATRIX_TILES (of 16 rows of weights, for a warp of matmul_few),
+// ROW_WARPS (1, 2, 4: warps with other rows of weights, which share x; the rest of eight deal out the columns).
 //
-// The warps of a block deal out the columns, in chunks. In which order a product's columns come does not matter, so long as it is the same in
-// both: so lane l, with c = l % 4, owns of a chunk of 128 the columns of block c, of rows l / 4 and l / 4 + 8 of each tile, and gives a fragment
-// four of them at a time. Of x (rows l / 4 of each eight) it needs the same columns. What is added in which order depends on neither TOKENS
-// nor the other rows of x: a row's result is the same in every step.
+// In which order a product's columns come does not matter, so long as it is the same in both: of a chunk of 128, lane l, with c = l % 4, owns the
+// columns of block c, of rows l / 4 and l / 4 + 8 of each tile, and gives a fragment four of them at a time. Of x (rows l / 4 of each eight) it
+// needs the same columns. What is added in which order depends on neither TOKENS nor the other rows of x: a row's result is the same in every step.
 #include "tensor_cores.cuh"
 #include "weights.cuh"
 
 #define WARPS 8
-#define GROUPS (TOKENS / 8)          // of 8 rows of x, a fragment's
-#define STAGES (GROUPS == 4 ? 2 : 4)  // of 64 columns of x: a warp's own, in shared memory
+#define COLUMN_WARPS (WARPS / ROW_WARPS)
+#define GROUPS (TOKENS / 8)                              // of 8 rows of x, a fragment's
+#define STAGES (GROUPS == 4 && ROW_WARPS == 1 ? 2 : 4)  // of 64 columns of x, for each of COLUMN_WARPS, in shared memory
 #define STAGE (TOKENS * 64)
 #define STRIDE(tiles) (16 * (tiles) + 4)  // of a row of sums: four more spread a fragment over the banks
 #define ONES 0x3f803f80u         // a pair of bfloat16
@@ -97,41 +98,50 @@ struct Decoder {
 
 #endif
 
-// Leaves the sums of a block's warps in shared memory, [WARPS][TOKENS][STRIDE(TILES)] with STAGES * STAGE * 2 bytes to a warp: tile i is 16 rows of
-// m[i] from rows[i] on, as far as there are.
+// Leaves the warps' sums in shared memory, [WARPS][TOKENS][STRIDE(TILES)]: a warp's tile i is 16 rows of m[i] from rows[i] on, as far as there are.
 template <int TILES>
 __device__ __forceinline__ void multiply_tiles(
     u16* shared, const Matrix (&m)[TILES], const int (&rows)[TILES], const u16* x, int x_stride, i64 first, int live
 ) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
     const int columns = m[0].blocks * 32, chunks = (columns + CHUNK - 1) / CHUNK;
-    u16* stages = shared + warp * STAGES * STAGE;
+    const int row_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
+    u16* stages = shared + column_warp * STAGES * STAGE;
 
     // Units of 8 columns lie as lanes read them, [GROUPS][2][32]; lanes of the second are permuted, so that writing meets all banks, too.
-    // A row that does not exist is another one: nobody reads its sums. Columns that do not exist are zeros.
+    // A row that does not exist is another one: nobody reads its sums. Columns that do not exist are zeros. Warps that share x deal out
+    // the two halves of a stage, and then the groups.
+    const int half = ROW_WARPS > 1 ? row_warp % 2 : 0, group = ROW_WARPS == 4 ? row_warp / 2 : 0, halves = ROW_WARPS > 1 ? 1 : 2;
+    const int own_groups = ROW_WARPS == 4 ? (GROUPS + 1) / 2 : GROUPS, group_step = ROW_WARPS == 4 ? 2 : 1;
 #if FLOAT_BYTES
-    const int unit = 0, owner = c, step = 32;
-    int column = warp * CHUNK + c * 8;
+    const int unit = half, owner = c, step = 32;
+    int column = column_warp * CHUNK + half * step + c * 8;
 #else
-    const int unit = c % 2, owner = c / 2, step = 64;
-    int column = warp * CHUNK + owner * 32 + unit * 8;
+    const int unit = c % 2, owner = 2 * half + c / 2, step = 64;
+    int column = column_warp * CHUNK + owner * 32 + unit * 8;
 #endif
-    const u16* sources[GROUPS];
+    const u16* sources[own_groups];
 #pragma unroll
-    for (int n = 0; n < GROUPS; n++) sources[n] = x + (first + min(n * 8 + lane / 4, live - 1)) * x_stride + column;
+    for (int n = 0; n < own_groups; n++) sources[n] = x + (first + min((group + n * group_step) * 8 + lane / 4, live - 1)) * x_stride + column;
     auto copy_x = [&](int ahead, int stage) {  // parts from the chunk of `sources` on
-        const int from = ahead / PARTS * WARPS * CHUNK + ahead % PARTS * 16;
+        const int from = ahead / PARTS * COLUMN_WARPS * CHUNK + ahead % PARTS * 16;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < halves; i++) {
 #if FLOAT_BYTES
-            u16* target = stages + stage * STAGE + i * 256 + (lane ^ (2 * i)) * 8;
+            u16* target = stages + stage * STAGE + (unit + i) * 256 + (lane ^ (2 * (unit + i))) * 8;
 #else
             u16* target = stages + stage * STAGE + unit * 256 + ((lane / 4 * 4 + owner + 2 * i) ^ (2 * unit)) * 8;
 #endif
 #pragma unroll
-            for (int n = 0; n < GROUPS; n++) copy_async(target + n * 512, sources[n] + from + i * step, column + from + i * step < columns);
+            for (int n = 0; n < own_groups; n++)
+                if (group + n * group_step < GROUPS)
+                    copy_async(target + (group + n * group_step) * 512, sources[n] + from + i * step, column + from + i * step < columns);
         }
         commit_copies();
+    };
+    auto meet = [&] {
+        if (ROW_WARPS > 1) __syncthreads();
+        else __syncwarp();
     };
     u32 firsts[TILES][2];
 #pragma unroll
@@ -153,20 +163,21 @@ __device__ __forceinline__ void multiply_tiles(
         for (int n = 0; n < GROUPS; n++)
 #pragma unroll
             for (int k = 0; k < 4; k++) sums[i][n][k] = 0.0f;
-    fetch(warp);
+    fetch(column_warp);
     wait_for_previous();  // weights are on their way before x is there
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
     unsigned stage = 0;
 #pragma unroll 2
-    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+    for (int base = 0; base < chunks; base += COLUMN_WARPS) {  // as often in all warps; behind the last column x is 0
+        const int chunk = base + column_warp;
         Own own[TILES][2];
         Decoder decoders[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++) own[i][j] = next[i][j];
-        fetch(chunk + WARPS < chunks ? chunk + WARPS : chunk);  // always something, so that registers need not be copied
+        fetch(chunk + COLUMN_WARPS < chunks ? chunk + COLUMN_WARPS : chunk);  // always something, so that registers need not be copied
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -174,7 +185,7 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             wait_copies<STAGES - 2>();
-            __syncwarp();  // others' copies are there, and the stage before has been read
+            meet();  // others' copies are there, and the stage before has been read
             copy_x(part + STAGES - 1, (stage + STAGES - 1) % STAGES);
             const uint4* units = (const uint4*)(stages + stage * STAGE);
             stage = (stage + 1) % STAGES;
@@ -195,13 +206,13 @@ __device__ __forceinline__ void multiply_tiles(
                     }
             }
         }
-        column += WARPS * CHUNK;
+        column += COLUMN_WARPS * CHUNK;
 #pragma unroll
-        for (int n = 0; n < GROUPS; n++) sources[n] += WARPS * CHUNK;
+        for (int n = 0; n < own_groups; n++) sources[n] += COLUMN_WARPS * CHUNK;
     }
     wait_copies<0>();
-    __syncwarp();
-    float* target = (float*)stages;
+    __syncthreads();
+    float* target = (float*)shared + warp * TOKENS * STRIDE(TILES);
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -210,12 +221,12 @@ __device__ __forceinline__ void multiply_tiles(
             for (int k = 0; k < 4; k++) target[(n * 8 + 2 * c + k % 2) * STRIDE(TILES) + i * 16 + lane / 4 + k / 2 * 8] = sums[i][n][k];
 }
 
-// The product of row `row` of the tiles with row `token` of x.
+// The product of row `row` of the tiles of row warp `row_warp` with row `token` of x.
 template <int TILES>
-__device__ __forceinline__ float sum_of(const u16* shared, int token, int row) {
+__device__ __forceinline__ float sum_of(const float* sums, int row_warp, int token, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) sum += ((const float*)(shared + warp * STAGES * STAGE))[token * STRIDE(TILES) + row];
+    for (int i = 0; i < COLUMN_WARPS; i++) sum += sums[((row_warp * COLUMN_WARPS + i) * TOKENS + token) * STRIDE(TILES) + row];
     return sum;
 }
 
@@ -227,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
     DYNAMIC_SHARED(shared);
     let_next_start();
     const i64 first = (i64)blockIdx.x * TOKENS;
-    const int live = min(*count - (int)first, TOKENS), size = 16 * MATRIX_TILES;
+    const int live = min(*count - (int)first, TOKENS), own_rows = 16 * MATRIX_TILES, size = ROW_WARPS * own_rows;
     const u8* weights = weights0;
     float* out = out0;
     int row = blockIdx.y * size, rows = rows0, stride = stride0;
@@ -244,41 +255,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) matmul_few(
     Matrix matrices[MATRIX_TILES];
     int own[MATRIX_TILES];
 #pragma unroll
-    for (int i = 0; i < MATRIX_TILES; i++) matrices[i] = matrix, own[i] = row + 16 * i;
+    for (int i = 0; i < MATRIX_TILES; i++) {
+        matrices[i] = matrix;
+        own[i] = row + threadIdx.x / 32 / COLUMN_WARPS * own_rows + 16 * i;
+    }
     multiply_tiles<MATRIX_TILES>((u16*)shared, matrices, own, x, x_stride, first, live);
     __syncthreads();
     for (int i = threadIdx.x; i < live * size; i += 32 * WARPS) {
         const int token = i / size, r = i % size;
         if (row + r >= rows) continue;
         float* target = out + (first + token) * stride + row + r;
-        const float sum = sum_of<MATRIX_TILES>((u16*)shared, token, r);
+        const float sum = sum_of<MATRIX_TILES>((float*)shared, r / own_rows, token, r % own_rows);
         *target = accumulate ? *target + sum : sum;
     }
 }
 
-// activation(x @ gate.T) * (x @ up.T), in every form: 32 columns, 16 at a time.
+// activation(x @ gate.T) * (x @ up.T), in every form: 16 columns of each row warp, two or four.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) gated_matmul_few(
     const u8* gate, const u8* up, int rows, int blocks, const u16* x, int x_stride, int kind, ROWS_ARGUMENTS, const int* count
 ) {
-    __shared__ float products[TOKENS][32];
     DYNAMIC_SHARED(shared);
     let_next_start();
     const i64 first = (i64)blockIdx.x * TOKENS;
-    const int live = min(*count - (int)first, TOKENS);
+    const int live = min(*count - (int)first, TOKENS), size = 16 * ROW_WARPS;
     if (live <= 0) return wait_for_previous();
     const Matrix matrices[2] = {opaque(matrix_at(gate, rows, blocks)), opaque(matrix_at(up, rows, blocks))};
-    for (int half = 0; half < 2; half++) {
-        const int row = blockIdx.y * 32 + 16 * half, own[2] = {row, row};
-        if (row < rows) multiply_tiles<2>((u16*)shared, matrices, own, x, x_stride, first, live);
-        __syncthreads();
-        for (int i = threadIdx.x; i < live * 16; i += 32 * WARPS) {
-            const int token = i / 16, r = i % 16;
-            const bool there = row + r < rows;
-            products[token][16 * half + r] =
-                there ? activation(kind, sum_of<2>((u16*)shared, token, r)) * sum_of<2>((u16*)shared, token, 16 + r) : 0.0f;
-        }
-        __syncthreads();
+    const int row = blockIdx.y * size + threadIdx.x / 32 / COLUMN_WARPS * 16, own[2] = {row, row};
+    multiply_tiles<2>((u16*)shared, matrices, own, x, x_stride, first, live);
+    __syncthreads();
+    for (int i = threadIdx.x; i < live * size; i += 32 * WARPS) {
+        const int token = i / size, r = i % size, column = blockIdx.y * size + r;
+        const float raised = sum_of<2>((float*)shared, r / 16, token, 16 + r % 16);
+        const float value = activation(kind, sum_of<2>((float*)shared, r / 16, token, r % 16)) * raised;
+        if (column - r % 32 < out_stride) emit(ROWS_OUT, first + token, column, column < rows ? value : 0.0f);
     }
-    const int lane = threadIdx.x % 32;
-    for (int t = threadIdx.x / 32; t < live; t += WARPS) emit(ROWS_OUT, first + t, blockIdx.y * 32 + lane, products[t][lane]);
 }

@@ -141,36 +141,37 @@ FEW_ROWS = 128
 """Rows up to which `matmul_few` is the better kernel: it reads weights once for 32, but has more blocks than `matmul`, none of which
 waits for others to unpack."""
 _FEW_BLOCKS = 128  # that `matmul_few` should have, about one for each multiprocessor of a large GPU
+_FEW_WARPS = 8
 
 
-def _few_tokens(max_rows: int) -> int:
-    return next((tokens for tokens in (8, 16) if max_rows <= tokens), 32)
-
-
-def _few_kernel(name: str, arguments: str, layout: Layout, tokens: int, tiles: int) -> tuple[Kernel, int]:
-    """And its shared memory."""
-    kernel = Kernel(name, "matmul_few.cu", arguments, (*layout.macros, *_macros(TOKENS=tokens, MATRIX_TILES=tiles)), 80)
-    return kernel, 8 * (2 if tokens == 32 else 4) * tokens * 64 * 2
+def _few_kernel(name: str, arguments: str, layout: Layout, max_rows: int, tiles: int, row_warps: int) -> tuple[Kernel, int, int]:
+    """Kernel, rows of x for each block, and bytes of shared memory: stages of x, then sums."""
+    tokens = next((tokens for tokens in (8, 16) if max_rows <= tokens), 32)
+    macros = _macros(TOKENS=tokens, MATRIX_TILES=tiles, ROW_WARPS=row_warps)
+    stages = 2 if tokens == 32 and row_warps == 1 else 4
+    shared = max(_FEW_WARPS // row_warps * stages * tokens * 64 * 2, _FEW_WARPS * tokens * (16 * tiles + 4) * 4)
+    return Kernel(name, "matmul_few.cu", arguments, (*layout.macros, *macros), 80), tokens, shared
 
 
 def matmul_few(products: Sequence[Product], x: Rows, *, accumulate: bool, count: int, max_rows: int) -> Launch:
     """As `matvec`, on tensor cores (sm_80 and later), for quantised weights and floats of two bytes; takes ``x.bf16``. A row's result does
     not depend on how many others there are.
     """
-    tokens = _few_tokens(max_rows)
-    tiles = 2 if sum(each.weights.rows for each in products) >= 32 * _FEW_BLOCKS else 1
-    kernel, shared = _few_kernel("matmul_few", "pipipipipipiipiip", products[0].weights.layout, tokens, tiles)
+    rows = sum(each.weights.rows for each in products)
+    # Of weights, as many rows to a block as leave enough blocks: each reads all of x.
+    tiles, row_warps = next((shape for shape in ((2, 4), (2, 2), (2, 1)) if rows >= 16 * shape[0] * shape[1] * _FEW_BLOCKS), (1, 1))
+    kernel, tokens, shared = _few_kernel("matmul_few", "pipipipipipiipiip", products[0].weights.layout, max_rows, tiles, row_warps)
     arguments = (*_product_arguments(products), x.bf16, x.stride, int(accumulate), count)
-    blocks = sum(_ceil(each.weights.rows, 16 * tiles) for each in products)
-    return Launch(kernel, (_ceil(max_rows, tokens), blocks, 1), 256, shared, arguments)
+    blocks = sum(_ceil(each.weights.rows, 16 * tiles * row_warps) for each in products)
+    return Launch(kernel, (_ceil(max_rows, tokens), blocks, 1), 32 * _FEW_WARPS, shared, arguments)
 
 
 def gated_matmul_few(gate: Weights, up: Weights, x: Rows, activation: str, out: Rows, *, count: int, max_rows: int) -> Launch:
     """As `gated_matvec`, on tensor cores; takes ``x.bf16``."""
-    tokens = _few_tokens(max_rows)
-    kernel, shared = _few_kernel("gated_matmul_few", f"ppiipii{_OUT}p", gate.layout, tokens, 2)
+    row_warps = 4 if gate.rows >= 64 * _FEW_BLOCKS else 2
+    kernel, tokens, shared = _few_kernel("gated_matmul_few", f"ppiipii{_OUT}p", gate.layout, max_rows, 2, row_warps)
     arguments = (gate.address, up.address, gate.rows, gate.blocks, x.bf16, x.stride, ACTIVATIONS[activation], *out.out, count)
-    return Launch(kernel, (_ceil(max_rows, tokens), _ceil(gate.rows, 32), 1), 256, shared, arguments)
+    return Launch(kernel, (_ceil(max_rows, tokens), _ceil(gate.rows, 16 * row_warps), 1), 32 * _FEW_WARPS, shared, arguments)
 
 
 def matmul_tile(max_rows: int) -> int:

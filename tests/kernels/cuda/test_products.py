@@ -233,21 +233,23 @@ def test_matmul_few_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -
     del arrays
 
 
+@pytest.mark.parametrize("blocks", [128, 1])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "BF16"])
-def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str) -> None:
-    """Bit for bit, for any number of others; also where rows of weights suffice for larger tiles."""
+def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, for any number of others, in the smallest blocks and in the largest."""
     tensor_core_gpu(gpu)
+    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
     rng = np.random.default_rng(11)
-    weights, _, _ = put(gpu, kind, 40, 1536, rng)
-    up, _, _ = put(gpu, kind, 40, 1536, rng)
+    weights, _, _ = put(gpu, kind, 130, 1536, rng)
+    up, _, _ = put(gpu, kind, 130, 1536, rng)
     x = inputs(rng, 64, 1536)
     found, gated = [], []
     for tokens in (1, 5, 8, 13, 31, 64):
         rows, arrays = gpu.activations(x[:tokens])
-        out = gpu.put(np.zeros((tokens, 40), np.float32))
+        out = gpu.put(np.zeros((tokens, 130), np.float32))
         counted = {"count": gpu.count(tokens).address, "max_rows": tokens}
-        gpu.run(ops.matmul_few([ops.Product(weights, out.address, 40)], rows, accumulate=False, **counted))
-        other, made = gpu.rows(tokens, 40)
+        gpu.run(ops.matmul_few([ops.Product(weights, out.address, 130)], rows, accumulate=False, **counted))
+        other, made = gpu.rows(tokens, 130)
         gpu.run(ops.gated_matmul_few(weights, up, rows, "relu", other, **counted))
         found.append(out.get())
         gated.append(made["f32"].get())
@@ -258,27 +260,32 @@ def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str) -> None:
             assert np.array_equal(each, some[-1][: len(each)])
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "F16"])
-def test_matmul_few_of_many_rows(gpu: Gpu, kind: str) -> None:
-    """Blocks have two tiles, the last of which is not whole."""
+@pytest.mark.parametrize("tokens", [3, 9, 33])
+@pytest.mark.parametrize(("kind", "rows"), [("Q4_0", 37), ("Q4_K", 75), ("F16", 75), ("Q6_K", 139), ("BF16", 139)])
+def test_matmul_few_of_many_rows(gpu: Gpu, kind: str, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32, 64 and 128 rows, the last of which is not whole; several chunks for each warp."""
     tensor_core_gpu(gpu)
+    monkeypatch.setattr(ops, "_FEW_BLOCKS", 1)
     rng = np.random.default_rng(12)
-    weights, values, _ = put(gpu, kind, 4105, 96, rng)
-    x = inputs(rng, 9, 96)
-    rows, arrays = gpu.activations(x)
-    out = gpu.put(np.full((10, 4110), 777, np.float32))
-    launch = ops.matmul_few([ops.Product(weights, out.address, 4110)], rows, accumulate=False, count=gpu.count(9).address, max_rows=16)
-    gpu.run(launch)
+    columns = 1312 if kind[-1] != "K" else 1280
+    weights, values, _ = put(gpu, kind, rows, columns, rng)
+    x = inputs(rng, tokens, columns)
+    acts, arrays = gpu.activations(x)
+    out = gpu.put(np.full((tokens + 1, rows + 3), 777, np.float32))
+    product = ops.Product(weights, out.address, rows + 3)
+    gpu.run(ops.matmul_few([product], acts, accumulate=False, count=gpu.count(tokens).address, max_rows=tokens + 1))
     found = out.get()
-    check_few(found[:9, :4105], x, values, np.zeros((9, 4105), np.float32))
-    assert np.all(found[9] == 777)
-    assert np.all(found[:, 4105:] == 777)
+    check_few(found[:tokens, :rows], x, values, np.zeros((tokens, rows), np.float32))
+    assert np.all(found[tokens] == 777)
+    assert np.all(found[:, rows:] == 777)
     del arrays
 
 
-def test_three_products_of_few_rows(gpu: Gpu) -> None:
+@pytest.mark.parametrize("blocks", [128, 1])
+def test_three_products_of_few_rows(gpu: Gpu, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_core_gpu(gpu)
     rng = np.random.default_rng(13)
+    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
     made = [put(gpu, "Q6_K", rows, 512, rng) for rows in (33, 7, 17)]
     x = inputs(rng, 3, 512)
     rows, arrays = gpu.activations(x)
@@ -295,11 +302,12 @@ def test_three_products_of_few_rows(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("kind", "tokens"), [("Q4_1", 3), ("Q6_K", 19), ("BF16", 33)])
-def test_gated_matmul_few(gpu: Gpu, kind: str, tokens: int, activation: str) -> None:
+@pytest.mark.parametrize(("kind", "tokens", "blocks"), [("Q4_1", 3, 128), ("Q6_K", 19, 1), ("BF16", 33, 128), ("F16", 9, 1)])
+def test_gated_matmul_few(gpu: Gpu, kind: str, tokens: int, blocks: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_core_gpu(gpu)
+    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
     rng = np.random.default_rng(14)
-    columns, ffn = columns_for(kind, 2) if kind != "BF16" else 160, 75
+    columns, ffn = columns_for(kind, 2) if kind not in ref.FLOATS else 160, 75
     gate, gate_values, _a = put(gpu, kind, ffn, columns, rng)
     up, up_values, _b = put(gpu, kind, ffn, columns, rng)
     x = (rng.standard_normal((tokens, columns)) / 4).astype(np.float32)
