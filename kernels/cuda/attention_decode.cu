@@ -147,53 +147,63 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) attention_decode_bf1
         }
     if (t == 0) maxima[warp][g] = top, sums[warp][g] = sum;
     __syncthreads();
+    const int used = (last - oldest + run - 1) / run;  // splits that have positions
     for (int h = warp; h < live; h += WARPS) {
         float peak = maxima[0][h], total = 0.0f, factors[WARPS];
 #pragma unroll
         for (int w = 1; w < WARPS; w++) peak = fmaxf(peak, maxima[w][h]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) factors[w] = exp2f(maxima[w][h] - peak), total += factors[w] * sums[w][h];
+        const float factor = used == 1 ? 1.0f / total : 1.0f;
         float* partial = partials + ((token * heads + first_head + h) * splits + split) * (HEAD_DIM + 2);
+#pragma unroll
         for (int i = lane; i < HEAD_DIM; i += 32) {
             float merged = 0.0f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) merged += factors[w] * outputs[w][h][i];
-            partial[i] = merged;
+            outputs[0][h][i] = merged * factor;
+            if (used > 1) partial[i] = merged;
         }
         if (lane == 0) partial[HEAD_DIM] = peak, partial[HEAD_DIM + 1] = total;
     }
 
-    const int used = (last - oldest + run - 1) / run;  // splits that have positions
-    __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int* own = arrived + token * gridDim.x + blockIdx.x;
-        is_last = atomicAdd(own, 1) == used - 1;
-        if (is_last) *own = 0;  // as the next launch wants it
-    }
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    __shared__ float shares[WARPS][MAX_SPLITS];
-    for (int h = warp; h < live; h += WARPS) {
-        const float* own = partials + (token * heads + first_head + h) * splits * (HEAD_DIM + 2);  // [split][HEAD_DIM + 2]
-        float peak = LOWEST, total = 0.0f, merged[HEAD_DIM / 32] = {};
-        for (int s = lane; s < used; s += 32) peak = fmaxf(peak, __ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM));
-        peak = warp_max(peak);
-        for (int s = lane; s < used; s += 32) {
-            const float share = exp2f(__ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM) - peak);
-            shares[warp][s] = share;
-            total += share * __ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM + 1);
+    if (used > 1) {
+        __shared__ bool is_last;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int* own = arrived + token * gridDim.x + blockIdx.x;
+            is_last = atomicAdd(own, 1) == used - 1;
+            if (is_last) *own = 0;  // as the next launch wants it
         }
-        total = warp_sum(total);
-        __syncwarp();
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+        __shared__ float shares[WARPS][MAX_SPLITS];
+        for (int h = warp; h < live; h += WARPS) {
+            const float* own = partials + (token * heads + first_head + h) * splits * (HEAD_DIM + 2);  // [split][HEAD_DIM + 2]
+            float peak = LOWEST, total = 0.0f, merged[HEAD_DIM / 32] = {};
+#pragma unroll 1
+            for (int s = lane; s < used; s += 32) peak = fmaxf(peak, __ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM));
+            peak = warp_max(peak);
+#pragma unroll 1
+            for (int s = lane; s < used; s += 32) {
+                const float share = exp2f(__ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM) - peak);
+                shares[warp][s] = share;
+                total += share * __ldcg(own + s * (HEAD_DIM + 2) + HEAD_DIM + 1);
+            }
+            const float factor = 1.0f / warp_sum(total);
+            __syncwarp();
 #pragma unroll 8
-        for (int s = 0; s < used; s++)
+            for (int s = 0; s < used; s++)
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) merged[i] += shares[warp][s] * __ldcg(own + s * (HEAD_DIM + 2) + 32 * i + lane);
+                for (int i = 0; i < HEAD_DIM / 32; i++) merged[i] += shares[warp][s] * __ldcg(own + s * (HEAD_DIM + 2) + 32 * i + lane);
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 32; i++) emit(ROWS_OUT, token, (first_head + h) * HEAD_DIM + 32 * i + lane, merged[i] / total);
-        __syncwarp();
+            for (int i = 0; i < HEAD_DIM / 32; i++) outputs[0][h][32 * i + lane] = merged[i] * factor;
+            __syncwarp();
+        }
     }
+    for (int h = warp; h < live; h += WARPS)  // what this lane wrote
+#pragma unroll 1
+        for (int i = lane; i < HEAD_DIM; i += 32) emit(ROWS_OUT, token, (first_head + h) * HEAD_DIM + i, outputs[0][h][i]);
 }

@@ -86,9 +86,12 @@ extern "C" __global__ void gate_choices(
     let_next_start();
     wait_for_previous();
     const i64 choice = blockIdx.y;
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (choice >= (i64)*count * top_k || i / 32 * 32 >= columns) return;
-    emit(ROWS_OUT, choice, i, i < columns ? activation(kind, gate[choice * stride + i]) * up[choice * stride + i] : 0.0f);
+    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (choice >= (i64)*count * top_k || i / 128 * 128 >= columns) return;
+    const bool whole = columns % 4 == 0;
+    const float4 a = load4(gate + choice * stride, i, columns, whole), b = load4(up + choice * stride, i, columns, whole);
+    const float4 x = {activation(kind, a.x) * b.x, activation(kind, a.y) * b.y, activation(kind, a.z) * b.z, activation(kind, a.w) * b.w};
+    emit4(ROWS_OUT, choice, i, columns, x);  // an activation of 0 is 0
 }
 
 // out[token] is the sum of its choices' rows, by weight.
@@ -98,10 +101,13 @@ extern "C" __global__ void combine(
     let_next_start();
     wait_for_previous();
     const i64 token = blockIdx.y;
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (token >= *count || i / 32 * 32 >= columns) return;
-    float total = 0.0f;
-    if (i < columns)
-        for (int k = 0; k < top_k; k++) total += weights[token * top_k + k] * rows[(token * top_k + k) * stride + i];
-    emit(ROWS_OUT, token, i, total);
+    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (token >= *count || i / 128 * 128 >= columns) return;
+    float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int k = 0; k < top_k; k++) {
+        const float weight = weights[token * top_k + k];
+        const float4 x = load4(rows + (token * top_k + k) * stride, i, columns, columns % 4 == 0);
+        total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
+    }
+    emit4(ROWS_OUT, token, i, columns, total);
 }

@@ -560,14 +560,14 @@ def gate_choices(gate: Rows, up: Rows, columns: int, activation: str, top_k: int
         raise ValueError(f"gate and up lie in rows of {gate.stride} and {up.stride} columns")
     kernel = Kernel("gate_choices", "moe.cu", f"ppiiii{_OUT}p")
     arguments = (gate.f32, up.f32, gate.stride, columns, ACTIVATIONS[activation], top_k, *out.out, count)
-    return Launch(kernel, (_ceil(columns, 128), max_rows * top_k, 1), 128, 0, arguments)
+    return Launch(kernel, (_ceil(columns, 512), max_rows * top_k, 1), 128, 0, arguments)
 
 
 def combine(rows: Rows, weights: int, top_k: int, columns: int, out: Rows, *, count: int, max_rows: int) -> Launch:
     """``out[token]`` is the sum of its choices' rows, by weight."""
     kernel = Kernel("combine", "moe.cu", f"pipii{_OUT}p")
     arguments = (rows.f32, rows.stride, weights, top_k, columns, *out.out, count)
-    return Launch(kernel, (_ceil(columns, 128), max_rows, 1), 128, 0, arguments)
+    return Launch(kernel, (_ceil(columns, 512), max_rows, 1), 128, 0, arguments)
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
