@@ -59,7 +59,8 @@ struct Decoder {
 typedef Raw Own;
 
 __device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
-    return load_raw_at(m, first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1));
+    const u32 index = first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1);
+    return load_raw_at(m, index, index / 8);  // where there are records, rows are whole ones
 }
 
 // Bytes become bfloat16 without a conversion: 0x4300 + i is 128 + i for i < 128. All integers up to 256 are exact.
