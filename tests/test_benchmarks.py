@@ -136,13 +136,13 @@ def test_gpu() -> None:
     device = make_gpu("90")
     report, limits = Report("gpu", bench.COLUMNS), bench.Limits()
     limits.copy, limits.bf16 = 1000.0, 100.0
-    bench.products(device, limits, report, ["q4_k", "bf16"], [(64, 256)], 1, (1, 40))
+    bench.products(device, limits, report, ["q4_k", "bf16"], [(64, 256)], 1, (1, 40, 130))
     small = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     small |= {"head_dim": 64, "vocab_size": 256}
     for type in (GgmlType.Q4_K, GgmlType.BF16):
         graph = bench.random_llama(bench.LLAMA_8B | small, type)
         bench.model_rows(device, limits, report, "small", type.name, graph, 70, (1,), 40, passes=1)
     models = {"small, prefill", "small, decode of 1 at 64", "small, decode of 1 at 69"}
-    assert {row["name"] for row in report.rows} == models | {"matvec 64x256", "matmul 64x256"}
+    assert {row["name"] for row in report.rows} == models | {"matvec 64x256", "matmul_few 64x256", "matmul 64x256"}
     assert all(row["percent"] > 0 for row in report.rows)  # type: ignore[operator]
-    assert len(report.rows) == 4 + 6
+    assert len(report.rows) == 6 + 6

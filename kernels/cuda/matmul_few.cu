@@ -11,11 +11,11 @@
 
 #define WARPS 8
 #define COLUMN_WARPS (WARPS / ROW_WARPS)
-#define GROUPS (TOKENS / 8)                              // of 8 rows of x, a fragment's
+#define GROUPS (TOKENS / 8)                             // of 8 rows of x, a fragment's
 #define STAGES (GROUPS == 4 && ROW_WARPS == 1 ? 2 : 4)  // of 64 columns of x, for each of COLUMN_WARPS, in shared memory
 #define STAGE (TOKENS * 64)
 #define STRIDE(tiles) (16 * (tiles) + 4)  // of a row of sums: four more spread a fragment over the banks
-#define ONES 0x3f803f80u         // a pair of bfloat16
+#define ONES 0x3f803f80u                  // a pair of bfloat16
 
 #if FLOAT_BYTES
 
@@ -59,7 +59,8 @@ struct Decoder {
 typedef Raw Own;
 
 __device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
-    return load_raw_at(m, first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1));
+    const u32 index = first + min(4 * chunk + (int)threadIdx.x % 4, m.blocks - 1);
+    return load_raw_at(m, index, index / 8);  // where there are records, rows are whole ones
 }
 
 // Bytes become bfloat16 without a conversion: 0x4300 + i is 128 + i for i < 128. All integers up to 256 are exact.

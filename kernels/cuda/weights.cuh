@@ -110,8 +110,9 @@ __device__ __forceinline__ void load_words(const u8* source, u32* out) {
     }
 }
 
-// `index` counts the blocks of all rows; those of a row with super-scales are a multiple of eight.
-__device__ __forceinline__ Raw load_raw_at(const Matrix& m, u32 index) {
+// `index` counts the blocks of all rows, `record` 256 columns.
+template <class Index>
+__device__ __forceinline__ Raw load_raw_at(const Matrix& m, Index index, Index record) {
     Raw raw;
     load_words<BITS>(m.base + (u64)index * (4 * BITS), raw.base);
 #if HIGH
@@ -122,13 +123,15 @@ __device__ __forceinline__ Raw load_raw_at(const Matrix& m, u32 index) {
     if (SCALE_BYTES == 2) raw.scale = *(const u16*)(m.scales + (u64)index * 2);
     if (SCALE_BYTES == 1) raw.scale = m.scales[index];
     if (SUPERS) {
-        const u8* super = m.supers + (u64)(index / 8) * SUPER_BYTES;
+        const u8* super = m.supers + (u64)record * SUPER_BYTES;
         raw.super = SUPER_BYTES == 4 ? *(const u32*)super : *(const u16*)super;
     }
     return raw;
 }
 
-__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) { return load_raw_at(m, (u32)row * m.blocks + block); }
+__device__ __forceinline__ Raw load_raw(const Matrix& m, int row, int block) {
+    return load_raw_at(m, (i64)row * m.blocks + block, (i64)row * (m.blocks / 8) + block / 8);
+}
 
 // 32 columns: weight i is scale[i / 16] * quant + minimum[i / 16] (one of each, where HALVES is 1); quants are int8, four to a word.
 struct Block {
