@@ -84,6 +84,11 @@ class Metadata(Mapping[str, object]):
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
+    def forget(self) -> None:
+        """Let the system take back the memory of this part of the mapped file; it is read again if need be."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._reader.buffer.madvise(mmap.MADV_DONTNEED, 0, self._reader.position)
+
 
 class GgufFile:
     """An open GGUF file.
