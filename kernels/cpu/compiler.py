@@ -2,9 +2,9 @@
 
 A kernel is written as a factory: a Python function that takes compile-time constants and returns the function that Numba
 compiles. A `Spec` names a factory and its constants. Compiled kernels are plain object files, kept in the user's cache folder under a
-key of everything they depend on (all kernel sources, the CPU, the versions of Numba and llvmlite), and loaded with llvmlite alone: a warm
-start imports no Numba. What is missing is compiled in child processes, one per core, so that Numba's memory and its global lock stay out of
-this process.
+key of everything they depend on (all kernel sources, the CPU, the versions of Numba and llvmlite), and loaded by `elf`, or by LLVM where
+they hold more than `elf` knows: a warm start imports no Numba, and on x86-64 Linux no llvmlite. What is missing is compiled in child
+processes, one per core, so that Numba's memory and its global lock stay out of this process.
 
 A cache file is checked by a SHA-256 over its key and its code, and written by rename: a truncated, foreign or half-written file is
 compiled again, and processes that start at once at worst compile twice.
@@ -30,9 +30,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import llvmlite
-import llvmlite.binding as llvm
-
+from . import elf
+from .cache import cache_folder, write
+from .host import current_host, llvmlite_version
 from .isa import current_isa
 
 logger = logging.getLogger("pymistral.kernels")
@@ -69,21 +69,11 @@ class CompiledKernel:
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
     """A digest of all that compiled code depends on, apart from its own spec."""
-    isa = current_isa()
-    digest = hashlib.sha256(
-        f"{llvmlite.__version__} {importlib.metadata.version('numba')} {sys.byteorder} {isa} {llvm.get_process_triple()}".encode()
-    )
+    versions = f"{llvmlite_version()} {importlib.metadata.version('numba')}"
+    digest = hashlib.sha256(f"{versions} {sys.byteorder} {current_isa()} {current_host().triple}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$PYMISTRAL_CACHE/kernels``, or the user's cache folder."""
-    root = os.environ.get("PYMISTRAL_CACHE")
-    if root:
-        return Path(root) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pymistral" / "kernels"
 
 
 # ---- compiling (needs Numba) ----------------------------------------------------------------------------------------
@@ -95,7 +85,7 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
     from numba import config
 
     # Numba reads these when it first makes code; a forced instruction set must not use what the host has beyond it.
-    if isa.cpu != llvm.get_host_cpu_name():
+    if isa.cpu != current_host().cpu:
         config.CPU_NAME, config.CPU_FEATURES = isa.cpu, isa.features
     from numba import njit, types
 
@@ -175,13 +165,13 @@ def _child() -> None:
     os.dup2(2, 1)  # nothing else may write between the frames
     for factory, constants in json.loads(sys.stdin.buffer.read()):
         kernel = spec(factory, **dict(constants))
-        _write_frame(output, kernel, compile_spec(kernel))
+        output.write(_frame(kernel, compile_spec(kernel)))
         output.flush()
 
 
-def _write_frame(stream: IO[bytes], kernel: Spec, compiled: CompiledKernel) -> None:
+def _frame(kernel: Spec, compiled: CompiledKernel) -> bytes:
     header = {"symbol": compiled.symbol, "size": len(compiled.code), "sha256": _digest(kernel, compiled)}
-    stream.write(json.dumps(header).encode() + b"\n" + compiled.code)
+    return json.dumps(header).encode() + b"\n" + compiled.code
 
 
 def _read_frame(stream: IO[bytes], kernel: Spec) -> CompiledKernel:
@@ -221,49 +211,46 @@ def _read_cached(kernel: Spec) -> CompiledKernel | None:
 
 def _write_cached(kernel: Spec, compiled: CompiledKernel) -> None:
     """Keep it if we can: a read-only or full disk costs the next start some time, nothing else."""
-    folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
-            try:
-                _write_frame(file.file, kernel, compiled)
-                file.flush()  # no fsync: what a crash damages, the checksum finds
-                os.replace(file.name, folder / f"{kernel.key}.o")
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
+        write(cache_folder() / f"{kernel.key}.o", _frame(kernel, compiled))
     except OSError as error:
-        logger.info("compiled kernels cannot be kept in %s: %s", folder, error)
+        logger.info("compiled kernels cannot be kept in %s: %s", cache_folder(), error)
 
 
-# ---- loading (llvmlite alone) ---------------------------------------------------------------------------------------
+# ---- loading (without Numba) ----------------------------------------------------------------------------------------
 
 
 class _Linker:
-    """One LLVM execution engine for the process, and the addresses that it has given out."""
+    """The addresses of the kernels that this process has loaded, and LLVM's execution engine if it took one."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.addresses: dict[Spec, int] = {}
         self._engine: Any = None
 
-    def load(self, kernels: Iterable[tuple[Spec, CompiledKernel]]) -> None:
+    def load(self, kernels: Sequence[tuple[Spec, CompiledKernel]]) -> None:
+        try:
+            addresses = elf.load([elf.read(compiled.code, compiled.symbol) for _, compiled in kernels])
+        except (elf.Unsupported, OSError) as error:
+            logger.info("LLVM loads the kernels: %s", error)
+            addresses = self._load_with_llvm([compiled for _, compiled in kernels])
+        self.addresses.update(zip((kernel for kernel, _ in kernels), addresses, strict=True))
+
+    def _load_with_llvm(self, kernels: Sequence[CompiledKernel]) -> list[int]:
+        import llvmlite.binding as llvm
+
         if self._engine is None:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
             machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
             self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        symbols = []
-        for kernel, compiled in kernels:
-            self._engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.code))
-            symbols.append((kernel, compiled.symbol))
+        for kernel in kernels:
+            self._engine.add_object_file(llvm.ObjectFileRef.from_data(kernel.code))
         self._engine.finalize_object()
-        for kernel, symbol in symbols:
-            address = self._engine.get_function_address(symbol)
-            if not address:
-                raise RuntimeError(f"compiled kernel {kernel.factory} lacks its symbol {symbol}")
-            self.addresses[kernel] = address
+        addresses = [int(self._engine.get_function_address(kernel.symbol)) for kernel in kernels]
+        if not all(addresses):
+            raise RuntimeError(f"a compiled kernel lacks its symbol {kernels[addresses.index(0)].symbol}")
+        return addresses
 
 
 _linker = _Linker()

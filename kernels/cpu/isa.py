@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-import llvmlite.binding as llvm
+from .host import current_host
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,17 @@ def _may_use_amx() -> bool:
 @lru_cache(maxsize=1)
 def current_isa() -> Isa:
     """The instruction set in use. Raises ValueError if ``PYMISTRAL_ISA`` names one that is unknown or that this CPU lacks."""
-    host = {name for name, present in llvm.get_host_cpu_features().items() if present}
-    triple = llvm.get_process_triple()
+    machine = current_host()
+    host, triple = machine.present, machine.triple
     forced = os.environ.get("PYMISTRAL_ISA", "").strip().lower()
     if triple.startswith(("aarch64", "arm64")):
         if forced not in ("", "neon", "generic"):
             raise ValueError(f"PYMISTRAL_ISA={forced!r}: this CPU offers neon and generic")
-        features = llvm.get_host_cpu_features().flatten()
         fast = forced != "generic"
         return Isa(
             forced or "neon",
-            llvm.get_host_cpu_name(),
-            features,
+            machine.cpu,
+            machine.features,
             has_vnni=False,
             has_f16=True,
             has_bf16=False,
@@ -107,7 +106,7 @@ def current_isa() -> Isa:
     name = forced or available[0]
     tokens = _TOKENS[name]
     if name in ("amx", "avx512vnni"):
-        return Isa(name, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), True, True, "avx512bf16" in host, tokens)
+        return Isa(name, machine.cpu, machine.features, True, True, "avx512bf16" in host, tokens)
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, tokens)
     if name == "avx2":

@@ -79,7 +79,7 @@ def load_gguf(path: str | Path) -> Checkpoint:
     except ModelLoadError as error:
         raise ModelLoadError(f"{loader.path}: {error}") from error
     eos_token_ids = loader.eos_token_ids(tokenizer)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=loader.path,
         config=config,
         weights=weights,
@@ -88,6 +88,8 @@ def load_gguf(path: str | Path) -> Checkpoint:
         generation_config=loader.generation_config(eos_token_ids),
         eos_token_ids=eos_token_ids,
     )
+    loader.metadata.forget()
+    return checkpoint
 
 
 class GgufLoader:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
+from .string_chains import chain_end, raw_strings, strings_of
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -82,6 +83,11 @@ class Metadata(Mapping[str, object]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
+
+    def forget(self) -> None:
+        """Let the system take back the memory of this part of the mapped file; it is read again if need be."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._reader.buffer.madvise(mmap.MADV_DONTNEED, 0, self._reader.position)
 
 
 class GgufFile:
@@ -267,13 +273,7 @@ class _Reader:
         return LazyArray(type, count, start, self.position)
 
     def skip_strings(self, key: str, count: int) -> None:
-        # the lengths form a chain, so this loop is what opening a file with a large vocabulary costs: keep it bare
-        position, buffer, unpack = self.position, self.buffer, U64.unpack_from
-        try:
-            for _ in range(count):
-                position += 8 + unpack(buffer, position)[0]
-        except (struct.error, OverflowError):  # the position ran past the end, or past what an offset can be
-            position = self.size + 1
+        position = chain_end(self.buffer, self.position, count)
         if position > self.size:
             self.fail(f"the strings of the array {key!r} run beyond the end of the file at byte {self.size}")
         self.position = position
@@ -291,12 +291,12 @@ class _Reader:
 
     def strings(self, array: LazyArray, key: str) -> list[str]:
         data = self.buffer[array.start : array.stop]
-        parts = _split_short_strings(data, array.length) or _walk_strings(data, array.length)
         try:
-            return [part.decode() for part in parts]
+            return strings_of(data, array.length)
         except UnicodeDecodeError:
-            index = next(i for i, part in enumerate(parts) if part != part.decode(errors="ignore").encode())
-            self.fail(f"element {index} of the array {key!r} is not valid UTF-8: {parts[index][:40]!r}")
+            strings = raw_strings(data, array.length)
+            index = next(i for i, string in enumerate(strings) if string != string.decode(errors="ignore").encode())
+            self.fail(f"element {index} of the array {key!r} is not valid UTF-8: {strings[index][:40]!r}")
 
     # tensors
 
@@ -355,31 +355,3 @@ class _Reader:
             if info.offset > -(-expected // alignment) * alignment:
                 self.fail(f"tensor {info.name!r} has the offset {info.offset}, but {last} ends at {expected}")
             expected, last = info.offset + info.nbytes, f"tensor {info.name!r}"
-
-
-def _split_short_strings(data: bytes, count: int) -> list[bytes] | None:
-    """Cut a chain of strings at C speed, if all are shorter than 256 bytes.
-
-    Their lengths then end in seven zero bytes. Cutting there leaves every string with the next one's length at its end, and the
-    result is right if each of those lengths is indeed the next string's. None if it is not: a longer string, or one with zeros in it.
-    """
-    parts = data.split(b"\0" * 7)
-    if len(parts) != count + 1:
-        return None
-    lengths = np.fromiter(map(len, parts), np.int64, count + 1)
-    if lengths[:-1].min(initial=1) < 1:
-        return None
-    last_bytes = np.frombuffer(data, np.uint8)[np.cumsum(lengths[:-1] + 7) - 8]
-    lengths[1:-1] -= 1
-    if lengths[0] != 1 or not np.array_equal(last_bytes, lengths[1:]):
-        return None
-    return [part[:-1] for part in parts[1:-1]] + parts[-1:]
-
-
-def _walk_strings(data: bytes, count: int) -> list[bytes]:
-    parts, position = [], 0
-    for _ in range(count):
-        start = position + 8
-        position = start + U64.unpack_from(data, position)[0]
-        parts.append(data[start:position])
-    return parts

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ModelLoadError, RequestValidationError
 from .detokenizer import DecodeStream
+from .merges import index_of, ranker
 from .pre_tokenizers import KINDS
 
 logger = logging.getLogger(__name__)
@@ -311,10 +312,10 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARA
 class ByteLevelBPE:
     """GPT-2's scheme: words by regular expression, bytes as visible characters, pairs ranked by the list of merges."""
 
-    def __init__(self, ids: Mapping[str, int], merges: Sequence[str], pre: str) -> None:
+    def __init__(self, tokens: Sequence[str], ids: Mapping[str, int], merges: Sequence[str], pre: str) -> None:
         kind = KINDS[pre]
         self._ids = ids
-        self._ranks = index_of(merges)
+        self._rank = ranker(merges, tokens, ids)
         self._whole_words = kind.whole_words
         self._split = kind.build().pre_tokenize_str
         self._words = WordCache(self._encode_word)
@@ -343,9 +344,6 @@ class ByteLevelBPE:
             else:  # a vocabulary without this byte: there is nothing to say it with
                 out += [self._ids[character] for character in symbol if character in self._ids]
         return out
-
-    def _rank(self, left: str, right: str) -> int | None:
-        return self._ranks.get(f"{left} {right}")
 
 
 SPACE = "▁"
@@ -401,14 +399,6 @@ class SentencePieceBPE:
         return None if token is None else self._costs[token]
 
 
-def index_of(items: Sequence[str]) -> dict[str, int]:
-    """The position of each string, the first of equals."""
-    index = dict(zip(items, range(len(items)), strict=True))
-    if len(index) < len(items):
-        index = {item: i for i, item in reversed(list(enumerate(items)))}
-    return index
-
-
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build the tokenizer that a GGUF file describes under `tokenizer.ggml`.
 
@@ -440,7 +430,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             raise ModelLoadError(f"tokenizer.ggml.pre is {pre!r}, which is not supported; known kinds: {', '.join(sorted(KINDS))}")
         if "tokenizer.ggml.pre" not in metadata:
             logger.warning("the file does not say how to split words (tokenizer.ggml.pre): using 'default', answers may be worse")
-        encoder = ByteLevelBPE(ids, _strings(metadata, "merges"), pre)
+        encoder = ByteLevelBPE(tokens, ids, _strings(metadata, "merges"), pre)
         add_bos = KINDS[pre].add_bos
     return Tokenizer(
         tokens,

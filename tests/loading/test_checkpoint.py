@@ -533,3 +533,24 @@ def test_load_gguf_of_the_real_models(smollm2_path: Path, gemma3_path: Path) -> 
     assert 2 in smollm2.eos_token_ids
     assert {1, 106} <= set(gemma3.eos_token_ids)
     assert gemma3.chat_template is None
+
+
+def resident(path: Path) -> int:
+    """KiB of a mapped file that are in this process's memory."""
+    total, own = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            own = line.endswith(str(path.resolve()))
+        elif own and name == "Rss:":
+            total += int(values[0])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory")
+def test_what_was_read_of_the_file_takes_no_memory(smollm2_path: Path) -> None:
+    """The vocabulary and its merges are 1.6 MB. What is a view of the file reads it again."""
+    before = resident(smollm2_path)
+    checkpoint = load_gguf(smollm2_path)
+    assert resident(smollm2_path) - before < 1000
+    assert checkpoint.tokenizer.encode("Hello world") == [19556, 905]

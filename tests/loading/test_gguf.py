@@ -12,11 +12,10 @@ import gguf as oracle
 import numpy as np
 import pytest
 from gguf_files import Header, entry, gguf, tensor, text, u32, u64, write_gguf
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pymistral.errors import ModelLoadError
-from pymistral.loading import gguf as reader
 from pymistral.loading.checkpoint import GgufLoader
 from pymistral.loading.gguf import GgufFile
 from pymistral.quantization.types import GgmlType
@@ -112,19 +111,6 @@ def test_agrees_with_the_gguf_package_on_random_files(
     path.unlink(missing_ok=True)
     write_gguf(path, "random", metadata, tensors)
     assert_agrees_with_oracle(path)
-
-
-@given(st.lists(st.binary(max_size=12) | st.binary(min_size=250, max_size=260) | st.sampled_from([b"", b"\0", b"\0" * 8]), max_size=30))
-@example([b"a\0\0\0\0\0\0\0\x01"])
-def test_fast_cut_of_strings_is_right_or_declines(strings: list[bytes]) -> None:
-    data = b"".join(map(text, strings))
-    assert reader._walk_strings(data, len(strings)) == strings
-    assert reader._split_short_strings(data, len(strings)) in (strings, None)
-
-
-@given(st.lists(st.binary(min_size=1, max_size=255).filter(lambda string: b"\0" not in string), min_size=1, max_size=30))
-def test_fast_cut_takes_ordinary_vocabularies(strings: list[bytes]) -> None:
-    assert reader._split_short_strings(b"".join(map(text, strings)), len(strings)) == strings
 
 
 def test_empty_and_nested_arrays(tmp_path: Path) -> None:

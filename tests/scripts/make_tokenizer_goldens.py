@@ -249,11 +249,20 @@ def record(tokenizer: Tokenizer, corpus: list[str]) -> tuple[set[str], set[str]]
     """The tokens and the merges that were looked up, and found, while the corpus was encoded."""
     encoder: Any = tokenizer._encoder
     encoder._ids = Recorder(encoder._ids)
-    if hasattr(encoder, "_ranks"):
-        encoder._ranks = Recorder(encoder._ranks)
+    merges: set[str] = set()
+    if hasattr(encoder, "_rank"):
+        rank = encoder._rank
+
+        def recorded(left: str, right: str) -> int | None:
+            found: int | None = rank(left, right)
+            if found is not None:
+                merges.add(f"{left} {right}")
+            return found
+
+        encoder._rank = recorded
     for text in corpus:
         tokenizer.encode(text)
-    return encoder._ids.used, encoder._ranks.used if hasattr(encoder, "_ranks") else set()
+    return encoder._ids.used, merges
 
 
 def reduced(metadata: dict[str, Any], tokens: set[str], merges: set[str], corpus: list[str]) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""The merges of byte-level BPE: which pairs of symbols become one, and in which order."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+
+Rank = Callable[[str, str], int | None]
+
+
+def index_of(items: Sequence[str]) -> dict[str, int]:
+    """The position of each string, the first of equals."""
+    index = dict(zip(items, range(len(items)), strict=True))
+    if len(index) < len(items):
+        index = {item: i for i, item in reversed(list(enumerate(items)))}
+    return index
+
+
+def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int]) -> Rank:
+    """A function that says at which place the merge of two symbols stands; None if they do not merge.
+
+    Training adds a token to the vocabulary with each merge, so a vocabulary mostly lists what the merges make, in their order: then the
+    token's id and where it is cut say what a dictionary of all merges would, in a hundredth of its memory.
+
+    Parameters
+    ----------
+    merges
+        "left right" each. Symbols hold no spaces.
+    tokens
+        The vocabulary.
+    ids
+        The first place of each token in it.
+    """
+    cuts = array("i", map(str.find, merges, repeat(" ")))
+    first = _first_made(merges, tokens) if len(ids) == len(tokens) and min(cuts, default=0) > 0 else None
+    if first is None:
+        ranks = index_of(merges)
+        return lambda left, right: ranks.get(f"{left} {right}")
+
+    def rank(left: str, right: str) -> int | None:
+        place = ids.get(left + right, -1) - first
+        return place if 0 <= place < len(cuts) and cuts[place] == len(left) else None
+
+    return rank
+
+
+def _first_made(merges: Sequence[str], tokens: Sequence[str]) -> int | None:
+    """The id of the token that the first merge makes, if the others make those that follow it. Each merge has a space."""
+    text, vocabulary = "\0".join(merges), "\0".join(["", *tokens, ""])
+    if text.count(" ") != len(merges) or text.count("\0") + 1 != len(merges) or vocabulary.count("\0") != len(tokens) + 1:
+        return None
+    place = vocabulary.find("\0" + text.replace(" ", "") + "\0")
+    return None if place < 0 else vocabulary.count("\0", 0, place)
