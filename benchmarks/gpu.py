@@ -178,29 +178,32 @@ def product_row(gpu: GpuLike, limits: Limits, weights: list[ops.Weights], tokens
     gpu.copy_in(count, np.array([tokens], np.int64))
     counted: dict[str, Any] = {"accumulate": False, "count": count, "max_rows": tokens}
     cores = gpu.arch >= 80 and first.layout.name != "f32"
-    name = "matmul_few" if cores and 1 < tokens <= ops.FEW_ROWS else "matvec" if tokens <= ops.MATVEC_ROWS else "matmul"
-    few = name != "matmul"
+    few = cores and 1 < tokens <= ops.FEW_ROWS
+    by_memory = few or tokens <= ops.MATVEC_ROWS
     unpacked = gpu.allocate(2 * first.rows * stride) if cores and tokens >= ops.UNPACKED_ROWS else 0
+    matmul = ops.matmul_hopper if gpu.arch == 90 else ops.matmul_bf16
 
     def launches(w: ops.Weights) -> list[Launch]:
-        if few:
-            return [getattr(ops, name)([ops.Product(w, out, first.rows)], x, **counted)]
+        if by_memory:
+            return [(ops.matmul_few if few else ops.matvec)([ops.Product(w, out, first.rows)], x, **counted)]
         if not unpacked:
             return [ops.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)]
         if w.layout.name == "bf16":
-            return [ops.matmul_bf16(w.address, w, x, out, first.rows, **counted)]
-        return [ops.dequantize(w, unpacked), ops.matmul_bf16(unpacked, w, x, out, first.rows, **counted)]
+            return [matmul(w.address, w, x, out, first.rows, **counted)]
+        return [ops.dequantize(w, unpacked), matmul(unpacked, w, x, out, first.rows, **counted)]
 
     seconds = seconds_of(gpu, gpu.capture([launch for w in weights for launch in launches(w)]), 5) / len(weights)
     nbytes, flops = first.layout.nbytes(first.rows, first.columns), 2 * first.rows * first.columns * tokens
-    limit = nbytes / limits.copy / 1e9 if few and limits.copy else flops / limits.bf16 / 1e12 if not few and limits.bf16 else 0.0
+    needed = (
+        nbytes / limits.copy / 1e9 if by_memory and limits.copy else flops / limits.bf16 / 1e12 if not by_memory and limits.bf16 else 0.0
+    )
     return {
-        "name": f"{name} {first.rows}x{first.columns}",
+        "name": f"{'matmul_few' if few else 'matvec' if by_memory else 'matmul'} {first.rows}x{first.columns}",
         "tokens": tokens,
         "microseconds": seconds * 1e6,
         "gb_per_sec": nbytes / seconds / 1e9,
         "tflops": flops / seconds / 1e12,
-        "percent": 100 * limit / seconds if limit else None,
+        "percent": 100 * needed / seconds if needed else None,
     }
 
 

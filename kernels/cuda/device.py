@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cpu.compiler import cache_folder
+from ..cpu.cache import cache_folder
 from .launch import Kernel, Launch, source_text
 
 logger = logging.getLogger("pymistral.kernels")
@@ -70,6 +70,10 @@ class Device:
         if self.arch >= 90 and cupy.cuda.runtime.driverGetVersion() >= _OVERLAPS_IN_GRAPHS:
             self._driver = ctypes.CDLL("libcuda.so.1")
 
+    def has(self, kernel: Kernel) -> bool:
+        """Whether it need not be compiled any more."""
+        return kernel in self._functions
+
     def load(self, kernel: Kernel) -> Any:
         """The kernel, compiled. Raises ValueError if this GPU does not have its instructions."""
         known = self._functions.get(kernel)
@@ -85,7 +89,7 @@ class Device:
         if not kernel.only_there:
             return self._cupy.RawModule(code=source, options=options)
         # CuPy compiles for sm_90, and for sm_90a takes machine code in a file only.
-        path = Path(self._folder.name) / f"{len(self._functions)}.cubin"
+        path = Path(self._folder.name) / f"{kernel.name}-{abs(hash(kernel))}.cubin"
         path.write_bytes(self._machine_code(kernel, source, (*options, "-ftz=true", f"-arch=sm_{self.arch}a")))
         return self._cupy.RawModule(path=str(path))
 

@@ -354,10 +354,10 @@ class _CudaLowering(Lowering):
             return
         if self._is_gated_by_hopper(node):
             source, matrices = self._in(x, "bf16"), [self.model.weights.matrix(tensor) for tensor in (gate, up)]
-            (first, own), (second, other) = (self._unpack(matrix) for matrix in matrices)
-            out = self._out(node.output)
-            self.launches.append(ops.gated_matmul_hopper((first, second), matrices[0], source, options["activation"], out, **counted))
-            for buffer in (own, other):
+            unpacked = [self._unpack(matrix) for matrix in matrices]
+            addresses, out = (unpacked[0][0], unpacked[1][0]), self._out(node.output)
+            self.launches.append(ops.gated_matmul_hopper(addresses, matrices[0], source, options["activation"], out, **counted))
+            for _, buffer in unpacked:
                 if buffer is not None:
                     self._give_back(buffer)
             return
@@ -480,7 +480,7 @@ class _CudaLowering(Lowering):
             longest = limits.max_blocks * limits.block_size
             splits = ops.decode_splits(heads, counted["max_rows"], longest, model.gpu.multiprocessors, tensor_cores=cores)
             partials = self._new((ops.partial_floats(heads, counted["max_rows"], splits),), np.float32)
-            scratch = {"partials": partials.address, "arrived": model.arrived, "splits": splits, "tensor_cores": cores}
+            scratch: dict[str, Any] = {"partials": partials.address, "arrived": model.arrived, "splits": splits, "tensor_cores": cores}
             out = self._out(node.output)
             self.launches += ops.attention_decode(queries, heads, self.places, out, window=window, soft_cap=cap, **scratch, **counted)
             self._give_back(partials)

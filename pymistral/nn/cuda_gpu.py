@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cuda.device import Device
 from ..kernels.cuda.launch import Launch
+from .pool import available_threads
 
 
 class GpuLike(Protocol):
@@ -115,9 +117,8 @@ class Gpu:
             self._launcher.launch(launch)
 
     def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        self._load(launches)  # nothing may be loaded while a stream is captured
         with self._device, self._stream:
-            for launch in launches:
-                self._launcher.prepare(launch)  # nothing may be loaded while a stream is captured
             self._stream.begin_capture()
             try:
                 for launch in launches:
@@ -130,6 +131,21 @@ class Gpu:
                 graph.launch(self._stream)
 
         return run
+
+    def _load(self, launches: Sequence[Launch]) -> None:
+        """Compile what must be, a kernel to a thread: it takes a second or two each, and NVRTC leaves Python to others."""
+
+        def load(launch: Launch) -> None:
+            with self._device:
+                self._launcher.prepare(launch)
+
+        new = {launch.kernel: launch for launch in launches if not self._launcher.has(launch.kernel)}
+        with ThreadPoolExecutor(available_threads()) as threads:
+            for _ in threads.map(load, new.values()):
+                pass
+        with self._device:
+            for launch in launches:
+                self._launcher.prepare(launch)
 
     def free_memory(self) -> int:
         with self._device:

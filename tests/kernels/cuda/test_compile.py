@@ -19,13 +19,10 @@ PLACES = ops.Places(1, 1, 1, 1, 1, 8)
 def kernels() -> list[Kernel]:
     """One or more of each source, in the shapes that take most registers."""
     found = []
-    for name in ("q4_k", "q5_k", "q6_k", "q8_0", "iq2_xs", "f16", "bf16"):
-        for tokens, rows in itertools.product((8, 32), (4096, 8192, 16384)):
-            many = ops.Weights(LAYOUTS[name], 1, rows, 4096)
-            found.append(ops.matmul_few([ops.Product(many, 1, 1)], ROWS, accumulate=True, count=1, max_rows=tokens).kernel)
-        for tokens, rows in itertools.product((8, 32), (4096, 8192)):
-            many = ops.Weights(LAYOUTS[name], 1, rows, 4096)
-            found.append(ops.gated_matmul_few(many, many, ROWS, "silu", ROWS, count=1, max_rows=tokens).kernel)
+    for name, tokens, rows in itertools.product(("q4_k", "q5_k", "iq2_xs", "bf16"), (8, 32), (4096, 16384)):
+        many = ops.Weights(LAYOUTS[name], 1, rows, 4096)
+        found.append(ops.matmul_few([ops.Product(many, 1, 1)], ROWS, accumulate=True, count=1, max_rows=tokens).kernel)
+        found.append(ops.gated_matmul_few(many, many, ROWS, "silu", ROWS, count=1, max_rows=tokens).kernel)
     for name in ("q4_k", "q6_k", "q8_0", "iq2_xs", "bf16"):
         w = ops.Weights(LAYOUTS[name], 1, 4096, 4096)
         found.append(ops.matvec([ops.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=1).kernel)
