@@ -481,8 +481,8 @@ class _CudaLowering(Lowering):
             splits = ops.decode_splits(heads, counted["max_rows"], longest, model.gpu.multiprocessors, tensor_cores=cores)
             partials = self._new((ops.partial_floats(heads, counted["max_rows"], splits),), np.float32)
             scratch: dict[str, Any] = {"partials": partials.address, "arrived": model.arrived, "splits": splits, "tensor_cores": cores}
-            out = self._out(node.output)
-            self.launches += ops.attention_decode(queries, heads, self.places, out, window=window, soft_cap=cap, **scratch, **counted)
+            scratch |= {"window": window, "soft_cap": cap, **counted}
+            self.launches += ops.attention_decode(queries, heads, self.places, self._out(node.output), **scratch)
             self._give_back(partials)
         self._give_back(buffer)  # if it is a copy
 
