@@ -21,6 +21,7 @@
 
 #define PARTS 1   // stages in a chunk
 #define CHUNK 64  // columns
+#define HAS_HIGH_BITS 0
 
 // Of 64 columns, 8 c to 8 c + 7 of each 32.
 struct Own {
@@ -56,6 +57,7 @@ struct Decoder {
 
 #define PARTS 2
 #define CHUNK 128
+#define HAS_HIGH_BITS HIGH
 typedef Raw Own;
 
 __device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
@@ -169,7 +171,8 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
     unsigned stage = 0;
-#pragma unroll 2
+    const int together = HAS_HIGH_BITS ? 1 : 2;  // chunks that take turns with registers, so that none are copied; more bits need too many
+#pragma unroll together
     for (int base = 0; base < chunks; base += COLUMN_WARPS) {  // as often in all warps; behind the last column x is 0
         const int chunk = base + column_warp;
         Own own[TILES][2];
