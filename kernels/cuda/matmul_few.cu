@@ -12,7 +12,7 @@
 #define WARPS 8
 #define COLUMN_WARPS (WARPS / ROW_WARPS)
 #define GROUPS (TOKENS / 8)                             // of 8 rows of x, a fragment's
-#define STAGES (GROUPS == 4 && ROW_WARPS == 1 ? 2 : 4)  // of 64 columns of x, for each of COLUMN_WARPS, in shared memory
+#define STAGES 4                                        // of 64 columns of x, for each of COLUMN_WARPS, in shared memory
 #define STAGE (TOKENS * 64)
 #define STRIDE(tiles) (16 * (tiles) + 4)  // of a row of sums: four more spread a fragment over the banks
 #define ONES 0x3f803f80u                  // a pair of bfloat16
@@ -21,7 +21,6 @@
 
 #define PARTS 1   // stages in a chunk
 #define CHUNK 64  // columns
-#define HAS_HIGH_BITS 0
 
 // Of 64 columns, 8 c to 8 c + 7 of each 32.
 struct Own {
@@ -57,7 +56,6 @@ struct Decoder {
 
 #define PARTS 2
 #define CHUNK 128
-#define HAS_HIGH_BITS HIGH
 typedef Raw Own;
 
 __device__ __forceinline__ Own load_own(const Matrix& m, u32 first, int chunk) {
@@ -151,12 +149,14 @@ __device__ __forceinline__ void multiply_tiles(
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int j = 0; j < 2; j++) firsts[i][j] = (u32)min(rows[i] + lane / 4 + 8 * j, m[i].rows - 1) * m[i].blocks;
-    Own next[TILES][2];
-    auto fetch = [&](int chunk) {
+    // Chunks of weights that are on their way, with the one that is multiplied. With eight rows of x there are registers for more than two.
+    constexpr int words = TILES * 2 * (int)sizeof(Own) / 4, fit = 112 / words, depth = GROUPS > 1 || fit < 2 ? 2 : fit > 4 ? 4 : fit;
+    Own own[depth][TILES][2];
+    auto fetch = [&](Own (&target)[TILES][2], int chunk) {  // the last one again, if there is none
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) next[i][j] = load_own(m[i], firsts[i][j], chunk);
+            for (int j = 0; j < 2; j++) target[i][j] = load_own(m[i], firsts[i][j], chunk);
     };
 
     float sums[TILES][GROUPS][4];
@@ -166,26 +166,18 @@ __device__ __forceinline__ void multiply_tiles(
         for (int n = 0; n < GROUPS; n++)
 #pragma unroll
             for (int k = 0; k < 4; k++) sums[i][n][k] = 0.0f;
-    fetch(column_warp);
+#pragma unroll
+    for (int d = 0; d < depth; d++) fetch(own[d], d * COLUMN_WARPS + column_warp);
     wait_for_previous();  // weights are on their way before x is there
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) copy_x(s, s);
     unsigned stage = 0;
-    const int together = HAS_HIGH_BITS ? 1 : 2;  // chunks that take turns with registers, so that none are copied; more bits need too many
-#pragma unroll together
-    for (int base = 0; base < chunks; base += COLUMN_WARPS) {  // as often in all warps; behind the last column x is 0
-        const int chunk = base + column_warp;
-        Own own[TILES][2];
+    auto multiply = [&](const Own (&weights)[TILES][2]) {
         Decoder decoders[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) own[i][j] = next[i][j];
-        fetch(chunk + COLUMN_WARPS < chunks ? chunk + COLUMN_WARPS : chunk);  // always something, so that registers need not be copied
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) decoders[i][j].begin(own[i][j]);
+            for (int j = 0; j < 2; j++) decoders[i][j].begin(weights[i][j]);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             wait_copies<STAGES - 2>();
@@ -204,7 +196,7 @@ __device__ __forceinline__ void multiply_tiles(
                     for (int i = 0; i < TILES; i++) {
                         u32 a[4];
 #pragma unroll
-                        for (int j = 0; j < 2; j++) decoders[i][j].pairs(own[i][j], (part * 2 + unit) * 2 + half, a[j], a[j + 2]);
+                        for (int j = 0; j < 2; j++) decoders[i][j].pairs(weights[i][j], (part * 2 + unit) * 2 + half, a[j], a[j + 2]);
 #pragma unroll
                         for (int n = 0; n < GROUPS; n++) mma(sums[i][n], a, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
                     }
@@ -213,7 +205,14 @@ __device__ __forceinline__ void multiply_tiles(
         column += COLUMN_WARPS * CHUNK;
 #pragma unroll
         for (int n = 0; n < own_groups; n++) sources[n] += COLUMN_WARPS * CHUNK;
-    }
+    };
+    for (int base = 0; base < chunks; base += depth * COLUMN_WARPS)  // as often in all warps; behind the last column x is 0
+#pragma unroll
+        for (int d = 0; d < depth; d++) {
+            if (base + d * COLUMN_WARPS >= chunks) break;
+            multiply(own[d]);
+            fetch(own[d], base + (d + depth) * COLUMN_WARPS + column_warp);
+        }
     wait_copies<0>();
     __syncthreads();
     float* target = (float*)shared + warp * TOKENS * STRIDE(TILES);

@@ -32,8 +32,8 @@ __device__ __forceinline__ void dot_rows(
     const int piece = 16 / FLOAT_BYTES;  // columns in 16 bytes
     const int pieces = m[0].blocks * 32 / piece;
     const int ahead = WORDS_AHEAD / (4 * N);
-    for (int begin = lane; begin < pieces; begin += 32 * ahead) {
-        uint4 words[ahead][N];
+    uint4 words[ahead][N];
+    auto fetch = [&](int begin) {
 #pragma unroll
         for (int u = 0; u < ahead; u++)
 #pragma unroll
@@ -41,7 +41,8 @@ __device__ __forceinline__ void dot_rows(
                 const uint4* source = (const uint4*)(m[n].base + (i64)rows[n] * m[n].blocks * 32 * FLOAT_BYTES);
                 if (begin + 32 * u < pieces) words[u][n] = source[begin + 32 * u];
             }
-        wait_for_previous();
+    };
+    auto multiply = [&](int begin) {
 #pragma unroll
         for (int u = 0; u < ahead; u++) {
             const int p = begin + 32 * u;
@@ -65,17 +66,19 @@ __device__ __forceinline__ void dot_rows(
                     for (int i = 0; i < piece; i++) sums[n][t] += w[n][i] * a[i];
             }
         }
-    }
+    };
+    const int end = pieces;
 #else
     const int fit = WORDS_AHEAD / ((BITS + HIGH) * N), ahead = fit < 1 ? 1 : fit > 4 ? 4 : fit;  // 4 are a row of 4096 columns
-    for (int begin = lane; begin < m[0].blocks; begin += 32 * ahead) {
-        Raw raw[ahead][N];
+    Raw raw[ahead][N];
+    auto fetch = [&](int begin) {
 #pragma unroll
         for (int u = 0; u < ahead; u++)
 #pragma unroll
             for (int n = 0; n < N; n++)
                 if (begin + 32 * u < m[0].blocks) raw[u][n] = load_raw(m[n], rows[n], begin + 32 * u);
-        wait_for_previous();
+    };
+    auto multiply = [&](int begin) {
 #pragma unroll
         for (int u = 0; u < ahead; u++) {
             const int b = begin + 32 * u;
@@ -110,8 +113,16 @@ __device__ __forceinline__ void dot_rows(
                 }
             }
         }
-    }
+    };
+    const int end = m[0].blocks;
 #endif
+    fetch(lane);
+    wait_for_previous();
+    multiply(lane);
+    for (int begin = lane + 32 * ahead; begin < end; begin += 32 * ahead) {
+        fetch(begin);
+        multiply(begin);
+    }
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
@@ -146,7 +157,6 @@ extern "C" __global__ void matvec(
 #pragma unroll
     for (int r = 0; r < ROWS; r++) matrices[r] = matrix_at(weights, rows, blocks), own[r] = min(row + r, rows - 1);
     dot_rows<ROWS, TOKENS>(sums, matrices, own, Inputs{x_f32, x_q8, x_scales, x_stride}, first, live);
-    wait_for_previous();  // lanes behind the last column, too
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)

@@ -148,8 +148,7 @@ def _few_kernel(name: str, arguments: str, layout: Layout, max_rows: int, tiles:
     """Kernel, rows of x for each block, and bytes of shared memory: stages of x, then sums."""
     tokens = next((tokens for tokens in (8, 16) if max_rows <= tokens), 32)
     macros = _macros(TOKENS=tokens, MATRIX_TILES=tiles, ROW_WARPS=row_warps)
-    stages = 2 if tokens == 32 and row_warps == 1 else 4
-    shared = max(_FEW_WARPS // row_warps * stages * tokens * 64 * 2, _FEW_WARPS * tokens * (16 * tiles + 4) * 4)
+    shared = max(_FEW_WARPS // row_warps * 4 * tokens * 64 * 2, _FEW_WARPS * tokens * (16 * tiles + 4) * 4)
     return Kernel(name, "matmul_few.cu", arguments, (*layout.macros, *macros), 80), tokens, shared
 
 

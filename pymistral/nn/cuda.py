@@ -230,8 +230,8 @@ class _CudaLowering(Lowering):
         return "bf16" if self._tensor_cores(format.name) else "f32"
 
     def _few(self, format: str, rows: int) -> bool:
-        """Whether a product of so many rows is that of `ops.matmul_few`."""
-        return 1 < rows <= ops.FEW_ROWS and self._tensor_cores(format)
+        """Whether a product of so many rows is that of `ops.matmul_few`. Of one, too, for bfloat16: its `matvec` is no faster."""
+        return (1 if format == "bf16" else 2) <= rows <= ops.FEW_ROWS and self._tensor_cores(format)
 
     def _tensor_cores(self, format: str) -> bool:
         return self.model.gpu.arch >= 80 and format != "f32"
