@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cpu.cache import cache_folder
+from ..cpu import cache
 from .launch import Kernel, Launch, source_text
 
 logger = logging.getLogger("pymistral.kernels")
@@ -89,31 +88,12 @@ class Device:
         if not kernel.only_there:
             return self._cupy.RawModule(code=source, options=options)
         # CuPy compiles for sm_90, and for sm_90a takes machine code in a file only.
-        path = Path(self._folder.name) / f"{kernel.name}-{abs(hash(kernel))}.cubin"
-        path.write_bytes(self._machine_code(kernel, source, (*options, "-ftz=true", f"-arch=sm_{self.arch}a")))
-        return self._cupy.RawModule(path=str(path))
-
-    def _machine_code(self, kernel: Kernel, source: str, options: tuple[str, ...]) -> bytes:
-        """From the cache on disk, where its digest comes first, or compiled."""
+        options = (*options, "-ftz=true", f"-arch=sm_{self.arch}a")
         nvrtc = self._cupy.cuda.nvrtc
         key = hashlib.sha256("\0".join([source, *options, str(nvrtc.getVersion())]).encode()).hexdigest()
-        path = cache_folder() / f"{kernel.name}-{key[:32]}.cubin"
-        try:
-            kept = path.read_bytes()
-        except OSError:
-            kept = b""
-        if kept and hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST]:
-            return kept[_DIGEST:]
-        program = nvrtc.createProgram(source, kernel.source, (), ())
-        try:
-            nvrtc.compileProgram(program, options)
-            code: bytes = nvrtc.getCUBIN(program)
-        except nvrtc.NVRTCError as error:
-            raise RuntimeError(f"NVRTC does not compile {kernel.source} {options}:\n{nvrtc.getProgramLog(program)}") from error
-        finally:
-            nvrtc.destroyProgram(program)
-        _keep(path, hashlib.sha256(code).digest() + code)
-        return code
+        path = Path(self._folder.name) / f"{key}.cubin"
+        path.write_bytes(_machine_code(nvrtc, source, options, cache.cache_folder() / f"{kernel.name}-{key[:32]}.cubin"))
+        return self._cupy.RawModule(path=str(path))
 
     def prepare(self, launch: Launch) -> Any:
         """The kernel, loaded and allowed its shared memory."""
@@ -142,17 +122,24 @@ class Device:
             raise RuntimeError(f"NVIDIA's driver answers {code} to the launch of {launch.kernel.name} on {launch.grid} x {launch.block}")
 
 
-def _keep(path: Path, content: bytes) -> None:
-    """Write by rename, if we can: a read-only or full disk costs the next start some time, nothing else."""
+def _machine_code(nvrtc: Any, source: str, options: tuple[str, ...], kept_at: Path) -> bytes:
+    """From the cache on disk, where its digest comes first, or compiled."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()  # no fsync: what a crash damages, the digest finds
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        logger.info("compiled kernels cannot be kept in %s: %s", path.parent, error)
+        kept = kept_at.read_bytes()
+    except OSError:
+        kept = b""
+    if kept and hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST]:
+        return kept[_DIGEST:]
+    program = nvrtc.createProgram(source, kept_at.name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        code: bytes = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"NVRTC does not compile {kept_at.name} {options}:\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    try:
+        cache.write(kept_at, hashlib.sha256(code).digest() + code)
+    except OSError as error:  # a read-only or full disk costs the next start some time, nothing else
+        logger.info("compiled kernels cannot be kept in %s: %s", kept_at.parent, error)
+    return code
