@@ -41,6 +41,9 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     rows, columns = tensor.shape
     row_bytes = tensor.data.size // rows if tensor.isq is None else 4 * columns
     step = max(1, PART_BYTES // (row_bytes * ROWS)) * ROWS
+    if rows <= step and tensor.order is None:
+        yield tensor
+        return
     for first in range(0, rows, step):
         yield tensor.rows(first, min(first + step, rows))
 
