@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"kernels", "responses", "errors", "threads", "public_http"},
+    {"kernels", "responses", "errors", "threads", "garbage", "public_http"},
     {"nn", "requests", "quantization"},
     {"engine", "models", "loading", "tool_calls"},
     {"model", "model_group", "answer", "tool_rounds"},

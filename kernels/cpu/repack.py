@@ -11,7 +11,7 @@ import numpy as np
 
 from .grids import grid
 from .helpers import inline
-from .simd import load_i64, load_u8, load_u16, load_u32, store_i32, store_u8, store_u16
+from .simd import load_i64, load_u8, load_u16, load_u32, prefetch, store_i32, store_u8, store_u16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 
 _LOW = 0x0F0F0F0F
@@ -328,6 +328,9 @@ def repack(*, layout: str, block_bytes: int) -> Any:
         for tile in range(begin, end):
             for record in range(records):
                 header = tiles + (tile * records + record) * record_bytes
+                upcoming = source + 16 * ((tile + 1) * records + record) * block_bytes  # as many bytes of the next tile
+                for line in range(0, 16 * block_bytes, 64):
+                    prefetch(upcoming + line)
                 for row in range(min(16, rows - 16 * tile)):
                     block = source + ((16 * tile + row) * records + record) * block_bytes
                     for sub in range(subs):

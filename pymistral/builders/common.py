@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..agents.mcp_config import McpClientConfig, checked_mcp_config
 from ..errors import ModelLoadError, RequestValidationError
+from ..garbage import rare_collections
 from ..quantization.isq import IsqBits, IsqType
 from ..quantization.topology import Topology
 from ..requests import Tool
@@ -294,7 +295,8 @@ class Buildable(ABC):
 
     def load(self) -> Model:
         """As `build`, for code without an event loop: blocks until the model is loaded."""
-        model = self._load()
+        with rare_collections():
+            model = self._load()
         model._built_by(self)
         return model
 

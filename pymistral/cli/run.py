@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..garbage import rare_collections
 from .options import UsageError, add_model_options, add_sampling_options, sampling_for, sampling_overrides
 from .terminal import dim, harmless, status_line
 
@@ -78,23 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
 def load(model_id: str, threads: int | None, cache_type: str = "auto") -> BlockingModel:
     """The model, while a line on the terminal says what takes so long."""
-    with _rare_collections(), status_line():
+    with rare_collections(), status_line():
         from ..blocking import BlockingModel
         from ..builders import ModelBuilder, PagedAttentionMetaBuilder
 
         cache = PagedAttentionMetaBuilder(gpu_memory=None, paged_cache_type=cache_type).build()
         return BlockingModel.from_builder(ModelBuilder(model_id, threads=threads, paged_attn=cache))
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Imports and models stay: to look for garbage among them as often as Python does takes a thirtieth of the time to the first token."""
-    before = gc.get_threshold()
-    gc.set_threshold(10_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def default_system(model: BlockingModel) -> str:

@@ -13,7 +13,7 @@ from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, zeros
 from .pool import ThreadPool
-from .quantize import blocks_of, kernels_for, launch, parts, repacker, stored_blocks, tile_format
+from .quantize import PART_BYTES, blocks_of, kernels_for, launch_all, parts, repacker, stored_blocks, tile_format
 
 
 @dataclass
@@ -63,7 +63,8 @@ class TiledWeights:
         return [kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor)]
 
     def pack(self, kernels: dict[Spec, int], pool: ThreadPool) -> None:
-        """Blocks to tiles, a part at a time, each forgotten when done: the file and the tiles are never in memory together."""
+        """Blocks to tiles, some MB in one program, forgotten when done: the file and the tiles are never in memory together."""
+        batch = _Batch(pool)
         for matrix in self._matrices.values():
             tensor = matrix.tensor
             size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
@@ -71,8 +72,41 @@ class TiledWeights:
             target = address(matrix.tiles)
             for part in parts(tensor):
                 rows, columns = part.shape
+                batch.make_room(part.data.nbytes)
                 blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool)
-                launch(pool, repack, (address(blocks), target, rows, columns, matrix.tile_bytes), -(-rows // ROWS))
+                batch.add(tensor, part, blocks, (repack, (address(blocks), target, rows, columns, matrix.tile_bytes), -(-rows // ROWS)))
                 target += rows // ROWS * matrix.tile_bytes
-                forget(part.data)
-            forget(tensor.data)  # where parts were copies, in another order
+        batch.run()
+
+
+class _Batch:
+    """Parts of tensors that one program packs."""
+
+    def __init__(self, pool: ThreadPool) -> None:
+        self.pool = pool
+        self._clear()
+
+    def _clear(self) -> None:
+        self.nbytes = 0
+        self.launches: list[tuple[int, tuple[int, ...], int]] = []
+        self.blocks: list[NDArray[Any]] = []  # kept alive
+        self.sources: dict[int, NDArray[Any]] = {}
+
+    def make_room(self, nbytes: int) -> None:
+        """Pack what is there if it would be too much with so many bytes more."""
+        if self.nbytes + nbytes > PART_BYTES:
+            self.run()
+
+    def add(self, tensor: Tensor, part: Tensor, blocks: NDArray[Any], launch: tuple[int, tuple[int, ...], int]) -> None:
+        self.nbytes += part.data.nbytes
+        self.launches.append(launch)
+        self.blocks.append(blocks)
+        # of a tensor in another order the part is a copy
+        source = part.data if tensor.order is None else tensor.data
+        self.sources[address(source)] = source
+
+    def run(self) -> None:
+        launch_all(self.pool, self.launches)
+        for source in self.sources.values():
+            forget(source)
+        self._clear()

@@ -19,7 +19,7 @@ from ..quantization.types import BLOCK_SIZES, Tensor, block_size, quantized_byte
 from .memory import address, zeros
 from .pool import EXECUTOR_KERNELS, Launches, ThreadPool, available_threads, thread_pool
 
-_PART_BYTES = 4 << 20  # of a file's weights that are in memory at once while they are packed
+PART_BYTES = 4 << 20  # of a file's weights that are in memory at once while they are packed
 
 
 def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
@@ -40,7 +40,10 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor in pieces of whole tiles, each small enough to be worked on in memory."""
     rows, columns = tensor.shape
     row_bytes = tensor.data.size // rows if tensor.isq is None else 4 * columns
-    step = max(1, _PART_BYTES // (row_bytes * ROWS)) * ROWS
+    step = max(1, PART_BYTES // (row_bytes * ROWS)) * ROWS
+    if rows <= step and tensor.order is None:
+        yield tensor
+        return
     for first in range(0, rows, step):
         yield tensor.rows(first, min(first + step, rows))
 
@@ -115,8 +118,17 @@ def quantize(tensor: Tensor, isq: str, *, threads: int | None = None) -> NDArray
 
 def launch(pool: ThreadPool, kernel: int, slots: Sequence[int], units: int) -> None:
     """Run one kernel on all threads."""
-    arguments, one = np.array(slots, np.int64), np.ones(1, np.int64)
-    pool.run(Launches([(kernel, address(arguments), address(one), units, max(1, units // 64), 0)], pool.threads))
+    launch_all(pool, [(kernel, slots, units)])
+
+
+def launch_all(pool: ThreadPool, launches: Sequence[tuple[int, Sequence[int], int]]) -> None:
+    """Run kernels that do not wait for each other on all threads: each with its slots and units."""
+    one, arguments = np.ones(1, np.int64), [np.array(slots, np.int64) for _, slots, _ in launches]
+    records = [
+        (kernel, address(slots), address(one), units, max(1, units // 64), 0)
+        for (kernel, _, units), slots in zip(launches, arguments, strict=True)
+    ]
+    pool.run(Launches(records, pool.threads))
 
 
 def _floats(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
