@@ -87,7 +87,9 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
     # Numba reads these when it first makes code; a forced instruction set must not use what the host has beyond it.
     if isa.cpu != current_host().cpu:
         config.CPU_NAME, config.CPU_FEATURES = isa.cpu, isa.features
-    from numba import njit, types
+    from numba import types
+
+    from .pipeline import compile_function
 
     module, _, name = kernel.factory.partition(".")
     function = getattr(importlib.import_module(f"{__package__}.{module}"), name)(**dict(kernel.constants))
@@ -95,18 +97,7 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
     # theirs.
     function.__qualname__ = f"{name}_{kernel.key[:16]}"
     signature = types.void(*[types.intp] * function.__code__.co_argcount)
-    compiled = njit(signature, **JIT_OPTIONS)(function)
-    (result,) = compiled.overloads.values()
-    return CompiledKernel(result.fndesc.llvm_func_name, result.library._get_compiled_object())
-
-
-JIT_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
+    return CompiledKernel(*compile_function(function, signature))
 
 
 def _compile_here(kernels: Iterable[Spec], done: Callable[[Spec, CompiledKernel], None]) -> None:

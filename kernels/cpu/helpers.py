@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from numba import njit
 
-from .compiler import JIT_OPTIONS
+from .pipeline import OPTIONS
 
-inline = njit(forceinline=True, **JIT_OPTIONS)
+inline = njit(forceinline=True, **OPTIONS)

@@ -17,8 +17,8 @@ import numpy as np
 from numba import njit
 
 from . import sampling_layout as at
-from .compiler import JIT_OPTIONS
 from .helpers import inline
+from .pipeline import OPTIONS
 from .sampling_layout import BLOCK
 from .simd import (
     at_least,
@@ -57,7 +57,7 @@ from .simd import (
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
-routine = njit(**JIT_OPTIONS)  # as `inline`, for what is called from several places and is large
+routine = njit(**OPTIONS)  # as `inline`, for what is called from several places and is large
 
 
 @inline

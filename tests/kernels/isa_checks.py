@@ -99,7 +99,7 @@ def check_vectors() -> None:
     """Conversions and exp, whose code differs by instruction set, on every half float there is."""
     import llvmlite.binding as llvm
     from numba import config, njit, types
-    from pymistral.kernels.cpu import compiler, simd
+    from pymistral.kernels.cpu import simd
 
     isa = current_isa()
     if isa.cpu != llvm.get_host_cpu_name():
@@ -110,7 +110,7 @@ def check_vectors() -> None:
             for at in range(0, count, 16):
                 store(target + at * item_out, operation(load(source + at * item_in)))
 
-        return njit(types.void(types.intp, types.intp, types.intp), **{**compiler.JIT_OPTIONS, "no_cpython_wrapper": False})(kernel)
+        return njit(types.void(types.intp, types.intp, types.intp), error_model="numpy", boundscheck=False)(kernel)
 
     @njit
     def same(x):  # type: ignore[no-untyped-def]
