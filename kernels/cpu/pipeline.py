@@ -3,13 +3,15 @@
 By itself Numba optimises each function and makes machine code of it before another one takes it in. Helpers are called by kernels only:
 what they are made of is optimised within the kernel, once, and nothing but kernels becomes machine code. Nor does any of it reach
 Numba's execution engine.
+
+This is made of Numba's inner parts. A version that is not known here compiles with its own pipeline, and takes longer.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from numba import njit, version_info
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
@@ -85,13 +87,15 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
         return [passes]
 
 
+_KNOWN = (0, 61) <= version_info.short <= (0, 68)
+
 OPTIONS: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",
     "boundscheck": False,
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
-    "pipeline_class": _Compiler,
+    **({"pipeline_class": _Compiler} if _KNOWN else {}),
 }
 
 
@@ -99,4 +103,5 @@ def compile_function(function: Any, signature: Any) -> tuple[str, bytes]:
     """The symbol and the object file of a kernel."""
     compiled = njit(signature, **OPTIONS)(function)
     (result,) = compiled.overloads.values()
-    return result.fndesc.llvm_func_name, result.library.machine_code()
+    library = result.library
+    return result.fndesc.llvm_func_name, library.machine_code() if _KNOWN else library._get_compiled_object()

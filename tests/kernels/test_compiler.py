@@ -226,6 +226,13 @@ def test_a_frozen_application_never_starts_itself(tmp_path: Path) -> None:
     assert finish(python(source + DISTINCT, tmp_path)).split() == ["True"]
 
 
+def test_a_numba_that_is_not_known_compiles_with_its_own_pipeline(tmp_path: Path) -> None:
+    source = "import numba\ncompiler._compile_in_children = None\nsys.frozen = True\n"
+    source += "numba.version_info = numba.version_info._replace(short=(9, 9))\n"
+    source += DISTINCT + "from pymistral.kernels.cpu import pipeline\nprint('pipeline_class' in pipeline.OPTIONS)\n"
+    assert finish(python(source, tmp_path)).split() == ["True", "False"]
+
+
 def test_the_error_of_a_child_is_the_error(tmp_path: Path) -> None:
     process = python("load_kernels([*KERNELS, spec('matmul.matmul', layout='q9_9')])", tmp_path)
     _, errors = process.communicate(timeout=120)
