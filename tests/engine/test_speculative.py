@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pymistral.engine.core import EngineCore
 from pymistral.engine.speculative import DraftModel, NgramIndex, PromptLookup, Speculation, StepCost
 from pymistral.nn.sampling import SamplingProgram
 
+from . import fakes
 from .fakes import EOS, STOP_TOKEN, VOCAB, ByteTokenizer, Collector, Dry, FakeRunner, Params, logits_of
 from .test_core import Only, check_invariants, drain, greedy_alone, make_core, submit
 
@@ -352,7 +354,16 @@ def test_guesses_are_made_where_they_pay() -> None:
     assert speculation.lengths([0.9] * 4, [16] * 4, 4, 60) == [0] * 4
 
 
-def test_a_draft_model_that_takes_too_long_is_not_asked() -> None:
+def test_a_draft_model_that_takes_too_long_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on when a model computes, and at no other time."""
+    now = [0.0]
+
+    def compute(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(fakes, "time", SimpleNamespace(sleep=compute))
+    for module in ("core", "speculative"):
+        monkeypatch.setattr(f"pymistral.engine.{module}.perf_counter", lambda: now[0])
     small = Lookalike(0.0, num_blocks=64, block_size=4, delay=0.002)
     core = make_core(FakeRunner(delay=0.001), speculation=Speculation(DraftModel(small, VOCAB), 4))
     _, collector = submit(core, [65, 66], Params(max_len=100))
