@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,3 +85,29 @@ def test_a_kernel_that_another_gpu_needs(arch: int, message: str) -> None:
     device.arch, device._functions = arch, {}
     with pytest.raises(ValueError, match=message):
         device.load(Kernel("matmul_hopper", "matmul_hopper.cu", "", (), 90, only_there=True))
+
+
+def test_hoppers_own_kernels_are_loaded_from_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYMISTRAL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "loaded").mkdir()
+    nvrtc, modules = Nvrtc(), []
+    nvrtc.getVersion = lambda: (12, 8)  # type: ignore[attr-defined]
+
+    def module(**options: str) -> Any:
+        modules.append(options)
+        return SimpleNamespace(get_function=lambda name: f"function {name}")
+
+    device = object.__new__(Device)
+    device.arch, device._functions = 90, {}
+    device._folder = SimpleNamespace(name=str(tmp_path / "loaded"))  # type: ignore[assignment]
+    device._cupy = SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc), RawModule=module)
+    kernels = [Kernel("matmul_hopper", "matmul_hopper.cu", "", (("BN", str(width)),), 90, only_there=True) for width in (128, 256)]
+    assert [device.load(kernel) for kernel in kernels] == 2 * ["function matmul_hopper"]
+    assert all(device.has(kernel) for kernel in kernels)
+    paths = [Path(each["path"]) for each in modules]
+    assert len(set(paths)) == 2
+    assert all(path.read_bytes().startswith(b"machine code of #line 1") for path in paths)
+    assert [options[-1] for options in nvrtc.compiled] == 2 * ["-arch=sm_90a"]
+    assert len(list((tmp_path / "cache" / "kernels").glob("matmul_hopper-*.cubin"))) == 2
+    device.load(Kernel("norm_rows", "norm.cu", "", ()))
+    assert "code" in modules[-1]  # CuPy compiles and keeps it
