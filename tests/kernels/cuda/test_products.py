@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy_reference as ref
@@ -233,6 +233,27 @@ def test_matmul_few_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -
     del arrays
 
 
+def three_products(
+    gpu: Gpu, rng: np.random.Generator, kind: str, sizes: tuple[int, ...], make: Callable[..., Launch]
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], ref.Floats]]:
+    """Three rows times matrices of so many rows, three in a launch and then two: each product, x, and the matrix. What belongs to one is
+    never written into another's result.
+    """
+    made = [put(gpu, kind, rows, 512, rng) for rows in sizes]
+    x = inputs(rng, 3, 512)
+    rows, arrays = gpu.activations(x)
+    outs = [gpu.put(np.full((4, 40), 777, np.float32)) for _ in made]
+    products = [ops.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
+    for used in (3, 2):
+        gpu.run(make(products[:used], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
+        for (weights, values, _), out in list(zip(made, outs, strict=True))[:used]:
+            found = out.get()
+            assert np.all(found[3] == 777)
+            assert np.all(found[:, weights.rows :] == 777)
+            yield found[:3, : weights.rows], x, values
+    del arrays
+
+
 @pytest.mark.parametrize("blocks", [128, 1])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "BF16"])
 def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,21 +305,9 @@ def test_matmul_few_of_many_rows(gpu: Gpu, kind: str, rows: int, tokens: int, mo
 @pytest.mark.parametrize("blocks", [128, 1])
 def test_three_products_of_few_rows(gpu: Gpu, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_core_gpu(gpu)
-    rng = np.random.default_rng(13)
     monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
-    made = [put(gpu, "Q6_K", rows, 512, rng) for rows in (33, 7, 17)]
-    x = inputs(rng, 3, 512)
-    rows, arrays = gpu.activations(x)
-    outs = [gpu.put(np.full((4, 40), 777, np.float32)) for _ in made]
-    products = [ops.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
-    for used in (3, 2):
-        gpu.run(ops.matmul_few(products[:used], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
-        for (weights, values, _), out in list(zip(made, outs, strict=True))[:used]:
-            found = out.get()
-            check_few(found[:3, : weights.rows], x, values, np.zeros((3, weights.rows), np.float32))
-            assert np.all(found[3] == 777)
-            assert np.all(found[:, weights.rows :] == 777)
-    del arrays
+    for found, x, values in three_products(gpu, np.random.default_rng(13), "Q6_K", (33, 7, 17), ops.matmul_few):
+        check_few(found, x, values, np.zeros(found.shape, np.float32))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -413,22 +422,9 @@ def test_gated_products_of_a_warpgroup(gpu: Gpu, rows: int, columns: int, tokens
 
 
 def test_three_products_at_once(gpu: Gpu) -> None:
-    """Odd numbers of rows: what belongs to one matrix is never written into another's result."""
-    rng = np.random.default_rng(9)
-    made = [put(gpu, "Q4_K", rows, 512, rng) for rows in (33, 7, 2)]
-    x = inputs(rng, 3, 512)
-    rows, arrays = gpu.activations(x)
-    outs = [gpu.put(np.full((4, 40), 777, np.float32)) for _ in made]
-    products = [ops.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
-    for used in (3, 2):
-        gpu.run(ops.matvec(products[:used], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
-        for (weights, values, _), out in list(zip(made, outs, strict=True))[:used]:
-            wanted, bound = expected("Q4_K", values, x)
-            found = out.get()
-            assert np.all(np.abs(found[:3, : weights.rows] - wanted) <= bound)
-            assert np.all(found[3] == 777)
-            assert np.all(found[:, weights.rows :] == 777)
-    del arrays
+    for found, x, values in three_products(gpu, np.random.default_rng(9), "Q4_K", (33, 7, 2), ops.matvec):
+        wanted, bound = expected("Q4_K", values, x)
+        assert np.all(np.abs(found - wanted) <= bound)
 
 
 @pytest.mark.parametrize("kind", COMMON)
