@@ -12,6 +12,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
+from pymistral.kernels.cpu.geometry import usual_cache_type
+
 from pymistral.engine.runner import CpuRunner, cache_token_bytes
 from pymistral.engine.types import Segment
 from pymistral.nn.graph import OUTPUTS, TOKENS, Graph
@@ -39,7 +41,9 @@ FEWEST_PERCENT = 80
 def bytes_per_token(graph: Graph, context: float) -> float:
     """What one token reads of weights, as they lie in memory, and of a KV cache of ``context`` tokens."""
     matrices = multiplied(graph, {TOKENS, OUTPUTS}).matrices()
-    return sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices) + context * cache_token_bytes(graph)
+    return sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices) + context * cache_token_bytes(
+        graph, "auto", usual_cache_type()
+    )
 
 
 def runs_of(graph: Graph, threads: int, tokens: int, runs: int, probe: Callable[[], float]) -> tuple[list[float], list[float]]:

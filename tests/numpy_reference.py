@@ -183,6 +183,11 @@ def float8(x: Floats) -> Floats:
 def cached(x: Floats, cache_type: str) -> Floats:
     """Keys or values ``[..., head_dim]`` as the KV cache gives them back."""
     x = x.astype(np.float32)
+    if cache_type == "int16":
+        peak = np.abs(x).max(axis=-1, keepdims=True)
+        scale = cached(peak / np.float32(32600), "bf16").astype(np.float32)
+        factor = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=peak > 1e-35)
+        return np.rint(np.clip(x * factor, -32767, 32767)).astype(np.float64) * scale
     if cache_type in ("int8", "f8e4m3"):
         groups = x.reshape(*x.shape[:-1], -1, 32 if x.shape[-1] % 32 == 0 else 16)
         peak = np.abs(groups).max(axis=-1, keepdims=True)
@@ -210,17 +215,20 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     u: float = 2.0**-9,
+    floor: float = 0.0,
 ) -> tuple[Floats, Floats]:
     """Softmax attention of queries ``[tokens, heads, d]`` at ``positions`` over keys and values ``[length, kv_heads, d]``; and how far
     rounding of queries, keys, values and probabilities by a relative error of ``u`` may move it: ``2**-9`` for bfloat16.
 
     A score moves by at most ``2.01 u`` times the sum of its terms' sizes, so its probability by a factor within ``exp(2 * that)`` (its own
-    score and the normaliser's), and once more by ``2 u`` for its own rounding and the value's.
+    score and the normaliser's), and once more by ``2 u`` for its own rounding and the value's. Integers with a scale are off by a share
+    ``floor`` of a row's largest instead, however small they are.
     """
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("thd,shd->hts", q, k) * scale
     moved = np.einsum("thd,shd->hts", np.abs(q), np.abs(k)) * abs(scale) * 2.01 * u + 1e-6
+    moved += q.shape[2] * floor * abs(scale) * np.abs(q).max(2).T[:, :, None] * np.abs(k).max(2).T[:, None, :]
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
     keys = np.arange(len(k))
@@ -233,4 +241,4 @@ def attention(
     worst = np.where(visible[None], moved, 0).max(axis=2)
     factor = np.expm1(2 * worst) + 2.01 * u
     sizes = np.einsum("hts,shd->thd", p, np.abs(v))
-    return np.einsum("hts,shd->thd", p, v), sizes * factor.T[:, :, None] + 1e-6
+    return np.einsum("hts,shd->thd", p, v), sizes * factor.T[:, :, None] + floor * np.abs(v).max() + 1e-6

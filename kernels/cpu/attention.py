@@ -12,6 +12,7 @@ last. So a token's result depends neither on the item that it is in nor on wheth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .geometry import ATTENTION_CHUNK as CHUNK
@@ -272,6 +273,72 @@ def attention(*, head_dim: int, group: int) -> Any:
                 merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
             out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
             write_out(out, out_row, outputs, sums, tokens * group, group, head_dim)
+
+    return kernel
+
+
+def item_kernel(
+    *,
+    head_dim: int,
+    group: int,
+    capacity: int,
+    several: bool,
+    prepare: Callable[..., Any],
+    one_token: Callable[..., Any],
+    many_tokens: Callable[..., Any],
+) -> Any:
+    """A kernel as `attention` out of its parts, for `float_attention` and `int16_attention`.
+
+    An item has up to ``capacity`` rows of queries, and ``several`` tokens or one. ``prepare(q, bytes of a q row, rows, scratch)`` writes
+    them to the scratch; the other two take a chunk each, ``(slots, scratch, rows, block table, head, position of the first token, start,
+    stop, outputs, maxima, sums)``.
+    """
+    row_bytes = head_dim * 4
+    partial_bytes = partial_floats(group, head_dim) * 4
+
+    def kernel(slots, begin, end, thread):
+        q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
+        kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
+        window = load_i64(slots + 96)
+        outputs = load_i64(slots + 112) + thread * load_i64(slots + 120)
+        maxima = outputs + capacity * row_bytes
+        sums = maxima + capacity * 4
+        chunk_outputs = sums + capacity * 4
+        chunk_maxima = chunk_outputs + capacity * row_bytes
+        chunk_sums = chunk_maxima + capacity * 4
+        scratch = chunk_sums + capacity * 4
+        for unit in range(begin, end):
+            item = items + unit // kv_heads * 20
+            head = unit % kv_heads
+            first, tokens, only = load_i32(item), load_i32(item + 4), load_i32(item + 12)
+            table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
+            position = load_i32(positions + 4 * first)
+            q = load_i64(slots) + first * q_row + head * group * row_bytes
+            oldest = max(0, position - window + 1) if window else 0
+            rows = tokens * group
+            begins, ends = oldest // CHUNK * CHUNK, position + tokens
+            to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
+            if only >= 0:  # one chunk, left for `merge`
+                to_outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
+                to_maxima = to_outputs + group * row_bytes
+                to_sums = to_maxima + group * 4
+                clear(to_outputs, to_maxima, to_sums, group, head_dim)
+                begins, ends = max(begins, only * CHUNK), min(ends, only * CHUNK + CHUNK)
+            else:
+                clear(outputs, maxima, sums, rows, head_dim)
+            prepare(q, q_row, rows, scratch)
+            for start in range(begins, ends, CHUNK):
+                stop = min(ends, start + CHUNK)
+                if several and tokens > 1:
+                    many_tokens(slots, scratch, rows, table, head, position, start, stop, to_outputs, to_maxima, to_sums)
+                else:
+                    one_token(slots, scratch, rows, table, head, position, start, stop, to_outputs, to_maxima, to_sums)
+                if only < 0:
+                    merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
+            if only >= 0:
+                continue
+            out = load_i64(slots + 16) + first * out_row + head * group * row_bytes
+            write_out(out, out_row, outputs, sums, rows, group, head_dim)
 
     return kernel
 

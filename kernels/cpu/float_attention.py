@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import LOWEST, VISIBLE, clear, merge_chunk, soft_cap, write_out
-from .geometry import ATTENTION_CHUNK as CHUNK
+from .attention import LOWEST, VISIBLE, item_kernel, soft_cap
 from .geometry import FLOAT_LINE as LINE
-from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, partial_floats, query_tile_tokens, register_rows
+from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, query_tile_tokens, register_rows
 from .helpers import inline
 from .register_tiles import add_tiles, fma_tile, multiply_tile, store_tile, zero_tile
 from .simd import (
@@ -83,7 +82,7 @@ def softmax(line, width, first, limit, cap, maximum_at, sum_at):
 
 def attention(*, head_dim: int, group: int, cache: str) -> Any:
     """Slots as `attention.attention`'s."""
-    load, item_bytes, group_dims = _LOADERS[cache], cache_item_bytes(cache), cache_scale_group(head_dim)
+    load, item_bytes, group_dims = _LOADERS[cache], cache_item_bytes(cache), cache_scale_group(cache, head_dim)
     scaled = item_bytes == 1
     tile_rows = register_rows()  # of an item of several tokens
     parts = -(-group // tile_rows)
@@ -91,14 +90,19 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
     wide = 3 * part <= tile_rows and head_dim % 32 == 0  # two vectors at a time keep the multipliers busy
     vectors = 2 if wide else 1
     capacity = float_rows(group)
-    several = query_tile_tokens("float_attention", group) > 1
     row_bytes = head_dim * 4
     vector_bytes = head_dim * 16 * item_bytes  # of 16 positions of keys
     value_bytes = head_dim * item_bytes
     position_bytes = cache_row_bytes(cache, head_dim)
     shared = group_dims if scaled else head_dim  # dimensions whose products are added before they are scaled
-    partial_bytes = partial_floats(group, head_dim) * 4
     line_dims = max(1, 4 // item_bytes)  # dimensions of 16 keys in a line of the cache
+
+    @inline
+    def prepare(q, q_row, rows, queries):
+        for row in range(rows):
+            source, target = q + row // group * q_row + row % group * row_bytes, queries + row * row_bytes
+            for i in range(0, row_bytes, 64):
+                store_f32x16(target + i, load_f32x16(source + i))
 
     @inline
     def place(cache_at, table, block_size, kv_heads, head, at):
@@ -121,7 +125,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
                 store_f32x16(weights + row * LINE + line, load_f32x16(scores + row * LINE + line) * scale)
 
     @inline
-    def one_token(slots, q, table, head, position, start, stop, scores, outputs, maxima, sums):
+    def one_token(slots, q, rows, table, head, position, start, stop, outputs, maxima, sums):
         """A chunk for the rows of one token.
 
         Each block asks for the next one while it is worked through: a block lies anywhere, so the CPU cannot foresee it.
@@ -129,6 +133,7 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        scores = q + capacity * row_bytes
         weights = scores + capacity * LINE if scaled else scores
         for at in range(start, stop, 16 * vectors):
             block = place(keys, table, block_size, kv_heads, head, at)
@@ -192,11 +197,12 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
                     store_tile(high, out + 64, row_bytes)
 
     @inline
-    def many_tokens(slots, queries, rows, table, head, position, start, stop, scores, outputs, maxima, sums):
+    def many_tokens(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
         """A chunk for the rows of several tokens, as many as fit the registers at a time."""
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        scores = queries + capacity * row_bytes
         weights = scores + capacity * LINE if scaled else scores
         floats = weights + capacity * LINE
         for at in range(start, stop, 16):
@@ -237,51 +243,12 @@ def attention(*, head_dim: int, group: int, cache: str) -> Any:
                     tile = fma_tile(tile, load_f32x16(floats + 64 * j), p + 4 * j, LINE)
                 store_tile(tile, outputs + row * row_bytes + 4 * i, row_bytes)
 
-    def kernel(slots, begin, end, thread):
-        q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
-        kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
-        window = load_i64(slots + 96)
-        outputs = load_i64(slots + 112) + thread * load_i64(slots + 120)
-        maxima = outputs + capacity * row_bytes
-        sums = maxima + capacity * 4
-        chunk_outputs = sums + capacity * 4
-        chunk_maxima = chunk_outputs + capacity * row_bytes
-        chunk_sums = chunk_maxima + capacity * 4
-        queries = chunk_sums + capacity * 4
-        scores = queries + capacity * row_bytes
-        for unit in range(begin, end):
-            item = items + unit // kv_heads * 20
-            head = unit % kv_heads
-            first, tokens, only = load_i32(item), load_i32(item + 4), load_i32(item + 12)
-            table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
-            position = load_i32(positions + 4 * first)
-            q = load_i64(slots) + first * q_row + head * group * row_bytes
-            oldest = max(0, position - window + 1) if window else 0
-            rows = tokens * group
-            begins, ends = oldest // CHUNK * CHUNK, position + tokens
-            to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
-            if only >= 0:  # one chunk, left for `merge`
-                to_outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
-                to_maxima = to_outputs + group * row_bytes
-                to_sums = to_maxima + group * 4
-                clear(to_outputs, to_maxima, to_sums, group, head_dim)
-                begins, ends = max(begins, only * CHUNK), min(ends, only * CHUNK + CHUNK)
-            else:
-                clear(outputs, maxima, sums, rows, head_dim)
-            for token in range(tokens if tokens > 1 else 0):
-                for i in range(0, group * row_bytes, 64):
-                    store_f32x16(queries + token * group * row_bytes + i, load_f32x16(q + token * q_row + i))
-            for start in range(begins, ends, CHUNK):
-                stop = min(ends, start + CHUNK)
-                if several and tokens > 1:
-                    many_tokens(slots, queries, rows, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
-                else:
-                    one_token(slots, q, table, head, position, start, stop, scores, to_outputs, to_maxima, to_sums)
-                if only < 0:
-                    merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
-            if only >= 0:
-                continue
-            out = load_i64(slots + 16) + first * out_row + head * group * row_bytes
-            write_out(out, out_row, outputs, sums, rows, group, head_dim)
-
-    return kernel
+    return item_kernel(
+        head_dim=head_dim,
+        group=group,
+        capacity=capacity,
+        several=query_tile_tokens("float_attention", group) > 1,
+        prepare=prepare,
+        one_token=one_token,
+        many_tokens=many_tokens,
+    )

@@ -31,7 +31,10 @@ def gated_scratch_bytes() -> int:
     return 2 * current_isa().tokens * 128
 
 
-_CACHE_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "bf16 pairs": 2, "f8e4m3": 1, "int8": 1}
+_CACHE_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "bf16 pairs": 2, "int16": 2, "f8e4m3": 1, "int8": 1}
+
+
+_SCALED = ("int16", "int8", "f8e4m3")
 
 
 def cache_layout(cache_type: str) -> str:
@@ -44,19 +47,27 @@ def cache_item_bytes(layout: str) -> int:
     return _CACHE_ITEM_BYTES[layout]
 
 
-def cache_scale_group(head_dim: int) -> int:
-    """Dimensions of a key or value of 8 bits that share a scale."""
-    return 32 if head_dim % 32 == 0 else 16
+def usual_cache_type() -> str:
+    """The type of 16 bits that this CPU multiplies fastest."""
+    isa = current_isa()
+    return "int16" if isa.name in ("avx512vnni", "avxvnni", "avx2") and not isa.has_bf16 else "bf16"
+
+
+def cache_scale_group(layout: str, head_dim: int) -> int:
+    """Dimensions of a key or value in integers, or of 8 bits, that share a scale."""
+    return head_dim if layout == "int16" else 32 if head_dim % 32 == 0 else 16
 
 
 def cache_row_bytes(layout: str, head_dim: int) -> int:
     """Bytes of the key, or of the value, that one head has at one position, with its scales."""
-    scales = head_dim // cache_scale_group(head_dim) if cache_item_bytes(layout) == 1 else 0
+    scales = head_dim // cache_scale_group(layout, head_dim) if layout in _SCALED else 0
     return head_dim * cache_item_bytes(layout) + 2 * scales
 
 
 def attention_module(layout: str, group: int, head_dim: int) -> str:
     """Which module's kernel attends to such a cache."""
+    if layout == "int16":
+        return "int16_attention"
     if layout != "bf16 pairs":
         return "float_attention"
     return "amx_attention" if current_isa().has_amx and group <= 16 and head_dim % 32 == 0 else "attention"
@@ -77,7 +88,7 @@ def query_tile_tokens(module: str, group: int) -> int:
     """Tokens in an item of attention, at most."""
     if module == "amx_attention":
         return QUERY_TILES * (32 // group)
-    rows = float_rows(group) if module == "float_attention" else current_isa().tokens
+    rows = float_rows(group) if module in ("float_attention", "int16_attention") else current_isa().tokens
     return max(1, rows // group)
 
 
@@ -88,6 +99,8 @@ def attention_scratch_bytes(module: str, group: int, head_dim: int) -> int:
         return 32 * (ATTENTION_CHUNK + 16 + head_dim + 2) * 4 + QUERY_TILES * pair
     if module == "float_attention":  # scores twice, and what is widened
         return float_rows(group) * (3 * 4 * head_dim + 16 + 2 * FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
+    if module == "int16_attention":  # two numbers more for each row, queries of 16 bits, and a chunk's scales
+        return float_rows(group) * (2 * 4 * head_dim + 2 * head_dim + 24 + FLOAT_LINE) + 8 * ATTENTION_CHUNK
     rows = query_tile_tokens(module, group) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 

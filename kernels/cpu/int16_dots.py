@@ -1,4 +1,4 @@
-"""Dot products of int16 activations with the weights' quants: for logits, where 8 bits of activation would show.
+"""Dot products of int16: of activations with the weights' quants, for logits, where 8 bits of activation would show; and of attention.
 
 Quants are bytes. Those of even and of odd columns become words by a mask and by a shift, and the activations lie in that order.
 """
@@ -10,11 +10,12 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from .int8_dots import has_sse2, settled, sse2_pair_sums
 from .isa import current_isa
-from .register_tiles import each
-from .simd import _I16, _I32, _call, _constant, _halves, _join, _operation, _store, i32x16
+from .register_tiles import each, scalar_row, tile_type
+from .simd import _F32, _I16, _I32, _call, _constant, _halves, _join, _operation, _store, f32x16, i32x16
 
 WORDS = ir.VectorType(_I16, 32)
 _ORDER = [4 * group + place for group in range(4) for place in (0, 2, 1, 3)]
@@ -35,6 +36,57 @@ def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], An
         for pair, words in enumerate(_words(b, quants(group))):
             tile = each(b, tile, lambda t, total: _dot(b, total, words, activations(group, pair, t)))  # noqa: B023
     return tile
+
+
+@intrinsic(prefer_literal=True)
+def zero_words(typing_context, rows):
+    """A tile of ``rows`` (a literal) vectors of int32 zeros."""
+    count = rows.literal_value
+
+    def codegen(context, b, sig, values):
+        return each(b, ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined), lambda t, _: _constant(i32x16.llvm, 0))
+
+    return tile_type(i32x16, count)(rows), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_words(typing_context, tile, words, address, stride):
+    """``tile[t]`` plus the products of the pairs of int16 in ``words`` with the pair at ``address + t * stride``, which all lanes share.
+
+    The stride is a literal.
+    """
+
+    def codegen(context, b, sig, values):
+        step = sig.args[3].literal_value
+
+        def add(t, total):
+            return _dot(b, total, b.bitcast(values[1], WORDS), b.bitcast(scalar_row(b, values[2], step, t, _I32), WORDS))
+
+        return each(b, values[0], add)
+
+    return tile(tile, i32x16, types.intp, stride), codegen
+
+
+@intrinsic
+def scaled_floats(typing_context, tile, scales):
+    """A tile of int32 as float32, row ``t`` times the float32 at ``scales + 4 t``."""
+    count = tile.count
+
+    def codegen(context, b, sig, values):
+        result = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+
+        def scaled(t, _):
+            return b.fmul(b.sitofp(b.extract_value(values[0], t), f32x16.llvm), scalar_row(b, values[1], 4, t, _F32))
+
+        return each(b, result, scaled)
+
+    return tile_type(f32x16, count)(tile, types.intp), codegen
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_i16x16(b, address, values):
+    """Sixteen int32 that fit as int16."""
+    _store(b, address, b.trunc(values, ir.VectorType(_I16, 16)))
 
 
 def _words(b: Any, quants: Any) -> tuple[Any, Any]:
@@ -72,6 +124,9 @@ def _dot(b: Any, total: Any, x: Any, y: Any) -> Any:
     if isa.has_avx512:
         return _call(b, "llvm.x86.avx512.vpdpwssd.512", total.type, total, b.bitcast(x, total.type), b.bitcast(y, total.type))
     doubles = ir.VectorType(_I32, 8)
+    if isa.name == "avx2":
+        parts = zip(_halves(b, total), _halves(b, x), _halves(b, y), strict=True)
+        return _join(b, [b.add(t, _call(b, "llvm.x86.avx2.pmadd.wd", doubles, p, q)) for t, p, q in parts])
     if isa.name == "avxvnni":
         parts = zip(_halves(b, total), _halves(b, x), _halves(b, y), strict=True)
         name = "llvm.x86.avx512.vpdpwssd.256"

@@ -6,6 +6,7 @@ from typing import Any
 
 from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group
 from .helpers import inline
+from .int16_dots import store_i16x16
 from .norm import normalize
 from .simd import (
     bits_to_f32,
@@ -33,12 +34,13 @@ from .simd import (
     store_f32,
     store_f32x16,
     store_i8x16,
+    store_i32,
     store_u8,
     store_u16,
 )
 
 # what a type can hold; beside a scale that may be rounded up, nearly any float
-_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "bf16 pairs": 3.38e38, "f8e4m3": 3.3e38, "int8": 3.3e38}
+_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "bf16 pairs": 3.38e38, "int16": 3.3e38, "f8e4m3": 3.3e38, "int8": 3.3e38}
 _SMALLEST = 1e-35  # what shares a scale becomes zeros if its largest is below
 
 
@@ -80,8 +82,9 @@ def _writer(layout: str, head_dim: int) -> Any:
     """What writes one key and one value to their block, at an offset."""
     item_bytes = cache_item_bytes(layout)
     largest = _LARGEST[layout]
-    steps = {"int8": 127.0, "f8e4m3": 448.0}.get(layout)  # what the largest of a row becomes
-    group = cache_scale_group(head_dim)
+    # What the largest of a row becomes, and what it may be: the scale may have been rounded down, which 8 bits do not show.
+    steps, most = {"int16": (32600.0, 32767.0), "int8": (127.0, 127.0), "f8e4m3": (448.0, 448.0)}.get(layout, (0.0, 0.0))
+    group = cache_scale_group(layout, head_dim)
     copy = _store_item(item_bytes)
 
     @inline
@@ -99,6 +102,8 @@ def _writer(layout: str, head_dim: int) -> Any:
             store_bf16x16(target, x)
         elif layout == "f8e4m3":
             store_f8x16(target, x)
+        elif layout == "int16":
+            store_i16x16(target, round_to_i32(x))
         else:
             store_i8x16(target, round_to_i32(x))
 
@@ -118,8 +123,7 @@ def _writer(layout: str, head_dim: int) -> Any:
             store_u16(scales + first // group * stride, f32_to_bits(scale) >> 16)
             factor = splat_f32(1.0 / scale if size > _SMALLEST else 0.0)
             for i in range(first, first + group, 16):
-                # the scale may have been rounded down
-                row = minimum(maximum(bounded(x + 4 * i) * factor, splat_f32(-steps)), splat_f32(steps))
+                row = minimum(maximum(bounded(x + 4 * i) * factor, splat_f32(-most)), splat_f32(most))
                 put(target + item_bytes * i, row)
 
     @inline
@@ -133,6 +137,16 @@ def _writer(layout: str, head_dim: int) -> Any:
             return
         scales = block_size * head_dim * item_bytes
         put_row(k, k, key_block + scales + 2 * offset, 2 * block_size)  # narrowed in place
+        if layout == "int16":
+            put_row(v, v, value_block + scales + 2 * offset, 2 * block_size)
+            key = key_block + offset // 16 * head_dim * 32 + offset % 16 * 4
+            value = value_block + offset // 2 * 64 + offset % 2 * 2
+            for i in range(0, head_dim, 2):
+                store_i32(key + 32 * i, load_i32(k + 2 * i))
+            for i in range(0, head_dim, 16):
+                for j in range(16):
+                    copy(v + 2 * (i + j), value + i * 2 * block_size + 4 * j)
+            return
         key = key_block + (offset // 16 * head_dim * 16 + offset % 16) * item_bytes
         for i in range(head_dim):
             copy(k + i * item_bytes, key + i * 16 * item_bytes)
@@ -149,6 +163,8 @@ def rope_and_cache(*, head_dim: int, cache: str) -> Any:
     multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16 and lie behind the items,
     ``[head_dim / 32][B]``. In ``bf16 pairs``, for CPUs that
     multiply such, the order is keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and values ``[B / 2][head_dim][2 positions]``.
+    ``int16`` has such keys, values ``[head_dim / 16][B / 2][16 dimensions][2 positions]``, and behind them a scale for each position, with
+    which the largest becomes about 32,600.
 
     Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9
     k norm weight or 0,

@@ -488,11 +488,12 @@ def make_runner(
 ) -> CpuRunner | CudaRunner:
     """The recorded model on its device, with a KV cache of the size that was asked for."""
     from ..engine.runner import CpuRunner, cache_token_bytes
+    from ..kernels.cpu.geometry import usual_cache_type
 
     paged_attn = options.paged_attn
     block_size = paged_attn.block_size if paged_attn else None
     cache_type = paged_attn.cache_type.value if paged_attn else "auto"
-    token_bytes = cache_token_bytes(graph, cache_type) if paged_attn else 0
+    token_bytes = cache_token_bytes(graph, cache_type, "bf16" if device else usual_cache_type()) if paged_attn else 0
     if device is None:
         return CpuRunner(
             graph,

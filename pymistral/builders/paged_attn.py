@@ -56,15 +56,16 @@ MemoryGpuConfig = ContextSize | MbAmount | Utilization
 
 
 class PagedCacheType(OptionEnum):
-    """How keys and values are kept. In the types of 8 bits, 32 dimensions share a scale.
+    """How keys and values are kept. In the types of 8 bits, 32 dimensions share a scale, in INT16 each key or value has one.
 
-    AUTO: BF16, or F32 for a model all of whose matrices are float32.
+    AUTO: F32 for a model all of whose matrices are float32; else INT16 on x86 CPUs that do not multiply bfloat16, and BF16 on all others.
     """
 
     AUTO = "auto"
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
+    INT16 = "int16"
     F8E4M3 = "f8e4m3"
     INT8 = "int8"
 

@@ -54,7 +54,7 @@ def add_cache_type(parser: argparse.ArgumentParser) -> None:
         "--pa-cache-type",
         metavar="TYPE",
         default="auto",
-        help="how the KV cache keeps keys and values: auto, f32, f16 or bf16; f8e4m3 or int8 for half the memory (default: auto)",
+        help="how the KV cache keeps keys and values: auto, f32, f16, bf16 or int16; f8e4m3 or int8 for half the memory (default: auto)",
     )
 
 

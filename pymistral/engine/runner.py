@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
-from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_bytes
+from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_bytes, usual_cache_type
 from ..nn.cache_groups import cache_groups
 from ..nn.cpu import compile_for_prompts
 from ..nn.cpu_program import CpuProgram
@@ -168,7 +168,7 @@ class CpuRunner(PagedRunner):
     cache_tokens
         Room of the KV cache in tokens, over all sequences; None: what the model and the free memory suggest.
     cache_type
-        How keys and values are kept: ``auto``, ``f32``, ``f16``, ``bf16``, ``f8e4m3`` or ``int8``.
+        How keys and values are kept: ``auto``, ``f32``, ``f16``, ``bf16``, ``int16``, ``f8e4m3`` or ``int8``.
     progress
         Told how many kernels are compiled, if any must be.
 
@@ -191,7 +191,7 @@ class CpuRunner(PagedRunner):
         progress: Progress | None = None,
     ) -> None:
         if cache_tokens is None:
-            cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph, cache_type))
+            cache_tokens = _suggested_cache(max_position_embeddings, cache_token_bytes(graph, cache_type, usual_cache_type()))
         super().__init__(
             graph,
             max_position_embeddings=max_position_embeddings,
@@ -290,9 +290,9 @@ def _divided(segment: Segment) -> tuple[Segment, Segment]:
     return prompt, Segment(segment.tokens[count:], segment.start + count, table, outputs, further_tables=further)
 
 
-def cache_token_bytes(graph: Graph, cache_type: str = "auto") -> int:
-    """Bytes of KV cache for one token: the keys and values of all layers, with their scales."""
-    layout = cache_layout(graph.cache_type(cache_type))
+def cache_token_bytes(graph: Graph, cache_type: str = "auto", usual: str = "bf16") -> int:
+    """Bytes of KV cache for one token: the keys and values of all layers, with their scales. ``auto`` is ``usual`` (`Graph.cache_type`)."""
+    layout = cache_layout(graph.cache_type(cache_type, usual))
     heads = [(node.inputs[1].columns, node.attributes["head_dim"]) for node in graph.nodes if node.op == "attention"]
     return sum(2 * (columns // head_dim) * cache_row_bytes(layout, head_dim) for columns, head_dim in heads)
 

@@ -502,7 +502,7 @@ class _Lowering(Lowering):
         heads, kv_heads = q.columns // head_dim, k.columns // head_dim
         group = heads // kv_heads
         limits = self.limits
-        layout = geometry.cache_layout(self.cache_type)
+        layout = geometry.cache_layout(self.graph.cache_type(limits.cache_type, geometry.usual_cache_type()))
         module = geometry.attention_module(layout, group, head_dim)
         shape = (limits.num_blocks, kv_heads, limits.block_size * geometry.cache_row_bytes(layout, head_dim))
         group_of_layers, place = self.groups.places[len(self.state.caches)] if limits.groups > 1 else (0, len(self.state.caches))

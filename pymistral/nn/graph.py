@@ -87,9 +87,9 @@ class Graph:
         """Whether all matrices are float32: then attention and its cache are, too."""
         return {tensor.layout for tensor in self.matrices()} == {"f32"}
 
-    def cache_type(self, wanted: str = "auto") -> str:
-        """The type of keys and values; ``auto`` is float32 for a model in float32, and bfloat16 for all others."""
-        return wanted if wanted != "auto" else "f32" if self.exact else "bf16"
+    def cache_type(self, wanted: str = "auto", usual: str = "bf16") -> str:
+        """The type of keys and values; ``auto`` is float32 for a model in float32, and what is ``usual`` for all others."""
+        return wanted if wanted != "auto" else "f32" if self.exact else usual
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ class Lowering(ABC):
     def __init__(self, graph: Graph, limits: Limits) -> None:
         self.graph = graph
         self.limits = limits
-        self.cache_type = graph.cache_type(limits.cache_type)
         self.order = {id(node): index for index, node in enumerate(graph.nodes)}  # when a node has read its inputs
         self.makers = {node.output: index for index, node in enumerate(graph.nodes)}
         self.users: dict[Array, list[Node]] = {}

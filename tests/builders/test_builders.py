@@ -158,7 +158,7 @@ def test_types_of_the_cache() -> None:
         assert by_keyword == PagedAttentionMetaBuilder().with_paged_cache_type(value).build()
         assert by_keyword.cache_type is PagedCacheType.INT8
     for bad in ("q4_0", "", 8, None):
-        with pytest.raises(ModelLoadError, match=r"type must be one of 'auto', 'f32', 'f16', 'bf16', 'f8e4m3', 'int8', got"):
+        with pytest.raises(ModelLoadError, match=r"type must be one of 'auto', 'f32', 'f16', 'bf16', 'int16', 'f8e4m3', 'int8', got"):
             PagedAttentionMetaBuilder().with_paged_cache_type(bad).build()  # type: ignore[arg-type]
     assert PagedAttentionMetaBuilder(gpu_memory=None).build().tokens(100) is None
     assert PagedAttentionMetaBuilder(gpu_memory=MbAmount(1)).build().tokens(100) == 2**20 // 100

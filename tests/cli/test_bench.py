@@ -41,7 +41,7 @@ def test_the_type_of_the_cache(cli: Cli, gguf: str, builders: list[Any]) -> None
     assert [builder.paged_attn.cache_type for builder in builders] == ["int8", "f32", "auto"]
     outcome = cli("run", "Hi", "--pa-cache-type", "q4")
     assert (outcome.code, outcome.err.count("\n")) == (1, 1)
-    assert "'auto', 'f32', 'f16', 'bf16', 'f8e4m3', 'int8'" in outcome.err
+    assert "'auto', 'f32', 'f16', 'bf16', 'int16', 'f8e4m3', 'int8'" in outcome.err
 
 
 def test_json(cli: Cli, gguf: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.geometry import usual_cache_type
 from pymistral.kernels.cpu.isa import current_isa
 
 from pymistral.engine.runner import CpuRunner
@@ -21,7 +22,7 @@ from pymistral.nn import functional as F
 
 VOCABULARY, HIDDEN = 40, 64
 CONTEXT = 300
-CACHE_TYPES = ("f32", "f16", "bf16", "f8e4m3", "int8")
+CACHE_TYPES = ("f32", "f16", "bf16", "int16", "f8e4m3", "int8")
 
 
 def runner(table: NDArray[np.float32] | None = None, **options: Any) -> CpuRunner:
@@ -100,19 +101,23 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoded(cache: NDArray[np.uint8], cache_type: str, keys: bool) -> NDArray[np.float64]:
     """The first block of the first head, as `rope.rope_and_cache` states it: ``[32 positions][32 dimensions]``."""
-    item = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f8e4m3": np.uint8, "int8": np.int8}[cache_type]
+    items_of = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "int16": np.int16, "f8e4m3": np.uint8, "int8": np.int8}
+    item = items_of[cache_type]
     block = cache[0, 0]
     items = block[: 32 * 32 * np.dtype(item).itemsize].view(item)
-    items = items.reshape(2, 32, 16).transpose(0, 2, 1).reshape(32, 32) if keys else items.reshape(32, 32)
+    if cache_type == "int16":  # pairs of dimensions of 16 keys, of positions of 16 dimensions of values
+        items = items.reshape(2, 16, 16, 2).transpose((0, 2, 1, 3) if keys else (1, 3, 0, 2)).reshape(32, 32)
+    else:
+        items = items.reshape(2, 32, 16).transpose(0, 2, 1).reshape(32, 32) if keys else items.reshape(32, 32)
     if cache_type == "bf16":
         return (items.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if cache_type == "f8e4m3":
         exponents, mantissas = items >> 3 & 15, items & 7
         sizes = np.where(exponents > 0, (8.0 + mantissas) * 2.0 ** (exponents.astype(int) - 10), mantissas * 2.0**-9)
         items = np.where(items > 127, -sizes, sizes)
-    if cache_type not in ("f8e4m3", "int8"):
+    if cache_type not in ("int16", "f8e4m3", "int8"):
         return items.astype(np.float64)
-    scales = (block[32 * 32 :].view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # one for each position
+    scales = (block[np.dtype(item).itemsize * 32 * 32 :].view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # one for each position
     return items.astype(np.float64) * scales[:, None]
 
 
@@ -144,8 +149,9 @@ def test_what_the_cache_holds(cache_type: str, seed: int, power: int, spread: in
 
 
 def test_bytes_of_a_token() -> None:
-    """Two heads of 32 dimensions, keys and values; those of 8 bits have a scale of 16 bits. The cache takes that and no more."""
-    for cache_type, wanted in {"f32": 512, "f16": 256, "bf16": 256, "auto": 256, "int8": 136, "f8e4m3": 136}.items():
+    """Two heads of 32 dimensions, keys and values; int16 and those of 8 bits have a scale of 16 bits. The cache takes that and no more."""
+    sizes = {"f32": 512, "f16": 256, "bf16": 256, "int16": 264, "int8": 136, "f8e4m3": 136}
+    for cache_type, wanted in {**sizes, "auto": sizes[usual_cache_type()]}.items():
         run = runner(cache_type=cache_type)
         assert sum(array.nbytes for array in run.program.state.caches[0]) == wanted * run.num_blocks * run.block_size
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pymistral.engine.runner import CpuRunner
 from pymistral.engine.types import Segment
+from pymistral.kernels.cpu.geometry import usual_cache_type
 from pymistral.nn import Rope
 from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
@@ -29,10 +30,17 @@ SHAPES = [(1, 16), (3, 64), (4, 32), (8, 48), (4, 256), (1, 128), (16, 64)]
 # Cache type -> relative errors beside those of `numpy_reference.cached`. In float32: the sums of up to 256 products and 1500 positions.
 # In the others, what is next to the middle of two steps may become either of them after a rotation in float32; and where the CPU
 # multiplies bfloat16, queries and probabilities become that.
-U = {"f32": 2.0**-17, "f16": 2.0**-9, "bf16": 2.0**-9, "bf16 pairs": 2.0**-9, "f8e4m3": 2.0**-9, "int8": 2.0**-9}
+# In int16 a step of queries, or of probabilities, is what 64 of them, or 256, together are over 65,000: half of that for each of them is
+# the floor.
+FLOOR = {"int16": 2.0**-9}
+U = {"f32": 2.0**-17, "f16": 2.0**-9, "bf16": 2.0**-9, "bf16 pairs": 2.0**-9, "int16": 2.0**-12, "f8e4m3": 2.0**-9, "int8": 2.0**-9}
+# of the type that models have on this CPU
+USUAL = {"int16": {"u": U["int16"], "floor": FLOOR["int16"], "rms": 1e-3}}.get(
+    usual_cache_type(), {"u": U["bf16"], "floor": 0.0, "rms": 0.01}
+)
 # every type with one shape, and every way to fill the registers with two
 CASES = [(3, 64, None, cache_type) for cache_type in U] + [
-    (*shape, cache_type) for shape in ((8, 48, 100), (1, 16, 200), (4, 256, 40)) for cache_type in ("bf16", "int8")
+    (*shape, cache_type) for shape in ((8, 48, 100), (1, 16, 200), (4, 256, 40)) for cache_type in ("bf16", "int16", "int8")
 ]
 
 
@@ -61,10 +69,10 @@ def random_qkv(rng: np.random.Generator, tokens: int, kv_heads: int, group: int,
 
 
 def check(found: NDArray[np.float32], wanted: ref.Floats, bound: ref.Floats) -> None:
-    """Each value within the worst case of bfloat16; all together much closer, as errors of random sign are."""
+    """Each value within the worst case of 16 bits; all together much closer, as errors of random sign are."""
     error = np.abs(found.reshape(wanted.shape) - wanted)
     assert np.all(error <= bound)
-    assert np.sqrt((error**2).mean()) <= 0.01 * np.sqrt((wanted**2).mean()) + 1e-6
+    assert np.sqrt((error**2).mean()) <= USUAL["rms"] * np.sqrt((wanted**2).mean()) + 1e-6
 
 
 @pytest.mark.parametrize(("group", "head_dim"), SHAPES)
@@ -81,7 +89,9 @@ def test_one_sequence(group: int, head_dim: int, seed: int, tokens: int, kv_head
     scale = head_dim**-0.5
     found = F.attention(q, k, v, head_dim=head_dim, scale=scale, rope=None, window=window, soft_cap=soft_cap)
     inputs = (heads(x, head_dim).astype(np.float64) for x in (q, k, v))
-    check(found, *ref.attention(*inputs, np.arange(tokens), scale=scale, window=window, soft_cap=soft_cap))
+    check(
+        found, *ref.attention(*inputs, np.arange(tokens), scale=scale, window=window, soft_cap=soft_cap, u=USUAL["u"], floor=USUAL["floor"])
+    )
 
 
 @pytest.mark.parametrize("pairs", [32, 24, 20, 8, 1])
@@ -93,7 +103,7 @@ def test_rotations(pairs: int) -> None:
     found = F.attention(q, k, v, head_dim=64, scale=0.125, rope=Rope(inverse, 64, 1.2))
     positions = np.arange(40)
     turned = [ref.rotated(heads(x, 64), positions, inverse, 1.2) for x in (q, k)]
-    check(found, *ref.attention(*turned, heads(v, 64).astype(np.float64), positions, scale=0.125))
+    check(found, *ref.attention(*turned, heads(v, 64).astype(np.float64), positions, scale=0.125, u=USUAL["u"], floor=USUAL["floor"]))
 
 
 @pytest.mark.parametrize("which", ["q", "k", "both"])
@@ -114,7 +124,7 @@ def test_head_norms(which: str) -> None:
     found = F.attention(q, k, v, head_dim=32, scale=0.1, rope=Rope(inverse, 64), **norms)
     positions = np.arange(20)
     turned = [ref.rotated(x, positions, inverse) for x in (normed_q, normed_k)]
-    check(found, *ref.attention(*turned, heads(v, 32).astype(np.float64), positions, scale=0.1))
+    check(found, *ref.attention(*turned, heads(v, 32).astype(np.float64), positions, scale=0.1, u=USUAL["u"], floor=USUAL["floor"]))
 
 
 class Echo:
@@ -140,7 +150,7 @@ class Echo:
         positions = np.arange(len(tokens))
         q, k = (ref.rotated(x, positions, self.inverse) for x in (q, k))
         k, v = (ref.cached(x, self.cache_type) for x in (k, v))
-        return ref.attention(q, k, v, positions, scale=self.scale, window=self.window, u=self.u)
+        return ref.attention(q, k, v, positions, scale=self.scale, window=self.window, u=self.u, floor=FLOOR.get(self.cache_type, 0.0))
 
 
 def runner(model: Echo, **options: Any) -> CpuRunner:
