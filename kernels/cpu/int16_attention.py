@@ -15,7 +15,7 @@ from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
 from .helpers import inline
-from .int16_dots import add_words, scaled_floats, store_i16x16, zero_words
+from .int16_dots import add_words, load_words, scaled_floats, store_i16x16, zero_words
 from .register_tiles import add_tiles, multiply_tile, store_tile, zero_tile
 from .simd import (
     absolute,
@@ -40,6 +40,7 @@ from .simd import (
     splat_i32,
     store_f32,
     store_f32x16,
+    store_i32x16,
     sum_lanes,
 )
 
@@ -94,6 +95,16 @@ def attention(*, head_dim: int, group: int) -> Any:
             store_i16x16(target + 2 * i, round_to_i32(load_f32x16(source + 4 * i) * factor))
 
     @inline
+    def areas(scratch):
+        """Behind the queries: their scales, those of a chunk's keys and of its values, the steps of probabilities, scores, integer sums."""
+        query_scales = scratch + scales_at
+        key_scales = query_scales + 4 * capacity
+        value_scales = key_scales + 4 * CHUNK
+        steps = value_scales + 4 * CHUNK
+        scores = steps + 4 * capacity
+        return query_scales, key_scales, value_scales, steps, scores, scores + capacity * LINE
+
+    @inline
     def prepare(q, q_row, rows, scratch):
         for row in range(rows):
             quantize(q + row // group * q_row + row % group * row_bytes, scratch + row * query_bytes, scratch + scales_at + 4 * row)
@@ -137,75 +148,118 @@ def attention(*, head_dim: int, group: int) -> Any:
         store_f32(sum_at, sum_lanes(total))
         store_f32(scale_at, scale)
 
-    def chunk_attention(tile_rows, ahead_of_use):
-        """One chunk for ``rows`` query rows, ``tile_rows`` of them at a time; the last ones may begin with rows of the ones before.
+    @inline
+    def place(cache_at, table, block_size, kv_heads, head, at):
+        return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
 
-        Each block asks for the next one if it is used but once: a block lies anywhere, so the CPU cannot foresee it.
+    def score_keys(tile_rows, ahead_of_use):
+        """What scores 16 keys for ``tile_rows`` rows of queries, and asks for as many lines at ``ahead``."""
+
+        @inline
+        def score(k, queries, scales, key_scales, target, ahead):
+            total = zero_tile(tile_rows)
+            for first in range(0, head_dim, _RUN):
+                tile = zero_words(tile_rows)
+                for i in range(first, min(first + _RUN, head_dim), 8):
+                    for j in range(i, i + 8, 2):
+                        tile = add_words(tile, load_i32x16(k + 32 * j), queries + 2 * j, query_bytes)
+                        if ahead_of_use:
+                            prefetch(ahead + 32 * j)
+                total = add_tiles(total, scaled_floats(tile, scales))
+            store_tile(multiply_tile(total, load_f32x16(key_scales)), target, LINE)
+
+        return score
+
+    score_for_one, score_for_many = score_keys(part, True), score_keys(tile_rows, False)
+
+    @inline
+    def softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps):
+        window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
+        for row in range(rows):
+            visible = position + row // group
+            first = visible - window + 1 - start if window else 0
+            line, at = scores + row * LINE, 4 * row
+            softmax(line, width, first, visible + 1 - start, cap, value_scales, maxima + at, sums + at, steps + at)
+
+    @inline
+    def one_token(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
+        """A chunk for the rows of one token, ``part`` at a time; the last ones may begin with rows of the ones before.
+
+        Keys and values are used but once, and are asked for 32 positions ahead of that: a block lies anywhere, so the CPU cannot foresee
+        it. So all dimensions of a block's values are taken before the next block's, with the sums in memory.
         """
-
-        @inline
-        def place(cache_at, table, block_size, kv_heads, head, at):
-            return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
-
-        @inline
-        def attend(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
-            keys, values = load_i64(slots + 32), load_i64(slots + 40)
-            block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
-            window, cap = load_i64(slots + 96), bits_to_f32(load_i64(slots + 104))
-            query_scales = queries + scales_at
-            key_scales = query_scales + 4 * capacity
-            value_scales = key_scales + 4 * CHUNK
-            steps = value_scales + 4 * CHUNK
-            scores = steps + 4 * capacity
-            last = (rows if ahead_of_use else capacity) - tile_rows
-            for at in range(start, stop, 16):
-                block = place(keys, table, block_size, kv_heads, head, at)
-                scales = block_size * item_bytes + at % block_size * 2
-                store_f32x16(key_scales + (at - start) * 4, load_bf16x16(block + scales))
-                value_block = place(values, table, block_size, kv_heads, head, at)
-                store_f32x16(value_scales + (at - start) * 4, load_bf16x16(value_block + scales))
-                k = block + at % block_size * item_bytes
-                ahead = 0
-                if ahead_of_use:
-                    if at + 16 < stop:
-                        ahead = place(keys, table, block_size, kv_heads, head, at + 16) + (at + 16) % block_size * item_bytes - k
-                    else:
-                        ahead = place(values, table, block_size, kv_heads, head, start) - k
-                for some in range(0, rows, tile_rows):
-                    row = min(some, last)
-                    total = zero_tile(tile_rows)
-                    for first in range(0, head_dim, _RUN):
-                        tile = zero_words(tile_rows)
-                        for i in range(first, min(first + _RUN, head_dim), 8):
-                            for j in range(i, i + 8, 2):
-                                tile = add_words(tile, load_i32x16(k + 32 * j), queries + row * query_bytes + 2 * j, query_bytes)
-                                if ahead_of_use:
-                                    prefetch(k + 32 * j + ahead)
-                        total = add_tiles(total, scaled_floats(tile, query_scales + 4 * row))
-                    total = multiply_tile(total, load_f32x16(key_scales + (at - start) * 4))
-                    store_tile(total, scores + row * LINE + (at - start) * 4, LINE)
-            width = (stop - start + 15) // 16 * 16
-            for row in range(rows):
-                visible = position + row // group
-                first = visible - window + 1 - start if window else 0
-                line, at = scores + row * LINE, 4 * row
-                softmax(line, width, first, visible + 1 - start, cap, value_scales, maxima + at, sums + at, steps + at)
+        keys, values = load_i64(slots + 32), load_i64(slots + 40)
+        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        query_scales, key_scales, value_scales, steps, scores, partials = areas(queries)
+        for at in range(start, stop, 16):
+            block = place(keys, table, block_size, kv_heads, head, at)
+            scales = block_size * item_bytes + at % block_size * 2
+            later, cache = (at + 32, keys) if at + 32 < stop else (max(start, start + at + 32 - stop) // 16 * 16, values)
+            ahead = place(cache, table, block_size, kv_heads, head, later)
+            prefetch(ahead + block_size * item_bytes + later % block_size * 2)
+            prefetch(place(values, table, block_size, kv_heads, head, at) + scales)
+            store_f32x16(key_scales + (at - start) * 4, load_bf16x16(block + scales))
+            k, ahead = block + at % block_size * item_bytes, ahead + later % block_size * item_bytes
+            for some in range(0, group, part):
+                row = min(some, group - part)
+                target = scores + row * LINE + (at - start) * 4
+                score_for_one(k, queries + row * query_bytes, query_scales + 4 * row, key_scales + (at - start) * 4, target, ahead)
+        width = (stop - start + 15) // 16 * 16
+        for at in range(start, stop, 16):
+            block = place(values, table, block_size, kv_heads, head, at) + block_size * item_bytes + at % block_size * 2
+            store_f32x16(value_scales + (at - start) * 4, load_bf16x16(block))
+        softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps)
+        for i in range(0, parts * part * row_bytes, 64):
+            store_i32x16(partials + i, splat_i32(0))
+        for at in range(start, start + width, 32):
+            later = min(at + 32, stop - 1)
+            v = place(values, table, block_size, kv_heads, head, at) + at % block_size * 32
+            ahead = place(values, table, block_size, kv_heads, head, later) + later % block_size // 32 * 1024
+            for some in range(0, group, part):
+                p = scores + min(some, group - part) * LINE + (at - start) * 2
+                for i in range(0, head_dim, 16):
+                    sums_at = partials + some * row_bytes + 4 * i
+                    tile = load_words(part, sums_at, row_bytes)
+                    far = 2 * i * block_size
+                    for few in range(0, min(16, (start + width - at) // 2), 4):
+                        for j in range(few, few + 4):
+                            tile = add_words(tile, load_i32x16(v + far + 64 * j), p + 4 * j, LINE)
+                            prefetch(ahead + far + 64 * j)
+                    store_tile(tile, sums_at, row_bytes)
+        for some in range(0, group, part):
+            row = min(some, group - part)
             for i in range(0, head_dim, 16):
-                for of_rows in range(0, rows, tile_rows):
-                    row = min(of_rows, last)
-                    tile = zero_words(tile_rows)
-                    for at in range(start, start + width, 32):
-                        block = place(values, table, block_size, kv_heads, head, at)
-                        v = block + (i // 16 * block_size + at % block_size) * 32
-                        p = scores + row * LINE + (at - start) * 2
-                        for some in range(0, min(16, (start + width - at) // 2), 4):
-                            for j in range(some, some + 4):
-                                tile = add_words(tile, load_i32x16(v + 64 * j), p + 4 * j, LINE)
-                                if ahead_of_use:
-                                    prefetch(v + 64 * j + 32 * block_size)
-                    store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
+                tile = load_words(part, partials + some * row_bytes + 4 * i, row_bytes)
+                store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
 
-        return attend
+    @inline
+    def many_tokens(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
+        """A chunk for the rows of several tokens, as many as fit the registers at a time."""
+        keys, values = load_i64(slots + 32), load_i64(slots + 40)
+        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        query_scales, key_scales, value_scales, steps, scores, _ = areas(queries)
+        for at in range(start, stop, 16):
+            block = place(keys, table, block_size, kv_heads, head, at)
+            value_block = place(values, table, block_size, kv_heads, head, at)
+            scales = block_size * item_bytes + at % block_size * 2
+            store_f32x16(key_scales + (at - start) * 4, load_bf16x16(block + scales))
+            store_f32x16(value_scales + (at - start) * 4, load_bf16x16(value_block + scales))
+            k = block + at % block_size * item_bytes
+            for row in range(0, rows, tile_rows):
+                target = scores + row * LINE + (at - start) * 4
+                score_for_many(k, queries + row * query_bytes, query_scales + 4 * row, key_scales + (at - start) * 4, target, 0)
+        width = (stop - start + 15) // 16 * 16
+        softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps)
+        for i in range(0, head_dim, 16):
+            for row in range(0, rows, tile_rows):
+                tile = zero_words(tile_rows)
+                for at in range(start, start + width, 32):
+                    v = place(values, table, block_size, kv_heads, head, at) + (i // 16 * block_size + at % block_size) * 32
+                    p = scores + row * LINE + (at - start) * 2
+                    for some in range(0, min(16, (start + width - at) // 2), 4):
+                        for j in range(some, some + 4):
+                            tile = add_words(tile, load_i32x16(v + 64 * j), p + 4 * j, LINE)
+                store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
 
     return item_kernel(
         head_dim=head_dim,
@@ -213,6 +267,6 @@ def attention(*, head_dim: int, group: int) -> Any:
         capacity=capacity,
         several=query_tile_tokens("int16_attention", group) > 1,
         prepare=prepare,
-        one_token=chunk_attention(part, True),
-        many_tokens=chunk_attention(tile_rows, False),
+        one_token=one_token,
+        many_tokens=many_tokens,
     )
