@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.geometry import usual_cache_type
 
 from pymistral.engine.runner import CpuRunner
 from pymistral.engine.types import Segment
-from pymistral.kernels.cpu.geometry import usual_cache_type
 from pymistral.nn import Rope
 from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
@@ -217,6 +217,24 @@ def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int 
     assert one_by_one.tobytes() == run([500], others=0, threads=1).tobytes()
     assert one_by_one.tobytes() == run([256, 512, *last], others=10).tobytes()
     assert one_by_one.tobytes() == run([3, 300, *accumulate([541, 2, 7])], others=3, threads=3, block_size=64).tobytes()
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (4, 256)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_of_integers(group: int, head_dim: int, sign: int) -> None:
+    """All products of a score, and of an output, at their largest, and of one sign: a sum that left 32 bits would have the other one."""
+    model = Echo(1, group, head_dim, None, np.random.default_rng(6), "int16")
+    model.inverse = np.zeros(head_dim // 2)  # nothing is rotated
+    model.rope = Rope(model.inverse, 2048)
+    model.values = [np.full_like(x, size) for x, size in zip(model.values, (1.0, sign, sign * 7.0), strict=True)]
+    model.tables = [ref.matrix(values) for values in model.values]
+    run = runner(model)
+    for cuts in ([300], [299, 1]):
+        start = 0
+        for count in cuts:
+            row = run.forward([Segment([1] * count, start, list(range(10)), 1)])[0]
+            start += count
+        assert np.allclose(row, sign * 7.0, rtol=1e-3)
 
 
 def test_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
