@@ -11,7 +11,6 @@ Addresses are plain integers. Loads and stores need no alignment.
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from .isa import current_isa
@@ -64,20 +63,26 @@ _Emit = Callable[..., Any]
 
 
 def _operation(result: types.Type, *parameters: types.Type) -> Callable[[_Emit], Any]:
-    """Make an intrinsic from ``emit(builder, *values)``."""
+    """Make a function for kernels from ``emit(builder, *values)``.
+
+    Numba's `intrinsic` looks for new registrations whenever one is called; this is typed by a look at the number of arguments.
+    """
+    fixed = signature(result, *parameters)
 
     def decorate(emit: _Emit) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
             value = emit(builder, *values)
             return context.get_dummy_value() if result == types.void else value
 
-        def definition(typing_context: Any, *arguments: Any) -> Any:
-            return result(*parameters), codegen
+        class Template(AbstractTemplate):  # type: ignore[misc]
+            key = emit
 
-        # Numba takes the parameters from the function's signature, so each arity needs a function of its own.
-        names = ", ".join(["typing_context", *list(inspect.signature(emit).parameters)[1:]])
-        fixed = eval(f"lambda {names}: definition({names})", {"definition": definition})
-        return intrinsic(functools.update_wrapper(fixed, emit, ("__module__", "__name__", "__qualname__", "__doc__"), ()))
+            def generic(self, arguments: Any, keywords: Any) -> Any:
+                return None if keywords or len(arguments) != len(parameters) else fixed
+
+        infer_global(emit, types.Function(Template))
+        lower_builtin(emit, *parameters)(codegen)
+        return emit
 
     return decorate
 
@@ -752,10 +757,26 @@ def scatter_bf16_pairs(b, address, x, stride):
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
+class _FirstTemplate(AbstractTemplate):  # type: ignore[misc]
+    """An operator on the types that kernels use, which is asked before the many that Numba has for all types: it names its target."""
+
+    metadata = {"target": "cpu"}  # noqa: RUF012
+    results: dict[tuple[types.Type, ...], Any]
+
+    def generic(self, arguments: Any, keywords: Any) -> Any:
+        return self.results.get(arguments)
+
+
+@functools.cache
+def _results(function: Any) -> dict[tuple[types.Type, ...], Any]:
+    """By the types of its arguments, what the operator gives."""
+    results: dict[tuple[types.Type, ...], Any] = {}
+    infer_global(function)(type("Template", (_FirstTemplate,), {"results": results}))
+    return results
+
+
 def _operator(function: Any, vector: Vector, method: str) -> None:
-    @infer_global(function)
-    class _Template(ConcreteTemplate):  # type: ignore[misc]
-        cases = [signature(vector, vector, vector)]  # noqa: RUF012
+    _results(function)[vector, vector] = signature(vector, vector, vector)
 
     @lower_builtin(function, vector, vector)
     def _lower(context: Any, builder: Any, sig: Any, values: Any) -> Any:
@@ -774,3 +795,18 @@ for _function, _method in (
     _operator(_function, i32x16, _method)
 for _function, _method in ((operator.and_, "and_"), (operator.or_, "or_")):
     _operator(_function, i8x64, _method)
+
+# Numbers: Numba's own operators, and its results.
+_ARITHMETIC = ("add", "sub", "mul")
+_BITWISE = ("and_", "or_", "xor", "lshift", "rshift")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+for _types, _names in (
+    ((types.int64, types.uint64), (*_ARITHMETIC, *_BITWISE, "floordiv", "mod", *_COMPARISONS)),
+    ((types.float32, types.float64), (*_ARITHMETIC, "truediv", *_COMPARISONS)),
+):
+    for _name in _names:
+        for _type in _types:
+            _sig = signature(types.boolean if _name in _COMPARISONS else _type, _type, _type)
+            _results(getattr(operator, _name))[_type, _type] = _sig
+            if _name not in _COMPARISONS:
+                _results(getattr(operator, f"i{_name.rstrip('_')}"))[_type, _type] = _sig
