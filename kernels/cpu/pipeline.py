@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from numba import njit, version_info
+from numba.core import cgutils
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
+from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 
 
@@ -23,6 +25,14 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
 
     Its function passes stay as Numba has them: without them a gated product of 12 tokens took 6 to 16 % longer.
     """
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        """Numba's passes, on what has a body: most functions of a module are only declared in it."""
+        ll_module.data_layout = self._codegen._data_layout
+        for function in ll_module.functions:
+            if not function.is_declaration:
+                passes, builder = self._codegen._function_pass_manager()
+                passes.run(function, builder)
 
     def _optimize_final_module(self) -> None:
         """Left to `machine_code`, where a helper is optimised as part of its kernel."""
@@ -37,11 +47,22 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
         return bytes(self._codegen._tm.emit_object(self._final_module))
 
 
+class _Lower(Lower):  # type: ignore[misc]
+    """Without the places of variables for debuggers: to know a variable's size, Numba has LLVM read a module."""
+
+    def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
+        return cgutils.alloca_once(self.builder, lltype, name=name, zfill=False)
+
+    def storevar(self, value: Any, name: str, argidx: int | None = None) -> None:
+        super().storevar(value, name)
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _Lowering(NativeLowering):  # type: ignore[misc]
     """To LLVM's language, and no further."""
 
     _name = "kernel_lowering"
+    lowering_class = _Lower
 
     def run_pass(self, state: Any) -> bool:
         state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)
