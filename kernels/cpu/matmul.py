@@ -8,6 +8,7 @@ batch.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -71,7 +72,8 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _tile_product(layout: str, tokens: int, item: int = 1) -> Any:
+@cache
+def _tile_product(layout: str, tokens: int, item: int) -> Any:
     """A function ``(weights, panel, blocks) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16 (``item=2``)."""
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens
@@ -198,7 +200,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
-    one, four, full = (_tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    one, four, full = (_tile_product(layout, tokens, 1) for tokens in (1, min(4, panel), panel))
     activate = activation_function(activation)
 
     @inline
