@@ -12,8 +12,10 @@ compiled again, and processes that start at once at worst compile twice.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib
 import importlib.metadata
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,64 +102,160 @@ def compile_spec(kernel: Spec) -> CompiledKernel:
     return CompiledKernel(*compile_function(function, signature))
 
 
-def _compile_here(kernels: Iterable[Spec], done: Callable[[Spec, CompiledKernel], None]) -> None:
-    for kernel in kernels:
-        done(kernel, compile_spec(kernel))
+_SECONDS = {
+    "sampling.sample": 2.5,
+    "attention.attention": 2.5,
+    "float_attention.attention": 2.0,
+    "moe.experts": 2.0,
+    "amx.gated_matmul": 1.5,
+    "amx.matmul": 1.5,
+    "matmul.gated_matmul": 1.5,
+    "matmul.matmul": 1.2,
+    "rope.rope_and_cache": 0.9,
+}
+"""What kernels take to compile, roughly; the others take half a second."""
 
 
-def _compile_in_children(kernels: Sequence[Spec], done: Callable[[Spec, CompiledKernel], None]) -> None:
-    """Deal the kernels out to child processes; each answers with one frame per kernel on its standard output."""
-    count = min(len(kernels), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    lock = threading.Lock()
-    failures: list[BaseException] = []
+class _Children:
+    """Processes that compile what is in a queue, one for each core. They end when they find it empty."""
 
-    def serve(child: subprocess.Popen[bytes], share: Sequence[Spec]) -> None:
-        assert child.stdin is not None
-        assert child.stdout is not None
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.queue: list[Spec] = []
+        self.begun: set[Spec] = set()
+        self.results: dict[Spec, CompiledKernel | Exception] = {}  # until somebody has waited for them
+        self.threads = 0
+        self.processes: set[subprocess.Popen[bytes]] = set()
+
+    def add(self, kernels: Iterable[Spec]) -> None:
+        """Compile these as well. They go to the cache, whether or not anybody waits for them."""
+        with self.changed:
+            self.results = {kernel: result for kernel, result in self.results.items() if isinstance(result, CompiledKernel)}
+            self.queue += [kernel for kernel in kernels if kernel not in {*self.queue, *self.begun, *self.results}]
+            self.queue.sort(key=lambda kernel: -_SECONDS.get(kernel.factory, 0.5))  # long ones first, so that children end together
+            for _ in range(min(len(self.queue), _cores() - self.threads)):
+                self.threads += 1
+                threading.Thread(target=self._serve, name="pymistral-compiler", daemon=True).start()
+
+    def wait(self, kernels: Sequence[Spec], done: Callable[[int], None]) -> dict[Spec, CompiledKernel]:
+        """Those that a child could compile; ``done`` is told how many they are, as their number grows."""
+        told = 0
+        compiled: dict[Spec, CompiledKernel] = {}
         try:
-            child.stdin.write(json.dumps([[kernel.factory, kernel.constants] for kernel in share]).encode())
-            child.stdin.close()
-            for kernel in share:
-                compiled = _read_frame(child.stdout, kernel)
-                with lock:
-                    done(kernel, compiled)
-        except BaseException as error:  # handed to the caller's thread below
-            failures.append(error)
+            with self.changed:
+                while True:
+                    found = {kernel: self.results[kernel] for kernel in kernels if kernel in self.results}
+                    compiled = {kernel: result for kernel, result in found.items() if isinstance(result, CompiledKernel)}
+                    if len(compiled) > told:
+                        told = len(compiled)
+                        done(told)
+                    if len(found) == len(kernels):
+                        break
+                    self.changed.wait()
+                for kernel in kernels:
+                    del self.results[kernel]
+        except BaseException:  # Ctrl-C, say
+            self.stop()
+            raise
+        return compiled
 
+    def stop(self) -> None:
+        """Begin no more kernels, and end what is being compiled."""
+        with self.changed:
+            self.queue.clear()
+            for process in self.processes:
+                process.kill()
+
+    def _serve(self) -> None:
+        """A thread's work: a child, and kernels for it while there are any."""
+        kernel = None
+        try:
+            with _child_process() as child:
+                with self.changed:
+                    self.processes = {process for process in self.processes if process.returncode is None} | {child}
+                while (kernel := self._next(kernel)) is not None:
+                    compiled = _ask(child, kernel)
+                    _write_cached(kernel, compiled)
+                    self._finish(kernel, compiled)
+        except Exception as error:  # of a child that cannot be started, was killed, or met an error in a kernel
+            logger.info("a child that compiles kernels failed: %s", error)
+            self._give_up(kernel, error)
+
+    def _next(self, last: Spec | None) -> Spec | None:
+        """A kernel of the module that the last one was of, as these share functions, which are then compiled already; else the first."""
+        with self.changed:
+            if not self.queue:
+                self.threads -= 1
+                return None
+            module = last.factory.partition(".")[0] if last else ""
+            kernel = next((kernel for kernel in self.queue if kernel.factory.partition(".")[0] == module), self.queue[0])
+            self.queue.remove(kernel)
+            self.begun.add(kernel)
+            return kernel
+
+    def _finish(self, kernel: Spec, result: CompiledKernel | Exception) -> None:
+        with self.changed:
+            self.begun.discard(kernel)
+            self.results[kernel] = result
+            self.changed.notify_all()
+
+    def _give_up(self, kernel: Spec | None, error: Exception) -> None:
+        """This child's kernel has failed, and if it was the last child, all the others have."""
+        with self.changed:
+            self.threads -= 1
+            failed = [kernel] if kernel else []
+            if not self.threads:
+                failed += self.queue
+                self.queue.clear()
+            for each in failed:
+                self._finish(each, error)
+
+
+@contextlib.contextmanager
+def _child_process() -> Iterator[subprocess.Popen[bytes]]:
     # Children find this package by the parent's path, whatever it was started with.
     start = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; from {__name__} import _child; _child()"
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 (it outlives the children)
-    children = []
-    try:
-        for index in range(count):
-            command = [sys.executable, "-c", start]
-            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-            thread = threading.Thread(target=serve, args=(child, kernels[index::count]), daemon=True)
-            thread.start()
-            children.append((child, thread))
-        for _, thread in children:
-            thread.join()
-    finally:
-        for child, _ in children:
-            child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
-    if failures:
-        errors.seek(0)
-        text = errors.read().decode(errors="replace").strip()
-        raise ChildProcessError(text.splitlines()[-1] if text else str(failures[0])) from failures[0]
+    with tempfile.TemporaryFile() as errors:
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", start], stdin=pipe, stdout=pipe, stderr=errors) as child:
+            try:
+                yield child
+            except Exception as error:
+                child.kill()
+                child.wait()
+                errors.seek(0)
+                text = errors.read().decode(errors="replace").strip()
+                raise ChildProcessError(text.splitlines()[-1] if text else str(error)) from error
+            finally:
+                child.kill()
+
+
+def _ask(child: subprocess.Popen[bytes], kernel: Spec) -> CompiledKernel:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(json.dumps([kernel.factory, kernel.constants]).encode() + b"\n")
+    child.stdin.flush()
+    return _read_frame(child.stdout, kernel)
 
 
 def _child() -> None:
+    """A child's life: a line for each kernel on its standard input, a frame for each on its output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write between the frames
-    for factory, constants in json.loads(sys.stdin.buffer.read()):
+    gc.set_threshold(_RARELY)
+    for line in sys.stdin.buffer:
+        factory, constants = json.loads(line)
         kernel = spec(factory, **dict(constants))
         output.write(_frame(kernel, compile_spec(kernel)))
         output.flush()
+
+
+_RARELY = 500_000
+"""Objects between two searches for garbage, of which Numba makes little: at the usual thresholds they took a tenth of the time."""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _frame(kernel: Spec, compiled: CompiledKernel) -> bytes:
@@ -245,8 +343,19 @@ class _Linker:
 
 
 _linker = _Linker()
-if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that the child does not have
-    os.register_at_fork(after_in_child=lambda: setattr(_linker, "lock", threading.RLock()))
+_children = _Children()
+atexit.register(lambda: _children.stop())
+
+
+def _after_fork() -> None:
+    """The new process has none of the threads: a lock may be held for ever, and nobody serves the children."""
+    global _children
+    _linker.lock = threading.RLock()
+    _children = _Children()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load_kernels(kernels: Iterable[Spec], progress: Progress | None = None) -> dict[Spec, int]:
@@ -282,27 +391,41 @@ def load_kernels(kernels: Iterable[Spec], progress: Progress | None = None) -> d
         return {kernel: _linker.addresses[kernel] for kernel in wanted}
 
 
+def prepare_kernels(kernels: Iterable[Spec]) -> None:
+    """Begin to compile what no cache has of these, and return at once. `load_kernels` waits for it, and meets its errors."""
+    folder = cache_folder()
+    missing = [kernel for kernel in kernels if kernel not in _linker.addresses and not (folder / f"{kernel.key}.o").exists()]
+    if len(missing) > _FEW and _may_start_children():
+        _children.add(missing)
+
+
 def _compile(kernels: list[Spec], progress: Progress | None) -> list[tuple[Spec, CompiledKernel]]:
     logger.info("compiling %d kernels for %s", len(kernels), current_isa().name)
-    finished: dict[Spec, CompiledKernel] = {}
 
-    def done(kernel: Spec, compiled: CompiledKernel) -> None:
-        finished[kernel] = compiled
-        _write_cached(kernel, compiled)
+    def done(count: int) -> None:
         if progress is not None:
-            progress(len(finished), len(kernels))
+            progress(count, len(kernels))
 
-    if progress is not None:
-        progress(0, len(kernels))
-    # A child costs a third of a second before its first kernel; and where Numba is loaded already, it is no burden.
-    # A frozen application's executable is not a Python that takes a command.
-    if len(kernels) > 2 and sys.executable and not getattr(sys, "frozen", False) and "numba" not in sys.modules:
-        try:
-            _compile_in_children(kernels, done)
-        except OSError as error:
-            logger.info("compiling in this process: %s", error)
-    _compile_here([kernel for kernel in kernels if kernel not in finished], done)
+    done(0)
+    finished: dict[Spec, CompiledKernel] = {}
+    if _children.threads or (len(kernels) > _FEW and _may_start_children()):
+        _children.add(kernels)
+        finished = _children.wait(kernels, done)
+    for kernel in kernels:
+        if kernel not in finished:
+            finished[kernel] = compile_spec(kernel)
+            _write_cached(kernel, finished[kernel])
+            done(len(finished))
     return list(finished.items())
+
+
+_FEW = 2
+"""So many kernels are compiled in this process: a child takes a third of a second before its first one."""
+
+
+def _may_start_children() -> bool:
+    """Where Numba is loaded already it is no burden; and a frozen application's executable is not a Python that takes a command."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False) and "numba" not in sys.modules
 
 
 def entry_point(address: int, arguments: int) -> Callable[..., None]:

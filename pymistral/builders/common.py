@@ -414,12 +414,14 @@ class Loaded(NamedTuple):
 def load_runner(builder: Builder) -> Loaded:
     """Model id -> files -> checkpoint -> runner."""
     from ..engine.runner import CpuRunner
+    from ..kernels.cpu.compiler import prepare_kernels
     from ..kernels.cpu.isa import current_isa
     from ..loading.hub import resolve
     from ..loading.progress import counting_bar
     from ..models.registry import build_model
     from ..nn import record
-    from ..nn.pool import available_threads
+    from ..nn.pool import EXECUTOR_KERNELS, available_threads
+    from ..nn.sampling import SAMPLING_KERNEL
     from ..quantization.floats import matrices_as
     from ..quantization.plan import apply_isq
     from ..quantization.types import GgmlType
@@ -432,6 +434,8 @@ def load_runner(builder: Builder) -> Loaded:
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
     device, dtype = choose_device(builder), ModelDType(builder.dtype)
+    if device is None:  # the first time children compile these while the file is fetched and read
+        prepare_kernels([*EXECUTOR_KERNELS, SAMPLING_KERNEL])
     model_id, files = builder._source()
     path = resolve(
         model_id,

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ ADD, MULTIPLY, SCALE = (spec(f"elementwise.{name}") for name in ("add", "multipl
 @pytest.fixture(scope="module")
 def machine_code() -> dict[Spec, compiler.CompiledKernel]:
     """Compiled once, by children: where Numba is loaded, the kernels of all later tests would be compiled one after the other."""
-    found: dict[Spec, compiler.CompiledKernel] = {}
-    compiler._compile_in_children([ADD, MULTIPLY], found.__setitem__)
-    return found
+    children = compiler._Children()
+    children.add([ADD, MULTIPLY])
+    return children.wait([ADD, MULTIPLY], lambda count: None)
 
 
 @pytest.fixture
@@ -222,12 +223,12 @@ def test_without_a_python_to_start(executable: str, tmp_path: Path) -> None:
 
 
 def test_a_frozen_application_never_starts_itself(tmp_path: Path) -> None:
-    source = "sys.frozen = True\nsys.executable = '/no/such/application'\ncompiler._compile_in_children = None\n"
+    source = "sys.frozen = True\nsys.executable = '/no/such/application'\ncompiler._children.add = None\n"
     assert finish(python(source + DISTINCT, tmp_path)).split() == ["True"]
 
 
 def test_a_numba_that_is_not_known_compiles_with_its_own_pipeline(tmp_path: Path) -> None:
-    source = "import numba\ncompiler._compile_in_children = None\nsys.frozen = True\n"
+    source = "import numba\ncompiler._children.add = None\nsys.frozen = True\n"
     source += "numba.version_info = numba.version_info._replace(short=(9, 9))\n"
     source += DISTINCT + "from pymistral.kernels.cpu import pipeline\nprint('pipeline_class' in pipeline.OPTIONS)\n"
     assert finish(python(source, tmp_path)).split() == ["True", "False"]
@@ -246,6 +247,61 @@ def test_a_child_that_dies(tmp_path: Path) -> None:
     source += "def start(command, **options):\n    return original(['/bin/sh', '-c', 'kill -9 $$'], **options)\n"
     source += "compiler.subprocess.Popen = start\n"
     assert finish(python(source + DISTINCT, tmp_path)).split() == ["True"]
+
+
+PREPARED = """
+import threading, time
+compiler.prepare_kernels(KERNELS[:4])
+assert compiler._children.threads
+{then}
+"""
+
+
+def test_what_is_prepared_is_compiled_once(tmp_path: Path) -> None:
+    """Kernels that are asked for while others are being compiled join these, and no process stays behind."""
+    asked = "original = compiler._ask\nasked = []\n"
+    asked += "def ask(child, kernel):\n    asked.append(kernel)\n    return original(child, kernel)\ncompiler._ask = ask\n"
+    after = "assert sorted(map(str, asked)) == sorted(map(str, KERNELS)), asked\n"
+    after += "for thread in threading.enumerate():\n    'compiler' in thread.name and thread.join(10)\n"
+    after += "try:\n    os.waitpid(-1, os.WNOHANG)\nexcept ChildProcessError:\n    print('no child')\n"
+    assert finish(python(asked + PREPARED.format(then="") + DISTINCT + after, tmp_path)).split() == ["False", "no", "child"]
+
+
+def test_what_is_prepared_is_kept_though_nobody_waits(tmp_path: Path) -> None:
+    then = "while compiler._children.threads:\n    time.sleep(0.01)\nassert not compiler._children.queue"
+    finish(python(PREPARED.format(then=then), tmp_path))
+    assert len(list((tmp_path / "kernels").iterdir())) == 4
+    source = "compiler._children.add = None\ncompiler.prepare_kernels(KERNELS[:4])\nprint('numba' in sys.modules)"
+    assert finish(python(source, tmp_path)).split() == ["False"], "what is in the cache is not compiled"
+
+
+def test_errors_of_what_is_prepared_come_with_the_kernel(tmp_path: Path) -> None:
+    source = "wrong = spec('matmul.matmul', layout='q9_9')\ncompiler.prepare_kernels([wrong, *KERNELS])\n" + DISTINCT
+    source += "try:\n    load_kernels([wrong])\nexcept KeyError as error:\n    print(error)\n"
+    assert finish(python(source, tmp_path)).split() == ["False", "'q9_9'"]
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)", "1 / 0"])
+def test_children_end_with_their_parent(end: str, tmp_path: Path) -> None:
+    """However it ends, while they compile."""
+    then = "while not compiler._children.processes:\n    time.sleep(0.01)\n"
+    then += "print(*[process.pid for process in compiler._children.processes], flush=True)\n" + end
+    process = python(PREPARED.format(then=then), tmp_path)
+    output, _ = process.communicate(timeout=120)
+    children = [int(word) for word in output.split()]
+    assert children
+    for _ in range(300):
+        if not any(Path(f"/proc/{child}").exists() for child in children):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a child is left")
+
+
+def test_a_fork_has_no_children(tmp_path: Path) -> None:
+    """It neither waits for its parent's, nor ends them."""
+    then = "if os.fork() == 0:\n    assert not compiler._children.threads\n    sys.exit()\n"
+    then += "assert os.waitpid(-1, 0)[1] == 0\n"
+    assert finish(python(PREPARED.format(then=then) + DISTINCT, tmp_path)).split() == ["False"]
 
 
 def test_noise_of_a_child(tmp_path: Path) -> None:
