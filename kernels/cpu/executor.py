@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -28,6 +29,7 @@ from .simd import _operation, _pointer, load_i64, prefetch, store_i64
 _I64 = ir.IntType(64)
 _SPINS_BEFORE_YIELD = 2000
 _FETCH_AHEAD = 256 << 10  # bytes of weights that a waiting thread fetches at most: a part of its second-level cache
+LEADER = np.int64(0)  # a thread's number; with a literal 0 Numba would make another function of `run_program`
 _SHIFT = UNIT_BITS
 _LOW = (1 << UNIT_BITS) - 1
 
@@ -221,7 +223,7 @@ def lead() -> Any:
                 asleep += 1
         store_i64(sync + TO_WAKE, asleep)
         if asleep == 0:
-            run_program(launches, count, counters, step, 0, threads)
+            run_program(launches, count, counters, step, LEADER, threads)
             atomic_store(sync + STEP, step + 1)
 
     return lead_program
@@ -232,7 +234,7 @@ def work() -> Any:
 
     def work_program(sync, threads):
         step = atomic_load(sync + STEP)
-        run_program(load_i64(sync + LAUNCHES), load_i64(sync + COUNT), load_i64(sync + COUNTERS), step, 0, threads)
+        run_program(load_i64(sync + LAUNCHES), load_i64(sync + COUNT), load_i64(sync + COUNTERS), step, LEADER, threads)
         atomic_store(sync + STEP, step + 1)
 
     return work_program

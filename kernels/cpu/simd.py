@@ -11,6 +11,7 @@ Addresses are plain integers. Loads and stores need no alignment.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -701,15 +702,18 @@ def _look_up(b, indices, values):
 
 
 def _halves(b, value):
-    indices = ir.VectorType(_I32, value.type.count // 2)
     half = value.type.count // 2
-    return [b.shuffle_vector(value, value, ir.Constant(indices, list(range(start, start + half)))) for start in (0, half)]
+    return [b.shuffle_vector(value, value, _consecutive(start, half)) for start in (0, half)]
 
 
 def _join(b, parts):
     low, high = parts
-    count = 2 * low.type.count
-    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, count), list(range(count))))
+    return b.shuffle_vector(low, high, _consecutive(0, 2 * low.type.count))
+
+
+@functools.cache
+def _consecutive(start: int, count: int) -> Any:
+    return ir.Constant(ir.VectorType(_I32, count), list(range(start, start + count)))
 
 
 # ---- bfloat16 pairs ------------------------------------------------------------------------------------------------
@@ -767,12 +771,15 @@ class _FirstTemplate(AbstractTemplate):  # type: ignore[misc]
         return self.results.get(arguments)
 
 
-@functools.cache
 def _results(function: Any) -> dict[tuple[types.Type, ...], Any]:
     """By the types of its arguments, what the operator gives."""
-    results: dict[tuple[types.Type, ...], Any] = {}
-    infer_global(function)(type("Template", (_FirstTemplate,), {"results": results}))
-    return results
+    if function not in _FIRST:
+        _FIRST[function] = {}
+        infer_global(function)(type("Template", (_FirstTemplate,), {"results": _FIRST[function]}))
+    return _FIRST[function]
+
+
+_FIRST: dict[Any, dict[tuple[types.Type, ...], Any]] = {}
 
 
 def _operator(function: Any, vector: Vector, method: str) -> None:
@@ -796,17 +803,35 @@ for _function, _method in (
 for _function, _method in ((operator.and_, "and_"), (operator.or_, "or_")):
     _operator(_function, i8x64, _method)
 
-# Numbers: Numba's own operators, and its results.
+# Numbers: Numba's own operators and results, found at once.
+_INTEGERS, _FLOATS = (types.int64, types.uint64), (types.float32, types.float64)
 _ARITHMETIC = ("add", "sub", "mul")
 _BITWISE = ("and_", "or_", "xor", "lshift", "rshift")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-for _types, _names in (
-    ((types.int64, types.uint64), (*_ARITHMETIC, *_BITWISE, "floordiv", "mod", *_COMPARISONS)),
-    ((types.float32, types.float64), (*_ARITHMETIC, "truediv", *_COMPARISONS)),
+for _numbers, _names in (
+    (_INTEGERS, (*_ARITHMETIC, *_BITWISE, "floordiv", "mod", *_COMPARISONS)),
+    (_FLOATS, (*_ARITHMETIC, "truediv", *_COMPARISONS)),
 ):
-    for _name in _names:
-        for _type in _types:
-            _sig = signature(types.boolean if _name in _COMPARISONS else _type, _type, _type)
-            _results(getattr(operator, _name))[_type, _type] = _sig
-            if _name not in _COMPARISONS:
-                _results(getattr(operator, f"i{_name.rstrip('_')}"))[_type, _type] = _sig
+    for _name, _number in itertools.product(_names, _numbers):
+        _sig = signature(types.boolean if _name in _COMPARISONS else _number, _number, _number)
+        _results(getattr(operator, _name))[_number, _number] = _sig
+        if _name not in _COMPARISONS:
+            _results(getattr(operator, f"i{_name.rstrip('_')}"))[_number, _number] = _sig
+for _type in (types.boolean, *_INTEGERS, *_FLOATS):
+    _results(bool)[(_type,)] = signature(types.boolean, _type)
+
+
+def _smaller_or_larger(function: Any, number: types.Type, comparison: str) -> None:
+    """`min` or `max` of two numbers as Numba has it: the second, if it is beyond the first. Numba compiles a function to do so."""
+    _results(function)[number, number] = signature(number, number, number)
+
+    @lower_builtin(function, number, number)
+    def _lower(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        x, y = values
+        compare = builder.icmp_signed if number is types.int64 else builder.fcmp_ordered
+        return builder.select(compare(comparison, y, x), y, x)
+
+
+for _number in (types.int64, *_FLOATS):
+    _smaller_or_larger(min, _number, "<")
+    _smaller_or_larger(max, _number, ">")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
 from numpy.typing import NDArray
 from pymistral.kernels.cpu import int8_dots, int16_dots, simd
 from pymistral.kernels.cpu.isa import _NEEDS, Isa, current_isa
@@ -36,6 +39,28 @@ def test_kernels(isa: str) -> None:
         done = check("", isa)  # emulated
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [isa]
+
+
+@pytest.mark.parametrize("function", simd._FIRST, ids=lambda function: function.__name__)
+def test_operators_on_numbers_are_numbas(function: Callable[..., Any]) -> None:
+    """Kernels answer first what Numba would answer."""
+    context = cpu_target.typing_context
+    context.refresh()
+    templates = context.resolve_value_type(function).templates
+    others = types.Function([template for template in templates if not issubclass(template, simd._FirstTemplate)])
+    for arguments, signature in simd._FIRST[function].items():
+        if not isinstance(arguments[0], simd.Vector):
+            assert (others.get_call_type(context, arguments, {}).return_type, arguments) == (signature.return_type, signature.args)
+
+
+@pytest.mark.parametrize("number", [types.int64, types.float32, types.float64], ids=str)
+def test_smaller_and_larger(number: Any) -> None:
+    """As Python has them, also with NaN."""
+    smaller, larger = njit(number(number, number))(lambda x, y: min(x, y)), njit(number(number, number))(lambda x, y: max(x, y))
+    values = [-3, 0, 7, -(1 << 62), 1 << 62] if number is types.int64 else [-1.5, -0.0, 0.0, 2.5, np.inf, -np.inf, np.nan]
+    for x, y in itertools.product(values, values):
+        assert str(smaller(x, y)) == str(min(x, y)), (x, y)
+        assert str(larger(x, y)) == str(max(x, y)), (x, y)
 
 
 def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
