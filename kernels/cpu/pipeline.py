@@ -80,6 +80,7 @@ _NOT_NEEDED = {
     "AnnotateTypes",
     "DumpParforDiagnostics",
     "FindLiterallyCalls",
+    "GenericRewrites",
     "IRLegalization",
     "InlineClosureLikes",
     "InlineInlinables",
@@ -91,15 +92,34 @@ _NOT_NEEDED = {
     "RewriteDynamicRaises",
     "WithLifting",
 }
-"""Passes for what kernels do not contain: closures, `with`, exceptions, arrays, objects to be counted; and for reports and checks."""
+"""Passes for what kernels do not contain: closures, `with`, exceptions, arrays, objects to be counted, constants to index or to raise to
+a power; and for reports and checks."""
 
 
 class _Passes(PassManager):  # type: ignore[misc]
     _ENFORCING = False  # it would analyse the whole function anew after each pass
 
 
+class _TypingContext:
+    """Numba's, for one function: it goes over all calls until no type changes, and here finds those that it has typed before."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._signatures: dict[Any, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def resolve_function_type(self, function: Any, arguments: Any, keywords: Any) -> Any:
+        call = (function, tuple(arguments), tuple(keywords.items()))
+        if call not in self._signatures:
+            self._signatures[call] = self._context.resolve_function_type(function, arguments, keywords)
+        return self._signatures[call]
+
+
 class _Compiler(CompilerBase):  # type: ignore[misc]
     def define_pipelines(self) -> list[Any]:
+        self.state.typingctx = _TypingContext(self.state.typingctx)
         passes = _Passes("kernel")
         for step, text in DefaultPassBuilder.define_nopython_pipeline(self.state).passes:
             if step.__name__ not in _NOT_NEEDED:
