@@ -26,14 +26,6 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
     Its function passes stay as Numba has them: without them a gated product of 12 tokens took 6 to 16 % longer.
     """
 
-    def _optimize_functions(self, ll_module: Any) -> None:
-        """Numba's passes, on what has a body: most functions of a module are only declared in it."""
-        ll_module.data_layout = self._codegen._data_layout
-        for function in ll_module.functions:
-            if not function.is_declaration:
-                passes, builder = self._codegen._function_pass_manager()
-                passes.run(function, builder)
-
     def _optimize_final_module(self) -> None:
         """Left to `machine_code`, where a helper is optimised as part of its kernel."""
 
