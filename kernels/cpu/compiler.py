@@ -215,9 +215,10 @@ class _Children:
 def _child_process() -> Iterator[subprocess.Popen[bytes]]:
     # Children find this package by the parent's path, whatever it was started with.
     start = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; from {__name__} import _child; _child()"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # NumPy's threads take longer to start than a short kernel to compile
     with tempfile.TemporaryFile() as errors:
         pipe = subprocess.PIPE
-        with subprocess.Popen([sys.executable, "-c", start], stdin=pipe, stdout=pipe, stderr=errors) as child:
+        with subprocess.Popen([sys.executable, "-c", start], stdin=pipe, stdout=pipe, stderr=errors, env=environment) as child:
             try:
                 yield child
             except Exception as error:

@@ -249,6 +249,17 @@ def test_a_child_that_dies(tmp_path: Path) -> None:
     assert finish(python(source + DISTINCT, tmp_path)).split() == ["True"]
 
 
+def test_long_kernels_come_first_and_those_of_a_module_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_cores", lambda: 0)
+    sample, product, gated = spec("sampling.sample"), spec("matmul.matmul", layout="q4_0"), spec("matmul.gated_matmul", layout="q4_0")
+    children = compiler._Children()
+    children.add([ADD, product, MULTIPLY, sample, gated])
+    assert [children._next(None), children._next(None)] == [sample, gated]
+    children.add([SCALE, ADD, sample])
+    assert [children._next(gated), children._next(product)] == [product, ADD]
+    assert [children._next(ADD), children._next(MULTIPLY), children._next(SCALE)] == [MULTIPLY, SCALE, None]
+
+
 PREPARED = """
 import threading, time
 compiler.prepare_kernels(KERNELS[:4])
