@@ -134,8 +134,8 @@ class _Children:
             self.queue += [kernel for kernel in kernels if kernel not in {*self.queue, *self.begun, *self.results}]
             self.queue.sort(key=lambda kernel: -_SECONDS.get(kernel.factory, 0.5))  # long ones first, so that children end together
             for _ in range(min(len(self.queue), _cores() - self.threads)):
-                self.threads += 1
                 threading.Thread(target=self._serve, name="pymistral-compiler", daemon=True).start()
+                self.threads += 1  # it waits for the lock; if no thread can be started, none is waited for
 
     def wait(self, kernels: Sequence[Spec], done: Callable[[int], None]) -> dict[Spec, CompiledKernel]:
         """Those that a child could compile; ``done`` is told how many they are, as their number grows."""
