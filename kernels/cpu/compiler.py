@@ -106,6 +106,7 @@ _SECONDS = {
     "sampling.sample": 2.5,
     "attention.attention": 2.5,
     "float_attention.attention": 2.0,
+    "int16_attention.attention": 2.0,
     "moe.experts": 2.0,
     "amx.gated_matmul": 1.5,
     "amx.matmul": 1.5,
