@@ -91,6 +91,7 @@ class _Lowering(Lowering):
         self.panels_of: dict[Array, Buffer] = {}
         self.forms.append(self.panels_of)
         self.groups = cache_groups(graph)
+        self.cache_layout = geometry.cache_layout(graph.cache_type(limits.cache_type, geometry.usual_cache_type()))
         self.cache_arrays: dict[int, tuple[Buffer, Buffer]] = {}  # keys and values of the layers at one place of their groups
         self.routings: dict[tuple[int, int], tuple[Buffer, ...]] = {}
         self.lower()
@@ -502,7 +503,7 @@ class _Lowering(Lowering):
         heads, kv_heads = q.columns // head_dim, k.columns // head_dim
         group = heads // kv_heads
         limits = self.limits
-        layout = geometry.cache_layout(self.graph.cache_type(limits.cache_type, geometry.usual_cache_type()))
+        layout = self.cache_layout
         module = geometry.attention_module(layout, group, head_dim)
         shape = (limits.num_blocks, kv_heads, limits.block_size * geometry.cache_row_bytes(layout, head_dim))
         group_of_layers, place = self.groups.places[len(self.state.caches)] if limits.groups > 1 else (0, len(self.state.caches))
