@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import LOWEST, VISIBLE, item_kernel, soft_cap
+from .attention import VISIBLE, item_kernel, mask_scores
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_item_bytes, cache_row_bytes, cache_scale_group, float_rows, query_tile_tokens, register_rows
 from .helpers import inline
 from .register_tiles import add_tiles, fma_tile, multiply_tile, store_tile, zero_tile
 from .simd import (
     bits_to_f32,
-    both,
     exp,
     greater,
-    lane_numbers,
-    less_i32,
     load_bf16x16,
     load_f8x16,
     load_f16x16,
@@ -29,12 +26,9 @@ from .simd import (
     load_i8x16,
     load_i32,
     load_i64,
-    max_lanes,
-    maximum,
     prefetch,
     select,
     splat_f32,
-    splat_i32,
     store_f32,
     store_f32x16,
     sum_lanes,
@@ -54,20 +48,7 @@ _LOADERS = {"f32": load_f32x16, "f16": load_f16x16, "bf16": load_bf16x16, "f8e4m
 def softmax(line, width, first, limit, cap, maximum_at, sum_at):
     """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, in place of a row of scores."""
     whole = first <= 0 and limit >= width
-    peak = splat_f32(LOWEST)
-    if whole and cap == 0.0:
-        for at in range(0, 4 * width, 64):
-            peak = maximum(peak, load_f32x16(line + at))
-    else:
-        for at in range(0, width, 16):
-            lanes = lane_numbers() + splat_i32(at)
-            s = load_f32x16(line + 4 * at)
-            if cap > 0.0:
-                s = soft_cap(s, cap)
-            s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(LOWEST))
-            store_f32x16(line + 4 * at, s)
-            peak = maximum(peak, s)
-    top = max_lanes(peak)
+    top = mask_scores(line, width, first, limit, cap)
     total = splat_f32(0.0)
     for at in range(0, 4 * width, 64):
         s = load_f32x16(line + at)

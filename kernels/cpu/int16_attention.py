@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import LOWEST, VISIBLE, item_kernel, soft_cap
+from .attention import VISIBLE, item_kernel, mask_scores
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
 from .helpers import inline
-from .int16_dots import add_words, load_words, scaled_floats, store_i16x16, zero_words
-from .register_tiles import add_tiles, multiply_tile, store_tile, zero_tile
+from .int16_dots import add_words, scaled_floats, store_i16x16
+from .register_tiles import add_tiles, load_words, multiply_tile, store_tile, zero_tile, zero_words
 from .simd import (
     absolute,
     bits_to_f32,
-    both,
     exp2,
     fma,
     greater,
-    lane_numbers,
-    less_i32,
     load_bf16x16,
     load_f32x16,
     load_i32,
@@ -114,20 +111,7 @@ def attention(*, head_dim: int, group: int) -> Any:
         """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, times their values' scales, in place of a row of scores:
         as int16, whose step goes to ``scale_at``."""
         whole = first <= 0 and limit >= width
-        peak = splat_f32(LOWEST)
-        if whole and cap == 0.0:
-            for at in range(0, 4 * width, 64):
-                peak = maximum(peak, load_f32x16(line + at))
-        else:
-            for at in range(0, width, 16):
-                lanes = lane_numbers() + splat_i32(at)
-                s = load_f32x16(line + 4 * at)
-                if cap > 0.0:
-                    s = soft_cap(s, cap)
-                s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(LOWEST))
-                store_f32x16(line + 4 * at, s)
-                peak = maximum(peak, s)
-        top = max_lanes(peak)
+        top = mask_scores(line, width, first, limit, cap)
         shift = splat_f32(top * -_LOG2_E)
         total = most = largest = splat_f32(0.0)
         for at in range(0, 4 * width, 64):

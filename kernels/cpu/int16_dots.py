@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from .int8_dots import has_sse2, settled, sse2_pair_sums
 from .isa import current_isa
 from .register_tiles import each, scalar_row, tile_type
-from .simd import _F32, _I16, _I32, _I64, _call, _constant, _halves, _join, _load, _operation, _store, f32x16, i32x16
+from .simd import _F32, _I16, _I32, _call, _constant, _halves, _join, _operation, _store, f32x16, i32x16
 
 WORDS = ir.VectorType(_I16, 32)
 _ORDER = [4 * group + place for group in range(4) for place in (0, 2, 1, 3)]
@@ -36,29 +36,6 @@ def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], An
         for pair, words in enumerate(_words(b, quants(group))):
             tile = each(b, tile, lambda t, total: _dot(b, total, words, activations(group, pair, t)))  # noqa: B023
     return tile
-
-
-@intrinsic(prefer_literal=True)
-def zero_words(typing_context, rows):
-    """A tile of ``rows`` (a literal) vectors of int32 zeros."""
-    count = rows.literal_value
-
-    def codegen(context, b, sig, values):
-        return each(b, ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined), lambda t, _: _constant(i32x16.llvm, 0))
-
-    return tile_type(i32x16, count)(rows), codegen
-
-
-@intrinsic(prefer_literal=True)
-def load_words(typing_context, rows, address, stride):
-    """``rows`` (a literal) vectors of int32, vector ``t`` from ``address + t * stride``."""
-    count = rows.literal_value
-
-    def codegen(context, b, sig, values):
-        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
-        return each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), i32x16.llvm))
-
-    return tile_type(i32x16, count)(rows, types.intp, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)

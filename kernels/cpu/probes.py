@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from . import register_tiles, simd
 from .int8_dots import add_groups
 from .isa import current_isa
-from .register_tiles import zero_tile
+from .register_tiles import zero_tile, zero_words
 from .simd import load_f32, load_f32x16, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16
 
 
@@ -73,15 +72,6 @@ def _dot_all(typing_context, tile, weights, address):
     return tile(tile, simd.i8x64, types.intp), codegen
 
 
-@intrinsic(prefer_literal=True)
-def _zero_integers(typing_context, count):
-    def codegen(context, b, sig, values):
-        tile = ir.Constant(ir.ArrayType(simd.i32x16.llvm, sig.args[0].literal_value), ir.Undefined)
-        return register_tiles.each(b, tile, lambda t, _: simd._constant(simd.i32x16.llvm, 0))
-
-    return register_tiles.tile_type(simd.i32x16, count.literal_value)(count), codegen
-
-
 @intrinsic
 def _store_integers(typing_context, tile, address):
     def codegen(context, b, sig, values):
@@ -112,7 +102,7 @@ def int8_dots() -> Any:
     def kernel(slots, begin, end, thread):
         scratch = load_i64(slots) + thread * load_i64(slots + 8)
         weights = simd.load_i8x64(scratch)
-        total = _zero_integers(accumulators)
+        total = zero_words(accumulators)
         for _ in range((end - begin) * DOTS_IN_UNIT // 8):
             total = _dot_all(total, weights, scratch)
             weights = _another(weights)

@@ -30,16 +30,38 @@ def scalar_row(b, address, stride, t, llvm_type):
     return _splat(b, _load(b, _row(b, address, stride, t), llvm_type))
 
 
-@intrinsic(prefer_literal=True)
-def zero_tile(typing_context, tokens):
-    """``tokens`` (a literal) vectors of float32 zeros."""
-    count = tokens.literal_value
+def _zeros(vector: Vector) -> Any:
+    @intrinsic(prefer_literal=True)
+    def zeros(typing_context, rows):
+        """``rows`` (a literal) vectors of zeros."""
+        count = rows.literal_value
 
-    def codegen(context, b, sig, values):
-        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
-        return each(b, tile, lambda t, _: _constant(f32x16.llvm, 0.0))
+        def codegen(context, b, sig, values):
+            tile = ir.Constant(ir.ArrayType(vector.llvm, count), ir.Undefined)
+            return each(b, tile, lambda t, _: _constant(vector.llvm, 0))
 
-    return tile_type(f32x16, count)(tokens), codegen
+        return tile_type(vector, count)(rows), codegen
+
+    return zeros
+
+
+def _rows_of(vector: Vector) -> Any:
+    @intrinsic(prefer_literal=True)
+    def load(typing_context, rows, address, stride):
+        """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
+        count = rows.literal_value
+
+        def codegen(context, b, sig, values):
+            tile = ir.Constant(ir.ArrayType(vector.llvm, count), ir.Undefined)
+            return each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), vector.llvm))
+
+        return tile_type(vector, count)(rows, types.intp, types.intp), codegen
+
+    return load
+
+
+zero_tile, zero_words = _zeros(f32x16), _zeros(i32x16)
+load_tile, load_words = _rows_of(f32x16), _rows_of(i32x16)
 
 
 @intrinsic(prefer_literal=True)
@@ -116,18 +138,6 @@ def store_tile(typing_context, tile, address, stride):
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, types.intp), codegen
-
-
-@intrinsic(prefer_literal=True)
-def load_tile(typing_context, rows, address, stride):
-    """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
-    count = rows.literal_value
-
-    def codegen(context, b, sig, values):
-        tile = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
-        return each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), f32x16.llvm))
-
-    return tile_type(f32x16, count)(rows, types.intp, types.intp), codegen
 
 
 @intrinsic
