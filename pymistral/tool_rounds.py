@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 DEFAULT_MAX_TOOL_ROUNDS = 256  # that of mistral.rs
 DEFAULT_TOOL_TIMEOUT = 60.0
+_LEAST_ROOM = 128  # tokens, for one result (half of them at most, see `result_fitter`), the words around it, and the next turn
 _MAX_ERROR_CHARACTERS = 2000
 _QUICK_CHARACTERS = 20_000  # tokenizing more than this would hold up an event loop noticeably
 _log = logging.getLogger("pymistral")
@@ -167,10 +168,16 @@ class ToolRounds:
         return None if self.request.timeout is None else monotonic() + self.request.timeout
 
     def goes_on(self, response: ChatCompletionResponse) -> bool:
-        """Whether the calls of a turn are answered here, by `run`; else the response is for the caller."""
+        """Whether the calls of a turn are answered here, by `run`; else the response is for the caller.
+
+        So it is if there are no rounds left, or no room in the context for the results and another turn: a model that calls for ever ends
+        with what it had.
+        """
         choice = response.choices[0]
         calls = choice.message.tool_calls or []
-        return self._left > 0 and choice.finish_reason == "tool_calls" and all(call.function.name in self._callbacks for call in calls)
+        has_room = self._context - response.usage.total_tokens >= _LEAST_ROOM * len(calls)
+        are_known = all(call.function.name in self._callbacks for call in calls)
+        return self._left > 0 and has_room and choice.finish_reason == "tool_calls" and are_known
 
     async def run(self, response: ChatCompletionResponse) -> None:
         """Make the calls of a turn, side by side, and put them with their results into the request."""

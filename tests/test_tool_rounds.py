@@ -131,6 +131,24 @@ async def test_max_tool_rounds(stream: bool) -> None:
         assert len(called) == rounds
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("result", ["42", "long " * 10_000])
+async def test_a_model_that_calls_until_its_context_is_full(stream: bool, result: str) -> None:
+    """It ends with the calls that were made, and the one that was not."""
+    called: list[str] = []
+    async with model_with(*[call("add", a=1)] * 200, callback=lambda function: called.append("x") or result) as model:
+        if stream:
+            chunks = [chunk async for chunk in model.stream_chat_request("Add")]
+            assert sum(bool(d.function.name) for c in chunks for d in c.choices[0].delta.tool_calls or []) == 1
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        else:
+            response = await model.send_chat_request("Add")
+            assert response.choices[0].finish_reason == "tool_calls"
+            assert len(response.agentic_tool_calls or []) == len(called)
+            assert response.usage.prompt_tokens > 0
+    assert 2 <= len(called) < 200
+
+
 async def test_a_callback_without_tool_serves_requests_that_list_it() -> None:
     async with model_with("plain", call("add", a=1), "done", tool=None) as model:
         assert await model.chat("Hi") == "plain"

@@ -41,8 +41,10 @@ async def main() -> None:
     async with await builder.build() as model:
         options = WebSearchOptions(search_context_size="low", user_location=ApproximateUserLocation(city="Lisbon", country="Portugal"))
         request = RequestBuilder().add_message("user", ARGUMENTS.question).with_web_search_options(options).set_sampler_max_len(150)
-        # The default model is small, so the search is demanded; a larger one decides by itself.
-        response = await model.send_chat_request(request.set_tool_choice(ToolChoice.tool("search_the_web")))
+        # The default model is small, so the search is demanded, and few are enough: it may search again and again. A larger one decides by
+        # itself.
+        request.set_tool_choice(ToolChoice.tool("search_the_web")).set_max_tool_rounds(3)
+        response = await model.send_chat_request(request)
         for call in response.agentic_tool_calls or []:
             print(f"{call.name}({call.arguments}) -> {call.result_content[:300]}")
         print(response.choices[0].message.content)

@@ -106,7 +106,7 @@ class WebSearch:
         return _json([{"url": url, "content": content}])
 
     def _output(self, query: str, results: Sequence[SearchResult], budget: int) -> str:
-        """The best passages of the results that fit into so many tokens, the best result first."""
+        """The best passages of the results that fit into so many tokens, the best result first; if the query matches none, all that fit."""
         passages = [(index, part) for index, result in enumerate(results) for part in passages_of(result.content)]
         headers = [f"{result.title}\n{result.description}" for result in results]
         scores = self._rank(query, [*headers, *(part for _, part in passages)])
@@ -124,7 +124,7 @@ class WebSearch:
                 shown.add(index)
         chosen: set[int] = set()
         for number in sorted(range(len(passages)), key=lambda number: -passage_scores[number]):
-            if left <= 0 or (passage_scores[number] <= 0 and chosen):
+            if left <= 0 or (passage_scores[number] <= 0 and any(passage_scores[other] > 0 for other in chosen)):
                 break
             index, part = passages[number]
             if index in shown and (cost := self._count_tokens(json.dumps(part, ensure_ascii=False))) <= left:

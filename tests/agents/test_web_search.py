@@ -303,6 +303,10 @@ async def test_the_best_passages_come_first_and_fit() -> None:
     assert await output(searching(lambda parameters: []), "tower") == []
 
 
+async def test_a_query_that_matches_nothing_gets_what_fits() -> None:
+    assert all(result["content"] for result in await output(searching(lambda parameters: RESULTS), "zyzzyva"))
+
+
 @pytest.mark.parametrize(("size", "budget"), [("low", 4096), (SearchContextSize.MEDIUM, 8192), ("HIGH", 16384)])
 async def test_the_budget_is_that_of_the_context_size(size: Any, budget: int) -> None:
     page = "\n".join(f"tower {index} " + "x" * 500 for index in range(100))
