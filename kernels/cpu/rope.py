@@ -156,7 +156,8 @@ def _writer(layout: str, head_dim: int) -> Any:
 
 
 def rope_and_cache(*, head_dim: int, cache: str) -> Any:
-    """Norm and rotate the heads of q and k; scale q; write k and v to the cache. Units are tokens.
+    """Norm and rotate the heads of q and k; scale q; write k and v to the cache. Units are tokens. It spoils the rows of k, and those of v
+    too if the cache is ``int16``.
 
     A layer's cache has, for each block of ``B`` positions and each key/value head, keys ``[B / 16][head_dim][16 positions]`` and values
     ``[B][head_dim]``, so that either way 16 items are a vector. In the types of 8 bits 32 dimensions share a scale (16 where heads are no

@@ -150,10 +150,13 @@ class _Lowering(Lowering):
         chunk: int = 1,
         reads: Iterable[Buffer] = (),
         writes: Iterable[Buffer] = (),
+        spoils: Iterable[Buffer] = (),
         scratch: tuple[int, int] | None = None,
         weights: tuple[int, int] = (0, 0),
     ) -> None:
-        """``scratch`` is (slot, bytes for each thread); the slot after it gets the bytes."""
+        """What it leaves in what it ``spoils`` nobody wants. ``scratch`` is (slot, bytes for each thread); the slot after it gets the
+        bytes.
+        """
         values = list(slots)
         if scratch is not None:
             slot, nbytes = scratch
@@ -163,7 +166,7 @@ class _Lowering(Lowering):
         written = tuple(writes)
         results = [Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
         label = " ".join([kernel.factory, *tensors])
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), written, weights, label, results))
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), (*written, *spoils), weights, label, results))
 
     def _panels(self, x: Array) -> Buffer:
         """x as panels, made now if they are not yet."""
@@ -519,7 +522,8 @@ class _Lowering(Lowering):
         rope: Rope | None = options["rope"]
         if rope is not None and rope not in self.state.ropes:
             self.state.ropes.append(rope)
-        q_rows, k_rows, v_rows = self._to_overwrite(q, node), self._to_overwrite(k, node), self.rows_of[v]
+        q_rows, k_rows = self._to_overwrite(q, node), self._to_overwrite(k, node)
+        v_rows = self._to_overwrite(v, node) if layout == "int16" else self.rows_of[v]
         slots: tuple[int, ...] = (
             q_rows.address,
             self._row_bytes(q),
@@ -545,7 +549,8 @@ class _Lowering(Lowering):
             slots,
             TOKENS,
             reads=(q_rows, k_rows, v_rows),
-            writes=(q_rows, k_rows, keys, values),
+            writes=(q_rows, keys, values),
+            spoils=(k_rows, v_rows) if layout == "int16" else (k_rows,),
         )
         out = self._rows(node.output)
         partials = self._new((self.state.max_partials * kv_heads * geometry.partial_floats(group, head_dim),), np.float32)
@@ -589,7 +594,7 @@ class _Lowering(Lowering):
             scratch=(5, 4 * geometry.partial_floats(group, head_dim)),
         )
         self._give_back(partials)
-        for rows in (q_rows, k_rows):
+        for rows in (q_rows, k_rows, v_rows):
             self._give_back(rows)  # the copies
 
     def _copy(self, array: Array, target: Buffer) -> None:

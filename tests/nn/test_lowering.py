@@ -143,6 +143,22 @@ def test_eager_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run().tobytes() == together.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_attention_leaves_its_operands_to_others(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Kernels narrow keys and values where they lie; what is there then are no floats, and not for an eager program to judge."""
+    monkeypatch.setenv("PYMISTRAL_EAGER", mode)
+    x = np.arange(1, COLUMNS + 1, dtype=np.float32)[None] / COLUMNS
+    options = {"head_dim": 16, "scale": 0.25, "rope": None}
+    attended = F.attention(x, x, x, **options)
+    np.testing.assert_allclose(attended, x, rtol=2e-2)  # of one token
+    for operand in range(3):
+
+        def compute(*qkv: A, operand: int = operand) -> A:
+            return apply("add", F.attention(*qkv, **options), qkv[operand], 0)
+
+        assert evaluate(compute, x, x, x).tobytes() == (attended + x).tobytes()
+
+
 def test_eager_programs_name_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = np.ones((COLUMNS, COLUMNS), np.float32)
     broken[3, 5] = np.nan
