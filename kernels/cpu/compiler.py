@@ -393,10 +393,15 @@ def load_kernels(kernels: Iterable[Spec], progress: Progress | None = None) -> d
         return {kernel: _linker.addresses[kernel] for kernel in wanted}
 
 
+def kernels_to_compile(kernels: Iterable[Spec]) -> list[Spec]:
+    """Those of these that are neither loaded nor in the cache."""
+    folder = cache_folder()
+    return [kernel for kernel in dict.fromkeys(kernels) if kernel not in _linker.addresses and not (folder / f"{kernel.key}.o").exists()]
+
+
 def prepare_kernels(kernels: Iterable[Spec]) -> None:
     """Begin to compile what no cache has of these, and return at once. `load_kernels` waits for it, and meets its errors."""
-    folder = cache_folder()
-    missing = [kernel for kernel in kernels if kernel not in _linker.addresses and not (folder / f"{kernel.key}.o").exists()]
+    missing = kernels_to_compile(kernels)
     if len(missing) > _FEW and _may_start_children():
         _children.add(missing)
 

@@ -1,6 +1,7 @@
 """GGUF blocks to tiles (see `tiles`). Four columns of one row travel as a 32-bit word: one quant in each byte.
 
-The block layouts are ggml's (ggml-common.h).
+The block layouts are ggml's (ggml-common.h). Packing takes no call of Python's: rows are put in order on the way, and a chunk's part of the
+file is forgotten when it is done, so that a whole model can be packed while the interpreter does something else.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from .grids import grid
 from .helpers import inline
@@ -72,6 +76,43 @@ def eight_signs(seven):
     parity = seven ^ seven >> 4
     parity ^= parity >> 2
     return seven | ((parity ^ parity >> 1) & 1) << 7
+
+
+_DONT_NEED = 4  # MADV_DONTNEED, of Linux and macOS
+_AROUND = 1 << 16  # bytes that Linux maps when one of them is read, from a multiple on
+
+
+@intrinsic
+def _advise(typing_context, madvise, start, length):
+    """``madvise(start, length, MADV_DONTNEED)`` of the C library, called by its address."""
+
+    def codegen(context, b, sig, values):
+        word = ir.IntType(64)
+        function = b.inttoptr(values[0], ir.FunctionType(ir.IntType(32), [word, word, ir.IntType(32)]).as_pointer())
+        b.call(function, [values[1], values[2], ir.Constant(ir.IntType(32), _DONT_NEED)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@inline
+def stored_row(order, row):
+    """Which of the file's rows a row is."""
+    return load_i64(order + 8 * row) if order else row
+
+
+@inline
+def forget(slots, source, row_bytes, order, begin, end):
+    """Let the system have these rows, and what it mapped around them. What others of that still want is mapped again."""
+    madvise = load_i64(slots + 48)
+    if madvise:
+        first, last = stored_row(order, begin), 0
+        for row in range(begin, end):
+            stored = stored_row(order, row)
+            first, last = min(first, stored), max(last, stored)
+        start = max(load_i64(slots + 56), (source + first * row_bytes) // _AROUND * _AROUND)
+        stop = min(load_i64(slots + 64), (source + (last + 1) * row_bytes + _AROUND - 1) // _AROUND * _AROUND)
+        _advise(madvise, start, stop - start)
 
 
 def _words(layout: str) -> Any:
@@ -304,8 +345,10 @@ def _scales(layout: str, block_bytes: int) -> Any:
 
 
 def repack(*, layout: str, block_bytes: int) -> Any:
-    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns, 4 bytes of a tile; ``block_bytes`` is
-    the size of a GGUF block. A row of FP8 is its scales (f32), then its bytes.
+    """Units are tiles. Slots: 0 blocks (row after row), 1 tiles (zeroed), 2 rows, 3 columns, 4 bytes of a tile, 5 for each row the
+    stored row that it is (int64), or 0 if they are in order. If the blocks are of a mapped file, which may forget them, 6 the address of
+    C's ``madvise``, 7 the file's, and 8 that of its end; else 6 is 0. ``block_bytes`` is the size of a GGUF block. A row of FP8 is its
+    scales (f32), then its bytes.
     """
     if layout in FLOAT_FORMATS:
         return _repack_floats(layout)
@@ -323,7 +366,7 @@ def repack(*, layout: str, block_bytes: int) -> Any:
 
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)
-        rows, columns = load_i64(slots + 16), load_i64(slots + 24)
+        rows, columns, order = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 40)
         records = columns // columns_per_record
         for tile in range(begin, end):
             for record in range(records):
@@ -332,7 +375,7 @@ def repack(*, layout: str, block_bytes: int) -> Any:
                 for line in range(0, 16 * block_bytes, 64):
                     prefetch(upcoming + line)
                 for row in range(min(16, rows - 16 * tile)):
-                    block = source + ((16 * tile + row) * records + record) * block_bytes
+                    block = source + (stored_row(order, 16 * tile + row) * records + record) * block_bytes
                     for sub in range(subs):
                         target = header + header_bytes + sub * tile_block_bytes
                         for vector in range(bits):
@@ -346,6 +389,7 @@ def repack(*, layout: str, block_bytes: int) -> Any:
                                 packed |= (word(block, sub, plane * per_plane + i) >> bits & high_mask) << (high_bits * i)
                             store_i32(target + plane_at + 64 * plane + 4 * row, packed)
                         write_scales(block, sub, row, header, target + scales_at)
+        forget(slots, source, records * block_bytes, order, 16 * begin, min(16 * end, rows))
 
     return kernel
 
@@ -356,11 +400,12 @@ def _repack_floats(layout: str) -> Any:
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)
         rows, columns, tile_bytes = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 32)
-        scale_bytes = tile_bytes // 16 - columns * item  # FP8: a row starts with its scales
+        order, row_bytes = load_i64(slots + 40), tile_bytes // 16
+        scale_bytes = row_bytes - columns * item  # FP8: a row starts with its scales
         for tile in range(begin, end):
             header = tiles + tile * tile_bytes
             for row in range(min(16, rows - 16 * tile)):
-                at = source + (16 * tile + row) * (tile_bytes // 16) + scale_bytes
+                at = source + stored_row(order, 16 * tile + row) * row_bytes + scale_bytes
                 target = header + 16 * scale_bytes + row * item
                 for scale in range(0, scale_bytes, 4):
                     store_i32(header + 16 * scale + 4 * row, load_u32(at - scale_bytes + scale))
@@ -371,5 +416,6 @@ def _repack_floats(layout: str) -> Any:
                         store_i32(target + 64 * column, load_u32(at + 4 * column))
                     else:
                         store_u16(target + 32 * column, load_u16(at + 2 * column))
+        forget(slots, source, row_bytes, order, 16 * begin, min(16 * end, rows))
 
     return kernel

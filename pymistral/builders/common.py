@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from ..engine.runner import CpuRunner
     from ..engine.speculative import Speculation
     from ..kernels.cpu.compiler import Progress
-    from ..loading.checkpoint import Checkpoint
+    from ..loading.checkpoint import Checkpoint, GgufLoader
+    from ..loading.huggingface import FolderLoader
     from ..model import Model
     from ..nn.cuda_devices import CudaDevice
     from ..nn.graph import Graph
+    from ..quantization.types import Tensor
     from ..responses import CalledFunction
 
 _log = logging.getLogger("pymistral")
@@ -364,6 +366,7 @@ def _load_model(
     from ..engine import Engine
     from ..model import Model
 
+    template = given_chat_template(builder)  # a file that cannot be read is told before the work begins
     checkpoint, runner, requantized = load_runner(builder)
     model_id, _ = builder._source()
     engine = Engine(
@@ -396,7 +399,7 @@ def _load_model(
         checkpoint.tokenizer,
         model_id=model_id,
         config=checkpoint.config,
-        chat_template=chat_template_source(builder, checkpoint),
+        chat_template=checkpoint.chat_template if template is None else template,
         generation_config=checkpoint.generation_config,
         requantize=requantize,
         toolbox=toolbox,
@@ -444,24 +447,28 @@ def load_runner(builder: Builder) -> Loaded:
         token=builder.token_source,
         cache_dir=builder.hf_cache_path,
     )
-    checkpoint = load_checkpoint(path, files)
+    loader = open_checkpoint(path, files)
+    config, weights = loader.config_and_weights()
     _log.info("%s: read %s", model_id, path)
-    chat_template_source(builder, checkpoint)  # a file that cannot be read is told before the work begins
 
-    def graph_of(checkpoint: Checkpoint, isq: IsqType | None) -> Graph:
-        weights = matrices_as(checkpoint.weights, GgmlType[dtype.name]) if dtype != ModelDType.AUTO else checkpoint.weights
-        return record(build_model(checkpoint.config, apply_isq(weights, isq, builder.topology)))
+    def graph_of(weights: dict[str, Tensor], isq: IsqType | None) -> Graph:
+        if dtype != ModelDType.AUTO:
+            weights = matrices_as(weights, GgmlType[dtype.name])
+        return record(build_model(config, apply_isq(weights, isq, builder.topology)))
 
-    graph = graph_of(checkpoint, None if builder.isq is None else IsqType.of(builder.isq))
-    max_positions = int(checkpoint.config["max_position_embeddings"])
+    graph = graph_of(weights, None if builder.isq is None else IsqType.of(builder.isq))
     with counting_bar("compiling kernels for this CPU (once)") as progress:
-        runner = make_runner(builder, graph, device, max_positions, threads, progress)
+        runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
+    checkpoint = loader.checkpoint(config, weights)  # while the weights are packed, if it is on the CPU
+    if isinstance(runner, CpuRunner):
+        runner.wait()
 
     def requantized(isq: IsqType) -> Callable[[], None]:
         """The weights come from the file again: what is in memory has been rounded once."""
         if not isinstance(runner, CpuRunner):
             raise ModelLoadError("weights are quantised anew on the CPU only; this model runs on a GPU")
-        programs = runner.compile(graph_of(load_checkpoint(path, files), isq))
+        _, weights = open_checkpoint(path, files).config_and_weights()
+        programs = runner.compile(graph_of(weights, isq))
         return lambda: runner.use(programs)
 
     return Loaded(checkpoint, runner, requantized)
@@ -527,13 +534,13 @@ def make_runner(
     )
 
 
-def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str | None:
-    """The chat template to use: the builder's, else the model's own."""
+def given_chat_template(builder: ModelOptions) -> str | None:
+    """The chat template that the builder gives in place of the model's own, if it does."""
     if builder.jinja_explicit is not None:
         return _read(Path(builder.jinja_explicit), "jinja_explicit")
     template = builder.chat_template
     if template is None:
-        return checkpoint.chat_template
+        return None
     if template.endswith(".jinja"):
         return _read(Path(template), "chat_template")
     if not template.endswith(".json"):
@@ -547,18 +554,18 @@ def chat_template_source(builder: ModelOptions, checkpoint: Checkpoint) -> str |
     return source
 
 
-def load_checkpoint(path: Path, files: list[str] | None) -> Checkpoint:
-    """What a file holds; or a folder, of which ``files`` may name the GGUF files wanted."""
-    from ..loading.checkpoint import load_gguf
+def open_checkpoint(path: Path, files: list[str] | None) -> GgufLoader | FolderLoader:
+    """What reads a file; or a folder, of which ``files`` may name the GGUF files wanted."""
+    from ..loading.checkpoint import GgufLoader
     from ..loading.hub import choose_gguf
 
     if not path.is_dir():
-        return load_gguf(path)
+        return GgufLoader(path)
     if names := files or choose_gguf(str(path), sorted(file.name for file in path.iterdir())):
-        return load_gguf(path / names[0])
-    from ..loading.huggingface import load_folder
+        return GgufLoader(path / names[0])
+    from ..loading.huggingface import FolderLoader
 
-    return load_folder(path)
+    return FolderLoader(path)
 
 
 def _read(path: Path, option: str) -> str:

@@ -203,16 +203,28 @@ class CpuRunner(PagedRunner):
             windows=cache_groups(graph).windows,
         )
         self.threads = threads or available_threads()
-        self.prompt_program, self.program = self.compile(graph, progress)
+        self.prompt_program, self.program = compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
 
     @property
     def prompts_apart(self) -> bool:
         return self.prompt_program is not self.program
 
-    def compile(self, graph: Graph, progress: Progress | None = None) -> Programs:
-        """Programs of these limits, for `use`. Another thread may run steps in the meantime."""
-        return compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
+    def wait(self) -> None:
+        """Return when all weights are packed; until then other threads do that. A step waits, too.
+
+        Raises
+        ------
+        ModelLoadError
+            A weight cannot be quantised, or is not a number.
+        """
+        self.program.wait()
+
+    def compile(self, graph: Graph) -> Programs:
+        """Programs of these limits, for `use`; errors as `wait`. Another thread may run steps in the meantime."""
+        programs = compile_for_prompts(graph, self.limits, threads=self.threads)
+        programs[0].wait()
+        return programs
 
     def use(self, programs: Programs) -> None:
         """Run these programs from now on: the same model with other weights, and an empty cache."""

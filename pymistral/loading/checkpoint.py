@@ -70,26 +70,8 @@ def load_gguf(path: str | Path) -> Checkpoint:
     ModelLoadError
         A file is missing, damaged, of an unknown architecture, or its tensors do not fit the architecture.
     """
-    from .tokenizer import tokenizer_from_gguf
-
     loader = GgufLoader(path)
-    config, weights = loader.config_and_weights()
-    try:
-        tokenizer = tokenizer_from_gguf(loader.metadata)
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{loader.path}: {error}") from error
-    eos_token_ids = loader.eos_token_ids(tokenizer)
-    checkpoint = Checkpoint(
-        path=loader.path,
-        config=config,
-        weights=weights,
-        tokenizer=tokenizer,
-        chat_template=loader.text("tokenizer.chat_template"),
-        generation_config=loader.generation_config(eos_token_ids),
-        eos_token_ids=eos_token_ids,
-    )
-    loader.metadata.forget()
-    return checkpoint
+    return loader.checkpoint(*loader.config_and_weights())
 
 
 class GgufLoader:
@@ -147,6 +129,27 @@ class GgufLoader:
         if not value.size or (value != value[0]).any():
             self.fail(f"{key} differs from layer to layer, which {self.prefix!r} models do not support", "Use another model file.")
         return value[0]
+
+    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Checkpoint:
+        """All of it, the tokenizer too, given `config_and_weights`."""
+        from .tokenizer import tokenizer_from_gguf
+
+        try:
+            tokenizer = tokenizer_from_gguf(self.metadata)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{self.path}: {error}") from error
+        eos_token_ids = self.eos_token_ids(tokenizer)
+        checkpoint = Checkpoint(
+            path=self.path,
+            config=config,
+            weights=weights,
+            tokenizer=tokenizer,
+            chat_template=self.text("tokenizer.chat_template"),
+            generation_config=self.generation_config(eos_token_ids),
+            eos_token_ids=eos_token_ids,
+        )
+        self.metadata.forget()
+        return checkpoint
 
     # config
 

@@ -47,20 +47,8 @@ def load_folder(path: str | Path) -> Checkpoint:
     ModelLoadError
         A file is missing or damaged, the architecture is unknown, or the tensors do not fit it.
     """
-    folder = Path(path)
-    loader = FolderLoader(folder)
-    config, weights = loader.config_and_weights()
-    tokenizer = tokenizer_from_json(folder)
-    generation_config = read_optional(folder / "generation_config.json")
-    return Checkpoint(
-        path=folder,
-        config=config,
-        weights=weights,
-        tokenizer=tokenizer,
-        chat_template=chat_template(folder),
-        generation_config=generation_config,
-        eos_token_ids=_end_tokens(generation_config, config, tokenizer),
-    )
+    loader = FolderLoader(Path(path))
+    return loader.checkpoint(*loader.config_and_weights())
 
 
 class FolderLoader:
@@ -95,6 +83,20 @@ class FolderLoader:
             remedy = f"Supported: {known}. What is missing: {missing} (see docs/adding-a-model.md)."
             self.fail(f"the architecture {model_type!r:.80}{called:.80} is not supported", remedy)
         return names.MODEL_TYPES[model_type], config
+
+    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Checkpoint:
+        """All of it, the tokenizer too, given `config_and_weights`."""
+        tokenizer = tokenizer_from_json(self.folder)
+        generation_config = read_optional(self.folder / "generation_config.json")
+        return Checkpoint(
+            path=self.folder,
+            config=config,
+            weights=weights,
+            tokenizer=tokenizer,
+            chat_template=chat_template(self.folder),
+            generation_config=generation_config,
+            eos_token_ids=_end_tokens(generation_config, config, tokenizer),
+        )
 
     # config
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ModelLoadError
 from ..kernels.cpu import geometry
-from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
+from ..kernels.cpu.compiler import Progress, Spec, kernels_to_compile, load_kernels, spec
 from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.isa import current_isa
 from ..kernels.cpu.tiles import FloatFormat
@@ -22,7 +22,7 @@ from .cpu_weights import Matrix, TiledWeights
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
 from .lowering import Buffer, Lowering, padded, vector_values
 from .memory import address, zeros
-from .pool import EXECUTOR_KERNELS, Launches, thread_pool
+from .pool import Launches, thread_pool
 from .quantize import tile_format
 from .rope import Rope
 from .sampling import SAMPLING_KERNEL
@@ -52,11 +52,11 @@ def _float_bits(value: float) -> int:
 
 
 def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> CpuProgram:
-    """Lower a graph, compile what kernels are missing, pack the weights, and return the program.
+    """Lower a graph, compile what kernels are missing, begin to pack the weights, and return the program.
 
     Raises ModelLoadError if a weight's type or shape cannot be used.
     """
-    return _Lowering(graph, limits, threads).finish(progress)
+    return _Lowering(graph, limits, threads, _begin_packing(graph, threads)).finish(progress)
 
 
 def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> tuple[CpuProgram, CpuProgram]:
@@ -65,26 +65,35 @@ def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress:
     It is one program unless the CPU multiplies tiles (`Isa.has_amx`): prompts, where many tokens go through each weight, are then
     multiplied in bfloat16, what is generated in int8 as everywhere.
     """
-    generated = _Lowering(graph, limits, threads)
+    weights = _begin_packing(graph, threads)
+    generated = _Lowering(graph, limits, threads, weights)
     if graph.exact or not current_isa().has_amx:
         program = generated.finish(progress)
         return program, program
-    prompts = _Lowering(graph, limits, threads, generated)
+    prompts = _Lowering(graph, limits, threads, weights, generated)
     load_kernels([*prompts.kernels(), *generated.kernels()], progress)  # those that are missing are compiled side by side
     program = generated.finish(progress)
     return prompts.finish(progress), program
 
 
+def _begin_packing(graph: Graph, threads: int) -> TiledWeights:
+    """The weights, which are packed while the graph is lowered if that takes no compiling. `CpuProgram.wait` waits for them."""
+    weights = TiledWeights(graph.matrices())
+    if not kernels_to_compile(weights.packers()):
+        weights.begin(threads)
+    return weights
+
+
 class _Lowering(Lowering):
     """With a ``base`` the program is for prompts: it shares that one's weights and caches, and multiplies tokens in wide panels."""
 
-    def __init__(self, graph: Graph, limits: Limits, threads: int, base: _Lowering | None = None) -> None:
+    def __init__(self, graph: Graph, limits: Limits, threads: int, weights: TiledWeights, base: _Lowering | None = None) -> None:
         super().__init__(graph, limits)
         self.threads = threads
         self.state = State(limits)
         self.base = base
         self.launches: list[_Launch] = []
-        self.weights: TiledWeights = base.weights if base else TiledWeights(graph.matrices())
+        self.weights = weights
         self.alive: list[Any] = []
         self.scratch_bytes = 0
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
@@ -606,16 +615,14 @@ class _Lowering(Lowering):
 
     def kernels(self) -> list[Spec]:
         """All that the program needs."""
-        return [*EXECUTOR_KERNELS, SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
+        return [SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
 
     def finish(self, progress: Progress | None) -> CpuProgram:
         scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)
         for slots, index in self.scratch_slots:
             slots[index : index + 2] = [address(scratch), self.scratch_bytes]
         addresses = load_kernels(self.kernels(), progress)
-        pool = thread_pool(self.threads)
-        if not self.base:
-            self.weights.pack(addresses, pool)
+        packing = self.weights.begin(self.threads)
         records = []
         touched: tuple[set[int], set[int]] = (set(), set())  # read and written since the last meeting
         for launch in self.launches:
@@ -642,8 +649,9 @@ class _Lowering(Lowering):
             names=[launch.kernel.factory for launch in self.launches],
             labels=[launch.label for launch in self.launches],
             weight_bytes=self.weights.nbytes,
+            wait=packing.result,
             _launches=Launches(records, self.threads),
-            _pool=pool,
+            _pool=thread_pool(self.threads),
             _results=[launch.results for launch in self.launches],
             _alive=self.alive,
         )

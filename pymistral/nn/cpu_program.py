@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ class CpuProgram:
         What changes between steps; fill it before `run`.
     logits
         float32 ``[max_outputs, vocab_size]``; the first ``outputs`` rows are those of the last run.
+    wait
+        Returns when all weights are packed, as the methods that run anything do first; raises ModelLoadError if one cannot be.
     """
 
     state: State
@@ -39,6 +42,7 @@ class CpuProgram:
     names: list[str]
     labels: list[str]
     weight_bytes: int
+    wait: Callable[[], None]
     _launches: Launches
     _pool: ThreadPool
     _results: list[list[Result]] = field(repr=False)
@@ -47,6 +51,7 @@ class CpuProgram:
 
     def run(self) -> None:
         """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+        self.wait()
         if self._eager:
             self.run_checked()
         else:
@@ -56,6 +61,7 @@ class CpuProgram:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
         from time import perf_counter
 
+        self.wait()
         seconds = []
         for row in self._launches.table:
             single = Launches([[int(word) for word in row]], self._pool.threads)
@@ -72,6 +78,7 @@ class CpuProgram:
         FloatingPointError
             A launch computed what is no finite number; the message names it.
         """
+        self.wait()
         for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
             self._pool.run(Launches([[int(word) for word in row]], self._pool.threads))
             for result in results:

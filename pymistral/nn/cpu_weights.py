@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.cpu.compiler import Spec
+from ..kernels.cpu.compiler import Spec, load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
-from .memory import address, forget, zeros
-from .pool import ThreadPool
-from .quantize import PART_BYTES, blocks_of, kernels_for, launch_all, parts, repacker, stored_blocks, tile_format
+from .memory import address, forget, madvise_address, mapping_of, zeros
+from .pool import EXECUTOR_KERNELS, ThreadPool, thread_pool
+from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, stored_blocks, tile_format
+
+BATCH_BYTES = 32 << 20  # of weights in one program: steps of other models wait for it
+_CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
 
 
 @dataclass
@@ -36,47 +41,83 @@ class Matrix:
 
 
 class TiledWeights:
-    """The matrices of a program in one piece of memory, in the order in which they are asked for."""
+    """The matrices of a program in one piece of memory, in their order."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
-        nbytes = sum(-(-tile_format(tensor).nbytes(*tensor.shape) // 64) * 64 for tensor in matrices)  # each in whole cache lines
-        self.arena: NDArray[Any] = zeros(nbytes, np.uint8, huge_pages=True)
-        self._used = 0
-        self._matrices: dict[int, Matrix] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(matrix.tiles.nbytes for matrix in self._matrices.values())
+        formats = [tile_format(tensor) for tensor in matrices]
+        sizes = [format.nbytes(*tensor.shape) for format, tensor in zip(formats, matrices, strict=True)]
+        starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]  # each in whole cache lines
+        self.arena: NDArray[Any] = zeros(starts[-1], np.uint8, huge_pages=True)
+        self.nbytes = sum(sizes)
+        self._matrices = {
+            id(tensor): Matrix(tensor, format, self.arena[start : start + size])
+            for tensor, format, start, size in zip(matrices, formats, starts, sizes, strict=False)
+        }
+        self._packing: Future[None] | None = None
 
     def __getitem__(self, tensor: Tensor) -> Matrix:
-        known = self._matrices.get(id(tensor))
-        if known is None:
-            format = tile_format(tensor)
-            size = format.nbytes(*tensor.shape)
-            tiles = self.arena[self._used : self._used + size]
-            self._used += -(-size // 64) * 64
-            known = self._matrices[id(tensor)] = Matrix(tensor, format, tiles)
-        return known
+        return self._matrices[id(tensor)]
 
     def packers(self) -> list[Spec]:
         """The kernels that `pack` needs."""
-        return [kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor)]
+        return [*EXECUTOR_KERNELS, *(kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor))]
 
-    def pack(self, kernels: dict[Spec, int], pool: ThreadPool) -> None:
-        """Blocks to tiles, some MB in one program, forgotten when done: the file and the tiles are never in memory together."""
+    def begin(self, threads: int) -> Future[None]:
+        """Pack in a thread of its own, unless that was begun already: most of it needs no Python. The result tells how it ended."""
+        if self._packing is None:
+            executor = ThreadPoolExecutor(1, "pymistral-pack")
+            self._packing = executor.submit(self.pack, threads)
+            executor.shutdown(wait=False)
+        return self._packing
+
+    def pack(self, threads: int) -> None:
+        """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together.
+
+        Raises
+        ------
+        ModelLoadError
+            A weight cannot be quantised, or is not a number.
+        """
+        kernels = load_kernels(self.packers())
+        pool = thread_pool(threads)
         batch = _Batch(pool)
         for matrix in self._matrices.values():
             tensor = matrix.tensor
             size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
             repack = kernels[repacker(matrix.format.name, size[1] if size else 1)]
+            if tensor.isq is None and tensor.scales is None:
+                _add_stored(batch, matrix, repack)
+                continue
             target = address(matrix.tiles)
             for part in parts(tensor):
-                rows, columns = part.shape
-                batch.make_room(part.data.nbytes)
+                batch.make_room(part.data.nbytes, PART_BYTES)
                 blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool)
-                batch.add(tensor, part, blocks, (repack, (address(blocks), target, rows, columns, matrix.tile_bytes), -(-rows // ROWS)))
-                target += rows // ROWS * matrix.tile_bytes
+                # of a tensor in another order the part is a copy
+                source = part.data if tensor.order is None else tensor.data
+                slots, units = (address(blocks), target, *part.shape, matrix.tile_bytes, 0, 0), -(-part.shape[0] // ROWS)
+                batch.add(part.data.nbytes, Launch(repack, slots, units, max(1, units // 64)), blocks, forgets=source)
+                target += part.shape[0] // ROWS * matrix.tile_bytes
         batch.run()
+
+
+def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
+    """A matrix that is packed from the file's own bytes, which the kernel itself puts in order and forgets."""
+    tensor, (rows, columns) = matrix.tensor, matrix.tensor.shape
+    row_bytes = tensor.data.nbytes // rows
+    mapping, forgets = mapping_of(tensor.data), (0, 0, 0)
+    if mapping is not None:
+        start = address(np.frombuffer(mapping, np.uint8))
+        forgets = (madvise_address(), start, start + len(mapping))
+    step = max(1, BATCH_BYTES // (row_bytes * ROWS)) * ROWS
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        batch.make_room(count * row_bytes, BATCH_BYTES)
+        source, order = address(tensor.data) + first * row_bytes, 0
+        if tensor.order is not None:
+            source, order = address(tensor.data), address(tensor.order) + 8 * first
+        slots = (source, address(matrix.tiles) + first // ROWS * matrix.tile_bytes, count, columns, matrix.tile_bytes, order, *forgets)
+        units, chunk = -(-count // ROWS), -(-_CHUNK_BYTES // (row_bytes * ROWS))
+        batch.add(count * row_bytes, Launch(repack, slots, units, max(chunk, units // 64)), tensor)
 
 
 class _Batch:
@@ -88,22 +129,21 @@ class _Batch:
 
     def _clear(self) -> None:
         self.nbytes = 0
-        self.launches: list[tuple[int, tuple[int, ...], int]] = []
-        self.blocks: list[NDArray[Any]] = []  # kept alive
+        self.launches: list[Launch] = []
+        self.alive: list[Any] = []
         self.sources: dict[int, NDArray[Any]] = {}
 
-    def make_room(self, nbytes: int) -> None:
+    def make_room(self, nbytes: int, most: int) -> None:
         """Pack what is there if it would be too much with so many bytes more."""
-        if self.nbytes + nbytes > PART_BYTES:
+        if self.nbytes + nbytes > most:
             self.run()
 
-    def add(self, tensor: Tensor, part: Tensor, blocks: NDArray[Any], launch: tuple[int, tuple[int, ...], int]) -> None:
-        self.nbytes += part.data.nbytes
+    def add(self, nbytes: int, launch: Launch, needs: Any, *, forgets: NDArray[Any] | None = None) -> None:
+        self.nbytes += nbytes
         self.launches.append(launch)
-        self.blocks.append(blocks)
-        # of a tensor in another order the part is a copy
-        source = part.data if tensor.order is None else tensor.data
-        self.sources[address(source)] = source
+        self.alive.append(needs)
+        if forgets is not None:
+            self.sources[address(forgets)] = forgets
 
     def run(self) -> None:
         launch_all(self.pool, self.launches)

@@ -20,7 +20,7 @@ from .cpu_weights import TiledWeights
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
 from .memory import forget
-from .pool import EXECUTOR_KERNELS, available_threads, thread_pool
+from .pool import available_threads
 from .quantize import tile_format
 
 
@@ -74,7 +74,8 @@ class GpuWeights:
         else:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
-            tiled.pack(load_kernels([*EXECUTOR_KERNELS, *tiled.packers()], self.progress), thread_pool(available_threads()))
+            load_kernels(tiled.packers(), self.progress)
+            tiled.pack(available_threads())
             with ThreadPoolExecutor(available_threads()) as threads:
                 rows, columns = tensor.shape
                 planes = gpu_layout(tensor).pack(tiles, rows, columns, threads.map)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 from math import prod
 
@@ -31,19 +33,31 @@ def address(array: NDArray[np.generic]) -> int:
     return array.ctypes.data  # half the time of __array_interface__
 
 
-def forget(array: NDArray[np.generic]) -> None:
-    """Let the system take back the memory of an array that is a view of a mapped file; it is read again if need be. Other arrays
-    stay as they are.
-    """
+def mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
+    """The mapped file that the array is a view of, if it is one and the system may be told to forget parts of it."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, memoryview):
         base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    return base if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
+
+
+def forget(array: NDArray[np.generic]) -> None:
+    """Let the system take back the memory of an array that is a view of a mapped file; it is read again if need be. Other arrays
+    stay as they are.
+    """
+    mapping = mapping_of(array)
+    if mapping is None:
         return
-    start = address(array) - address(np.frombuffer(base, np.uint8))
+    start = address(array) - address(np.frombuffer(mapping, np.uint8))
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: neighbours may still be wanted
     length = start + array.nbytes - first
     if length >= mmap.PAGESIZE:
-        base.madvise(mmap.MADV_DONTNEED, first, length)
+        mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+@functools.cache
+def madvise_address() -> int:
+    """Where the C library's ``madvise`` is, for kernels that call it."""
+    return ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value or 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,17 +116,24 @@ def quantize(tensor: Tensor, isq: str, *, threads: int | None = None) -> NDArray
     return np.concatenate([blocks_of(part, kernels, pool) for part in parts(tensor)])
 
 
+class Launch(NamedTuple):
+    kernel: int
+    slots: Sequence[int]
+    units: int
+    chunk: int  # of units that a thread claims at once
+
+
 def launch(pool: ThreadPool, kernel: int, slots: Sequence[int], units: int) -> None:
     """Run one kernel on all threads."""
-    launch_all(pool, [(kernel, slots, units)])
+    launch_all(pool, [Launch(kernel, slots, units, max(1, units // 64))])
 
 
-def launch_all(pool: ThreadPool, launches: Sequence[tuple[int, Sequence[int], int]]) -> None:
-    """Run kernels that do not wait for each other on all threads: each with its slots and units."""
-    one, arguments = np.ones(1, np.int64), [np.array(slots, np.int64) for _, slots, _ in launches]
+def launch_all(pool: ThreadPool, launches: Sequence[Launch]) -> None:
+    """Run kernels that do not wait for each other on all threads."""
+    one, arguments = np.ones(1, np.int64), [np.array(launch.slots, np.int64) for launch in launches]
     records = [
-        (kernel, address(slots), address(one), units, max(1, units // 64), 0)
-        for (kernel, _, units), slots in zip(launches, arguments, strict=True)
+        (launch.kernel, address(slots), address(one), launch.units, launch.chunk, 0)
+        for launch, slots in zip(launches, arguments, strict=True)
     ]
     pool.run(Launches(records, pool.threads))
 
@@ -137,7 +144,7 @@ def _floats(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> ND
     format = tile_format(replace(tensor, isq=None))
     tiles, blocks = zeros(format.nbytes(rows, columns), np.uint8), stored_blocks(tensor)
     repack = kernels[repacker(format.name, BLOCK_SIZES[tensor.type][1])]
-    launch(pool, repack, (address(blocks), address(tiles), rows, columns, format.tile_bytes(columns)), -(-rows // ROWS))
+    launch(pool, repack, (address(blocks), address(tiles), rows, columns, format.tile_bytes(columns), 0, 0), -(-rows // ROWS))
     numbers, result = np.arange(rows, dtype=np.int32), zeros(4 * prod(tensor.shape), np.uint8)
     one = int(np.float32(1).view(np.int32))
     slots = (address(numbers), address(tiles), address(result), columns, format.tile_bytes(columns), 4 * columns, one)

@@ -121,9 +121,11 @@ class Tensor:
     data: NDArray[np.uint8]
     isq: str | None = None
     scales: NDArray[np.float32] | None = None
-    order: NDArray[np.intp] | None = None
+    order: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        if self.order is not None and (self.order.shape != self.shape[:1] or not ((self.order >= 0) & (self.order < self.shape[0])).all()):
+            raise ValueError(f"tensor {self.name!r}: its order {self.order.shape} is none of {self.shape[0]} rows")
         expected = tensor_nbytes(self.type, self.shape)
         if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.size != expected or not self.data.flags.c_contiguous:
             raise ValueError(f"tensor {self.name!r}: {self.type.name} {self.shape} needs {expected} contiguous bytes, got {self.data.size}")

@@ -192,37 +192,42 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         seen["resolve"] = {"model_id": model_id, **more}
         return tmp_path / "model.gguf"
 
-    def load_gguf(path: Path) -> Any:
-        seen["load_gguf"] = path
-        return types.SimpleNamespace(
-            config={"model_type": "fake", "max_position_embeddings": 64},
-            weights={},
-            tokenizer=ByteTokenizer(),
-            chat_template=TEMPLATE,
-            generation_config={"temperature": 0.5},
-            eos_token_ids=(EOS,),
-        )
+    class Loader:
+        def __init__(self, path: Path) -> None:
+            seen[type(self).__name__] = path
 
-    def load_folder(path: Path) -> Any:
-        checkpoint = load_gguf(path)
-        seen["load_folder"] = seen.pop("load_gguf")
-        return checkpoint
+        def config_and_weights(self) -> Any:
+            return {"model_type": "fake", "max_position_embeddings": 64}, {}
 
-    def runner(graph: Any, *, progress: Any, **more: Any) -> AlphabetRunner:
-        seen["runner"] = more
-        return AlphabetRunner()
+        def checkpoint(self, config: Any, weights: Any) -> Any:
+            return types.SimpleNamespace(
+                config=config,
+                weights=weights,
+                tokenizer=ByteTokenizer(),
+                chat_template=TEMPLATE,
+                generation_config={"temperature": 0.5},
+                eos_token_ids=(EOS,),
+            )
+
+    class Runner(AlphabetRunner):
+        def __init__(self, graph: Any, *, progress: Any, **more: Any) -> None:
+            super().__init__()
+            seen["runner"] = more
+
+        def wait(self) -> None:
+            seen["waited"] = True
 
     for name, functions in (
         ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),
-        ("loading.checkpoint", {"load_gguf": load_gguf}),
-        ("loading.huggingface", {"load_folder": load_folder}),
+        ("loading.checkpoint", {"GgufLoader": type("GgufLoader", (Loader,), {})}),
+        ("loading.huggingface", {"FolderLoader": type("FolderLoader", (Loader,), {})}),
     ):
         module = types.ModuleType(f"pymistral.{name}")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"pymistral.{name}", module)
     monkeypatch.setattr("pymistral.models.registry.build_model", lambda config, weights: None)
     monkeypatch.setattr("pymistral.nn.record", lambda model: None)
-    monkeypatch.setattr("pymistral.engine.runner.CpuRunner", runner)
+    monkeypatch.setattr("pymistral.engine.runner.CpuRunner", Runner)
     return seen
 
 
@@ -233,7 +238,8 @@ async def test_build(chain: dict[str, Any], tmp_path: Path) -> None:
         assert model.generation_defaults.temperature == 0.5
         assert (await model.send_chat_request("Hi")).model == "owner/repo"
     assert chain["resolve"] == {"model_id": "owner/repo", "files": ["f.gguf"], "revision": "v1", "token": "none", "cache_dir": None}
-    assert chain["load_gguf"] == tmp_path / "model.gguf"
+    assert chain["GgufLoader"] == tmp_path / "model.gguf"
+    assert chain["waited"]
     assert chain["runner"] == {
         "max_position_embeddings": 64,
         "threads": 2,
@@ -254,12 +260,12 @@ async def test_folders(chain: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "model.gguf"  # what the hub's stand-in answers
     folder.mkdir()
     await (await GgufModelBuilder("m", ["b.gguf", "c.gguf"]).build()).close()
-    assert chain["load_gguf"] == folder / "b.gguf"
+    assert chain["GgufLoader"] == folder / "b.gguf"
     await (await ModelBuilder("m").build()).close()
-    assert chain["load_folder"] == folder
+    assert chain["FolderLoader"] == folder
     (folder / "a.gguf").touch()
     await (await ModelBuilder("m").build()).close()
-    assert chain["load_gguf"] == folder / "a.gguf"
+    assert chain["GgufLoader"] == folder / "a.gguf"
 
 
 async def test_load_errors_come_out_of_build(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,16 +310,15 @@ async def test_the_loop_stays_free_while_a_model_is_loaded(monkeypatch: pytest.M
 
 
 def test_chat_template_sources(tmp_path: Path) -> None:
-    checkpoint: Any = types.SimpleNamespace(chat_template="own")
     jinja, config, bad = tmp_path / "t.jinja", tmp_path / "t.json", tmp_path / "bad.json"
     jinja.write_text("from jinja")
     config.write_text(json.dumps({"chat_template": "from json"}))
     bad.write_text("[]")
 
     def source(**options: Any) -> str | None:
-        return common.chat_template_source(ModelBuilder("m", **options), checkpoint)
+        return common.given_chat_template(ModelBuilder("m", **options))
 
-    assert source() == "own"
+    assert source() is None
     assert source(chat_template="{{ literal }}") == "{{ literal }}"
     assert source(chat_template=str(jinja)) == "from jinja"
     assert source(chat_template=str(config)) == "from json"

@@ -20,6 +20,9 @@ from pymistral.loading import names
 from pymistral.loading.checkpoint import Checkpoint, GgufLoader, load_gguf, open_shards
 from pymistral.quantization.types import GgmlType, Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from resident import resident
+
 # a tiny model: 8 tokens, 2 layers, 4 heads of 8 dimensions on 2 key/value heads
 SIZES = {"vocab": 8, "hidden": 64, "head": 8, "q": 32, "kv": 16, "qkv": 64, "rope": 4, "ffn": 96, "ffn2": 192}
 SIZES |= {"experts": 3, "expert_ffn": 32, "shared_ffn": 48, "one": 1}
@@ -533,18 +536,6 @@ def test_load_gguf_of_the_real_models(smollm2_path: Path, gemma3_path: Path) -> 
     assert 2 in smollm2.eos_token_ids
     assert {1, 106} <= set(gemma3.eos_token_ids)
     assert gemma3.chat_template is None
-
-
-def resident(path: Path) -> int:
-    """KiB of a mapped file that are in this process's memory."""
-    total, own = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *values = line.split()
-        if not name.endswith(":"):
-            own = line.endswith(str(path.resolve()))
-        elif own and name == "Rss:":
-            total += int(values[0])
-    return total
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory")

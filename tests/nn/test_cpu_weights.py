@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +13,16 @@ import pytest
 from numpy.typing import NDArray
 from pymistral.kernels.cpu.compiler import entry_point, load_kernels
 
-from pymistral.nn import cpu_weights, quantize
+from pymistral.errors import ModelLoadError
+from pymistral.loading.gguf import map_file
+from pymistral.nn import cpu_weights
 from pymistral.nn.cpu_weights import TiledWeights
 from pymistral.nn.memory import address, zeros
-from pymistral.nn.pool import EXECUTOR_KERNELS, thread_pool
 from pymistral.nn.quantize import repacker, tile_format
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from resident import resident
 
 COLUMNS = 256
 ROWS = (16, 1, 100, 31, 48, 400)
@@ -32,19 +40,57 @@ def alone(tensor: Tensor) -> NDArray[Any]:
     format, size = tile_format(tensor), BLOCK_SIZES[tensor.type][1]
     tiles: NDArray[Any] = zeros(format.nbytes(*tensor.shape), np.uint8)
     blocks = tensor.in_order().data
-    slots = np.array([address(blocks), address(tiles), *tensor.shape, format.tile_bytes(COLUMNS)], np.int64)
+    slots = np.array([address(blocks), address(tiles), *tensor.shape, format.tile_bytes(COLUMNS), 0, 0], np.int64)
     kernel = repacker(tensor.layout, size)
     entry_point(load_kernels([kernel])[kernel], 4)(address(slots), 0, -(-tensor.shape[0] // 16), 0)
     return tiles
 
 
+def mapped(tensors: list[Tensor], path: Path) -> list[Tensor]:
+    """The same tensors as views of a mapped file, one after the other."""
+    path.write_bytes(b"".join(tensor.data.tobytes() for tensor in tensors))
+    data = np.frombuffer(map_file(path), np.uint8)
+    starts = [0, *accumulate(tensor.data.nbytes for tensor in tensors)]
+    return [replace(tensor, data=data[start : start + tensor.data.nbytes]) for tensor, start in zip(tensors, starts, strict=False)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of memory")
+def test_a_mapped_file_is_forgotten_on_the_way(monkeypatch, tmp_path):
+    """Whatever chunks the threads claim. A page that is wanted again is read again."""
+    monkeypatch.setattr(cpu_weights, "_CHUNK_BYTES", 40_000)
+    path = tmp_path / "weights"
+    tensors = mapped([random_tensor(seed, rows, shuffled=seed % 2 == 1) for seed, rows in enumerate((3000, 5, 7001, 4999, 16))], path)
+    weights = TiledWeights(tensors)
+    assert sum(int(tensor.data[::4096].sum()) for tensor in tensors)  # as if all of it had been read before
+    assert resident(path) > 2000
+    weights.begin(2).result()
+    assert resident(path) <= 64
+    for tensor in tensors:
+        np.testing.assert_array_equal(weights[tensor].tiles, alone(replace(tensor, data=tensor.data.copy())), err_msg=tensor.name)
+
+
+def test_what_cannot_be_packed_is_told_to_who_waits():
+    weight = np.ones((16, COLUMNS), np.float32)
+    weight[3, 3] = np.inf
+    weights = TiledWeights([Tensor("blk.0.w", GgmlType.F32, weight.shape, weight.view(np.uint8).reshape(-1), isq="q8_0")])
+    with pytest.raises(ModelLoadError, match=r"'blk\.0\.w.*not finite"):
+        weights.begin(2).result()
+    assert weights.begin(2) is weights.begin(2)  # it is not tried again
+
+
+@pytest.mark.parametrize("order", [[0, 1, 3], [0, 1, 4, 3], [-1, 1, 2, 3]])
+def test_orders_are_checked(order):
+    """Kernels read the rows that an order names."""
+    with pytest.raises(ValueError, match="order"):
+        Tensor("t", GgmlType.F32, (4, 8), np.zeros(128, np.uint8), order=np.array(order))
+
+
 @pytest.mark.parametrize("part_bytes", [1, 8 << 10, 40 << 10, 4 << 20])
 def test_tiles_are_those_of_each_tensor_alone(monkeypatch, part_bytes):
-    for module in (cpu_weights, quantize):
-        monkeypatch.setattr(module, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(cpu_weights, "BATCH_BYTES", part_bytes)
     tensors = [random_tensor(seed, rows, shuffled=seed % 2 == 1) for seed, rows in enumerate(ROWS)]
     weights = TiledWeights(tensors)
     matrices = [weights[tensor] for tensor in tensors]
-    weights.pack(load_kernels([*EXECUTOR_KERNELS, *weights.packers()]), thread_pool(2))
+    weights.pack(2)
     for matrix in matrices:
         np.testing.assert_array_equal(matrix.tiles, alone(matrix.tensor), err_msg=matrix.tensor.name)

@@ -25,7 +25,7 @@ def tiles_of(tensor: Tensor) -> NDArray[np.uint8]:
     rows, columns = tensor.shape
     format = LAYOUTS[name].format
     tiles = zeros(format.nbytes(rows, columns), np.uint8)
-    slots = np.array([address(tensor.data), address(tiles), rows, columns, format.tile_bytes(columns)], np.int64)
+    slots = np.array([address(tensor.data), address(tiles), rows, columns, format.tile_bytes(columns), 0, 0], np.int64)
     entry_point(_packer(name, BLOCK_SIZES[tensor.type][1]), 4)(address(slots), 0, -(-rows // 16), 0)
     return tiles
 
