@@ -459,9 +459,15 @@ def load_runner(builder: Builder) -> Loaded:
     graph = graph_of(weights, None if builder.isq is None else IsqType.of(builder.isq))
     with counting_bar("compiling kernels for this CPU (once)") as progress:
         runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
-    checkpoint = loader.checkpoint(config, weights)  # while the weights are packed, if it is on the CPU
-    if isinstance(runner, CpuRunner):
-        runner.wait()
+    packing = runner.packing if isinstance(runner, CpuRunner) else None
+    try:
+        checkpoint = loader.checkpoint(config, weights)  # while the weights are packed
+        if packing:
+            packing.wait()
+    except BaseException:
+        if packing:
+            packing.stop()
+        raise
 
     def requantized(isq: IsqType) -> Callable[[], None]:
         """The weights come from the file again: what is in memory has been rounded once."""

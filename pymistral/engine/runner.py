@@ -16,6 +16,7 @@ from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_byte
 from ..nn.cache_groups import cache_groups
 from ..nn.cpu import compile_for_prompts
 from ..nn.cpu_program import CpuProgram
+from ..nn.cpu_weights import Packing
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
@@ -210,20 +211,21 @@ class CpuRunner(PagedRunner):
     def prompts_apart(self) -> bool:
         return self.prompt_program is not self.program
 
-    def wait(self) -> None:
-        """Return when all weights are packed; until then other threads do that. A step waits, too.
+    @property
+    def packing(self) -> Packing:
+        """The weights on their way into tiles, which goes on for a while when the runner is made. A step waits for it."""
+        return self.program.packing
+
+    def compile(self, graph: Graph) -> Programs:
+        """Programs of these limits, for `use`. Another thread may run steps in the meantime.
 
         Raises
         ------
         ModelLoadError
             A weight cannot be quantised, or is not a number.
         """
-        self.program.wait()
-
-    def compile(self, graph: Graph) -> Programs:
-        """Programs of these limits, for `use`; errors as `wait`. Another thread may run steps in the meantime."""
         programs = compile_for_prompts(graph, self.limits, threads=self.threads)
-        programs[0].wait()
+        programs[0].packing.wait()
         return programs
 
     def use(self, programs: Programs) -> None:

@@ -77,7 +77,7 @@ def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress:
 
 
 def _begin_packing(graph: Graph, threads: int) -> TiledWeights:
-    """The weights, which are packed while the graph is lowered if that takes no compiling. `CpuProgram.wait` waits for them."""
+    """The weights, which are packed while the graph is lowered if that takes no compiling."""
     weights = TiledWeights(graph.matrices())
     if not kernels_to_compile(weights.packers()):
         weights.begin(threads)
@@ -649,7 +649,7 @@ class _Lowering(Lowering):
             names=[launch.kernel.factory for launch in self.launches],
             labels=[launch.label for launch in self.launches],
             weight_bytes=self.weights.nbytes,
-            wait=packing.result,
+            packing=packing,
             _launches=Launches(records, self.threads),
             _pool=thread_pool(self.threads),
             _results=[launch.results for launch in self.launches],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .cpu_weights import Packing
 from .pool import Launches, ThreadPool
 from .state import State
 
@@ -33,8 +33,8 @@ class CpuProgram:
         What changes between steps; fill it before `run`.
     logits
         float32 ``[max_outputs, vocab_size]``; the first ``outputs`` rows are those of the last run.
-    wait
-        Returns when all weights are packed, as the methods that run anything do first; raises ModelLoadError if one cannot be.
+    packing
+        Whether all weights are in place: the methods that run anything wait for it.
     """
 
     state: State
@@ -42,7 +42,7 @@ class CpuProgram:
     names: list[str]
     labels: list[str]
     weight_bytes: int
-    wait: Callable[[], None]
+    packing: Packing
     _launches: Launches
     _pool: ThreadPool
     _results: list[list[Result]] = field(repr=False)
@@ -51,7 +51,7 @@ class CpuProgram:
 
     def run(self) -> None:
         """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
-        self.wait()
+        self.packing.wait()
         if self._eager:
             self.run_checked()
         else:
@@ -61,7 +61,7 @@ class CpuProgram:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
         from time import perf_counter
 
-        self.wait()
+        self.packing.wait()
         seconds = []
         for row in self._launches.table:
             single = Launches([[int(word) for word in row]], self._pool.threads)
@@ -78,7 +78,7 @@ class CpuProgram:
         FloatingPointError
             A launch computed what is no finite number; the message names it.
         """
-        self.wait()
+        self.packing.wait()
         for number, (row, results) in enumerate(zip(self._launches.table, self._results, strict=True)):
             self._pool.run(Launches([[int(word) for word in row]], self._pool.threads))
             for result in results:

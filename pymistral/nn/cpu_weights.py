@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Spec, load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
@@ -53,7 +56,7 @@ class TiledWeights:
             id(tensor): Matrix(tensor, format, self.arena[start : start + size])
             for tensor, format, start, size in zip(matrices, formats, starts, sizes, strict=False)
         }
-        self._packing: Future[None] | None = None
+        self._packing: Packing | None = None
 
     def __getitem__(self, tensor: Tensor) -> Matrix:
         return self._matrices[id(tensor)]
@@ -62,16 +65,14 @@ class TiledWeights:
         """The kernels that `pack` needs."""
         return [*EXECUTOR_KERNELS, *(kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor))]
 
-    def begin(self, threads: int) -> Future[None]:
-        """Pack in a thread of its own, unless that was begun already: most of it needs no Python. The result tells how it ended."""
+    def begin(self, threads: int) -> Packing:
+        """Pack in a thread of its own, unless that was begun already: most of it needs no Python."""
         if self._packing is None:
-            executor = ThreadPoolExecutor(1, "pymistral-pack")
-            self._packing = executor.submit(self.pack, threads)
-            executor.shutdown(wait=False)
+            self._packing = Packing(lambda packing: self.pack(threads, packing.check))
         return self._packing
 
-    def pack(self, threads: int) -> None:
-        """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together.
+    def pack(self, threads: int, check: Callable[[], None] = lambda: None) -> None:
+        """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together. ``check`` may end it with an error.
 
         Raises
         ------
@@ -80,7 +81,7 @@ class TiledWeights:
         """
         kernels = load_kernels(self.packers())
         pool = thread_pool(threads)
-        batch = _Batch(pool)
+        batch = _Batch(pool, check)
         for matrix in self._matrices.values():
             tensor = matrix.tensor
             size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
@@ -98,6 +99,40 @@ class TiledWeights:
                 batch.add(part.data.nbytes, Launch(repack, slots, units, max(1, units // 64)), blocks, forgets=source)
                 target += part.shape[0] // ROWS * matrix.tile_bytes
         batch.run()
+
+
+class Packing:
+    """Work on weights in a thread of its own. It does not keep a process from ending."""
+
+    def __init__(self, work: Callable[[Packing], None]) -> None:
+        self._done: Future[None] = Future()
+        self._stopped = False
+        threading.Thread(target=self._run, args=(work,), name="pymistral-pack", daemon=True).start()
+
+    def _run(self, work: Callable[[Packing], None]) -> None:
+        try:
+            work(self)
+        except BaseException as error:
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(None)
+
+    def wait(self) -> None:
+        """Return when it is done, or raise its error. Who is interrupted here wants it no more."""
+        try:
+            self._done.result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it at the next `check`."""
+        self._stopped = True
+
+    def check(self) -> None:
+        """Raises ModelLoadError if it was stopped."""
+        if self._stopped:
+            raise ModelLoadError("loading was given up before all weights were packed")
 
 
 def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
@@ -123,8 +158,9 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
 class _Batch:
     """Parts of tensors that one program packs."""
 
-    def __init__(self, pool: ThreadPool) -> None:
+    def __init__(self, pool: ThreadPool, check: Callable[[], None]) -> None:
         self.pool = pool
+        self.check = check
         self._clear()
 
     def _clear(self) -> None:
@@ -146,6 +182,7 @@ class _Batch:
             self.sources[address(forgets)] = forgets
 
     def run(self) -> None:
+        self.check()
         launch_all(self.pool, self.launches)
         for source in self.sources.values():
             forget(source)

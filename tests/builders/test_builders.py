@@ -214,8 +214,9 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             super().__init__()
             seen["runner"] = more
 
-        def wait(self) -> None:
-            seen["waited"] = True
+        @property
+        def packing(self) -> Any:
+            return types.SimpleNamespace(wait=lambda: seen.update(waited=True), stop=lambda: None)
 
     for name, functions in (
         ("loading.hub", {"resolve": resolve, "choose_gguf": lambda folder, names: [n for n in names if n.endswith(".gguf")]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_a_mapped_file_is_forgotten_on_the_way(monkeypatch, tmp_path):
     weights = TiledWeights(tensors)
     assert sum(int(tensor.data[::4096].sum()) for tensor in tensors)  # as if all of it had been read before
     assert resident(path) > 2000
-    weights.begin(2).result()
+    weights.begin(2).wait()
     assert resident(path) <= 64
     for tensor in tensors:
         np.testing.assert_array_equal(weights[tensor].tiles, alone(replace(tensor, data=tensor.data.copy())), err_msg=tensor.name)
@@ -74,8 +75,28 @@ def test_what_cannot_be_packed_is_told_to_who_waits():
     weight[3, 3] = np.inf
     weights = TiledWeights([Tensor("blk.0.w", GgmlType.F32, weight.shape, weight.view(np.uint8).reshape(-1), isq="q8_0")])
     with pytest.raises(ModelLoadError, match=r"'blk\.0\.w.*not finite"):
-        weights.begin(2).result()
+        weights.begin(2).wait()
     assert weights.begin(2) is weights.begin(2)  # it is not tried again
+
+
+def test_packing_that_nobody_wants_ends(monkeypatch):
+    monkeypatch.setattr(cpu_weights, "BATCH_BYTES", 1)
+    weights = TiledWeights([random_tensor(seed, 3000) for seed in range(6)])
+    batches, ended, go_on = [], threading.Event(), threading.Event()
+
+    def run(pool, launches):
+        batches.append(launches)
+        ended.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(cpu_weights, "launch_all", run)
+    packing = weights.begin(2)
+    ended.wait(10)
+    packing.stop()
+    go_on.set()
+    with pytest.raises(ModelLoadError, match="given up"):
+        packing.wait()
+    assert len(batches) == 1
 
 
 @pytest.mark.parametrize("order", [[0, 1, 3], [0, 1, 4, 3], [-1, 1, 2, 3]])
