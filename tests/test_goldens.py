@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pymistral.kernels.cpu.isa import _NEEDS, current_isa
 
 import pymistral
-from pymistral.builders.common import load_runner
+from pymistral.builders.load import load_runner
 from pymistral.engine.types import Segment
 
 sys.path.insert(0, str(Path(__file__).parent))

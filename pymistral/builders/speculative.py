@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelLoadError
-from .common import Buildable, Builder, load_model, load_runner
+from .common import Buildable, Builder
+from .load import load_model, load_runner
 
 if TYPE_CHECKING:
     from ..engine.cuda_runner import CudaRunner

@@ -256,7 +256,7 @@ def test_builders_connect_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModelLoadError("no such model")
         return scripted_model(call("pid"), "done", toolbox=toolbox)
 
-    monkeypatch.setattr("pymistral.builders.common._load_model", load)
+    monkeypatch.setattr("pymistral.builders.load._load_model", load)
     builder = ModelBuilder("m").with_mcp_client(config())
     with BlockingModel.from_builder(builder) as model:
         response = model.send_chat_request("Who?")

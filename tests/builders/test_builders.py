@@ -29,7 +29,7 @@ from pymistral import (
     Utilization,
     tool,
 )
-from pymistral.builders import common
+from pymistral.builders import common, load
 from pymistral.errors import ModelLoadError, RequestValidationError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -317,7 +317,7 @@ def test_chat_template_sources(tmp_path: Path) -> None:
     bad.write_text("[]")
 
     def source(**options: Any) -> str | None:
-        return common.given_chat_template(ModelBuilder("m", **options))
+        return load.given_chat_template(ModelBuilder("m", **options))
 
     assert source() is None
     assert source(chat_template="{{ literal }}") == "{{ literal }}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pymistral import Device, ModelBuilder, ModelDType
-from pymistral.builders import common
+from pymistral.builders import load
 from pymistral.errors import ModelLoadError
 from pymistral.nn import cuda_devices
 from pymistral.nn.cuda_devices import cuda_device, cuda_driver, default_cuda_device
@@ -104,7 +104,7 @@ def test_what_is_missing(driver: Driver | None, packages: tuple[str, ...], messa
         cuda_device(0)
     assert default_cuda_device() is None
     with pytest.raises(ModelLoadError, match=message):
-        common.choose_device(ModelBuilder("m", device="cuda"))
+        load.choose_device(ModelBuilder("m", device="cuda"))
 
 
 def test_the_extra_is_there_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +128,16 @@ def test_a_device_that_is_not_there(machine: Any) -> None:
 
 def test_which_device_a_builder_takes(machine: Any) -> None:
     machine(Driver(), "cupy-cuda12x")
-    chosen = common.choose_device(ModelBuilder("m"))
+    chosen = load.choose_device(ModelBuilder("m"))
     assert chosen is not None
     assert chosen.index == 0
-    assert common.choose_device(ModelBuilder("m").with_device(Device.cuda(0))) == chosen
+    assert load.choose_device(ModelBuilder("m").with_device(Device.cuda(0))) == chosen
     for cpu in (ModelBuilder("m").with_force_cpu(), ModelBuilder("m").with_device(Device.cpu()), ModelBuilder("m", device="cpu")):
-        assert common.choose_device(cpu) is None
+        assert load.choose_device(cpu) is None
     with pytest.raises(ModelLoadError, match="contradict each other"):
-        common.choose_device(ModelBuilder("m", device="cuda:0", force_cpu=True))
+        load.choose_device(ModelBuilder("m", device="cuda:0", force_cpu=True))
     machine(Driver())
-    assert common.choose_device(ModelBuilder("m")) is None  # without the extra: the CPU
+    assert load.choose_device(ModelBuilder("m")) is None  # without the extra: the CPU
 
 
 def test_names_of_devices_and_types() -> None:
