@@ -71,9 +71,11 @@ class ModelOptions:
     search_private
         Let web search read pages on this machine and the local network.
     threads
-        Threads that compute. None: one per physical core.
+        Threads that compute. None: one for each core that the process may use, or ``PYMISTRAL_THREADS``.
     throughput_logging
         Log tokens per second while the engine works.
+    tokenizer_json
+        The path of a ``tokenizer.json``; used instead of the model's own tokenizer.
     token_source
         Where the token for Hugging Face comes from: a `TokenSource` or its plain string.
     topology
@@ -100,6 +102,7 @@ class ModelOptions:
     search_private: bool = False
     threads: int | None = None
     throughput_logging: bool = False
+    tokenizer_json: str | os.PathLike[str] | None = None
     token_source: str = "cache"
     topology: Topology | None = None
     tool_callbacks: dict[str, Any] = field(default_factory=dict)
@@ -188,6 +191,10 @@ class ModelOptions:
     def with_throughput_logging(self, throughput_logging: bool = True) -> Self:
         """Log tokens per second while the engine works."""
         return self._set("throughput_logging", throughput_logging)
+
+    def with_tokenizer_json(self, tokenizer_json: str | os.PathLike[str]) -> Self:
+        """Use the tokenizer in this file instead of the model's own; what a ``tokenizer_config.json`` beside it says counts, too."""
+        return self._set("tokenizer_json", tokenizer_json)
 
     def with_token_source(self, token_source: str) -> Self:
         """Take the token for Hugging Face from here: a `TokenSource` or its plain string."""

@@ -128,6 +128,9 @@ def load_runner(builder: Builder) -> Loaded:
         threads = builder.threads or available_threads()
     except ValueError as error:  # of PYMISTRAL_ISA or PYMISTRAL_THREADS
         raise ModelLoadError(str(error)) from error
+    tokenizer_json = None if builder.tokenizer_json is None else Path(builder.tokenizer_json).expanduser()
+    if tokenizer_json and not tokenizer_json.is_file():
+        raise ModelLoadError(f"tokenizer_json: there is no file {tokenizer_json}")
     device, dtype = choose_device(builder), ModelDType(builder.dtype)
     if device is None:  # the first time children compile these while the file is fetched and read
         prepare_kernels([*EXECUTOR_KERNELS, SAMPLING_KERNEL])
@@ -153,7 +156,7 @@ def load_runner(builder: Builder) -> Loaded:
         runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
     packing = runner.packing if isinstance(runner, CpuRunner) else None
     try:
-        checkpoint = loader.checkpoint(config, weights)  # while the weights are packed
+        checkpoint = loader.checkpoint(config, weights, tokenizer_json)  # while the weights are packed
         if packing:
             packing.wait()
     except BaseException:

@@ -130,14 +130,14 @@ class GgufLoader:
             self.fail(f"{key} differs from layer to layer, which {self.prefix!r} models do not support", "Use another model file.")
         return value[0]
 
-    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Checkpoint:
-        """All of it, the tokenizer too, given `config_and_weights`."""
-        from .tokenizer import tokenizer_from_gguf
+    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor], tokenizer_json: Path | None = None) -> Checkpoint:
+        """All of it, given `config_and_weights`, with the file's own tokenizer or that of a ``tokenizer.json``."""
+        if tokenizer_json is None:
+            tokenizer = self._tokenizer()
+        else:
+            from .tokenizer_json import tokenizer_from_json
 
-        try:
-            tokenizer = tokenizer_from_gguf(self.metadata)
-        except ModelLoadError as error:
-            raise ModelLoadError(f"{self.path}: {error}") from error
+            tokenizer = tokenizer_from_json(tokenizer_json)
         eos_token_ids = self.eos_token_ids(tokenizer)
         checkpoint = Checkpoint(
             path=self.path,
@@ -150,6 +150,14 @@ class GgufLoader:
         )
         self.metadata.forget()
         return checkpoint
+
+    def _tokenizer(self) -> Tokenizer:
+        from .tokenizer import tokenizer_from_gguf
+
+        try:
+            return tokenizer_from_gguf(self.metadata)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{self.path}: {error}. A tokenizer.json for it can be given with with_tokenizer_json.") from error
 
     # config
 

@@ -84,9 +84,9 @@ class FolderLoader:
             self.fail(f"the architecture {model_type!r:.80}{called:.80} is not supported", remedy)
         return names.MODEL_TYPES[model_type], config
 
-    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor]) -> Checkpoint:
-        """All of it, the tokenizer too, given `config_and_weights`."""
-        tokenizer = tokenizer_from_json(self.folder)
+    def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor], tokenizer_json: Path | None = None) -> Checkpoint:
+        """All of it, given `config_and_weights`, with the folder's own tokenizer or that of a ``tokenizer.json``."""
+        tokenizer = tokenizer_from_json(tokenizer_json or self.folder / "tokenizer.json")
         generation_config = read_optional(self.folder / "generation_config.json")
         return Checkpoint(
             path=self.folder,

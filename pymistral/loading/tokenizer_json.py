@@ -66,17 +66,17 @@ class Pieces:
         return ids
 
 
-def tokenizer_from_json(folder: Path) -> Tokenizer:
-    """The tokenizer that a folder describes.
+def tokenizer_from_json(path: Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, with what files beside it say of special tokens.
 
     Raises
     ------
     ModelLoadError
-        ``tokenizer.json`` is missing, damaged, or of a form that the `tokenizers` package does not know.
+        The file is missing, damaged, or of a form that the `tokenizers` package does not know.
     """
     import tokenizers
 
-    path = folder / "tokenizer.json"
+    folder = path.parent
     if not path.is_file():
         older = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()), None)
         hint = f"It has {older}: convert that with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)."

@@ -55,6 +55,7 @@ VALUES = {
     "threads": 2,
     "throughput_logging": True,
     "token_source": "none",
+    "tokenizer_json": "tokenizer.json",
     "topology": Topology(),
 }
 SHORTHANDS = {"with_auto_isq", "with_topology_from_path"}  # other ways to set the same
@@ -199,7 +200,8 @@ def chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         def config_and_weights(self) -> Any:
             return {"model_type": "fake", "max_position_embeddings": 64}, {}
 
-        def checkpoint(self, config: Any, weights: Any) -> Any:
+        def checkpoint(self, config: Any, weights: Any, tokenizer_json: Path | None) -> Any:
+            seen["tokenizer_json"] = tokenizer_json
             return types.SimpleNamespace(
                 config=config,
                 weights=weights,
@@ -249,6 +251,16 @@ async def test_build(chain: dict[str, Any], tmp_path: Path) -> None:
         "cache_tokens": None,
         "cache_type": "auto",
     }
+
+
+async def test_a_tokenizer_of_ones_own(chain: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ModelLoadError, match=r"tokenizer_json: there is no file .*tokenizer\.json"):
+        await ModelBuilder("m").with_tokenizer_json(path).build()
+    assert "resolve" not in chain  # told before anything is fetched
+    path.touch()
+    await (await ModelBuilder("m").with_tokenizer_json(str(path)).build()).close()
+    assert chain["tokenizer_json"] == path
 
 
 async def test_a_path_is_a_model_id(chain: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -526,6 +527,20 @@ def test_tokenizer_errors_name_the_file(write: Write) -> None:
     with pytest.raises(ModelLoadError, match="broken is there") as caught:
         load_gguf(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_tokenizer_that_is_not_supported_can_be_given(write: Write, tmp_path: Path) -> None:
+    path = write(metadata={"tokenizer.ggml.model": "t5"})
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.ggml\.model is 't5'.*with_tokenizer_json"):
+        load_gguf(path)
+    vocab = {f"t{i}": i for i in range(8)}
+    own = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    elsewhere = tmp_path / "tokenizer.json"
+    elsewhere.write_text(json.dumps({**own, "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}}))
+    loader = GgufLoader(path)
+    checkpoint = loader.checkpoint(*loader.config_and_weights(), elsewhere)
+    assert checkpoint.tokenizer.encode("t3 t1") == [3, 1]
+    assert checkpoint.eos_token_ids == (2,)
 
 
 def test_load_gguf_of_the_real_models(smollm2_path: Path, gemma3_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pymistral.errors import ModelLoadError
 from pymistral.loading.checkpoint import Checkpoint
-from pymistral.loading.huggingface import load_folder
+from pymistral.loading.huggingface import FolderLoader, load_folder
 from pymistral.models.registry import supported_model_types
 from pymistral.quantization.floats import FP8_VALUES, float_values
 from pymistral.quantization.types import GgmlType, SafetensorsType
@@ -329,7 +329,7 @@ def tokenizer_of(folder: Path, **config: Any) -> Any:
     from pymistral.loading.tokenizer_json import tokenizer_from_json
 
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return tokenizer_from_json(folder)
+    return tokenizer_from_json(folder / "tokenizer.json")
 
 
 def test_tokenizer(tmp_path: Path) -> None:
@@ -379,6 +379,21 @@ def test_sentencepiece_in_json(tmp_path: Path) -> None:
     assert ids == [1, 5, 2, 4, *(6 + byte for byte in "é".encode())]
     assert tokenizer.decode(ids[1:]) == "a bé"
     assert tokenizer.id_to_bytes(5) == b" a"
+
+
+def test_a_tokenizer_from_elsewhere(write: Write, tmp_path: Path) -> None:
+    """In place of a folder's own, which need not be there."""
+    folder = write()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"holds no tokenizer\.json"):
+        load_folder(folder)
+    elsewhere = tmp_path / "other.json"
+    elsewhere.write_text(json.dumps(byte_tokenizer()))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "B"}))
+    loader = FolderLoader(folder)
+    checkpoint = loader.checkpoint(*loader.config_and_weights(), elsewhere)
+    assert checkpoint.tokenizer.encode("Az") == [65, 122]
+    assert 66 in checkpoint.eos_token_ids
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', b"null"])
