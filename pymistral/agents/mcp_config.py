@@ -12,7 +12,7 @@ from ..errors import ModelLoadError
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # every builder imports this, few use it
 
 
 S = TypeVar("S", bound=_Config)
