@@ -139,20 +139,24 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
     """A matrix that is packed from the file's own bytes, which the kernel itself puts in order and forgets."""
     tensor, (rows, columns) = matrix.tensor, matrix.tensor.shape
     row_bytes = tensor.data.nbytes // rows
+    order = None if tensor.order is None else np.ascontiguousarray(tensor.order, np.int64)
     mapping, forgets = mapping_of(tensor.data), (0, 0, 0)
     if mapping is not None:
         start = address(np.frombuffer(mapping, np.uint8))
         forgets = (madvise_address(), start, start + len(mapping))
+    chunk = -(-_CHUNK_BYTES // (row_bytes * ROWS))
     step = max(1, BATCH_BYTES // (row_bytes * ROWS)) * ROWS
     for first in range(0, rows, step):
         count = min(step, rows - first)
         batch.make_room(count * row_bytes, BATCH_BYTES)
-        source, order = address(tensor.data) + first * row_bytes, 0
-        if tensor.order is not None:
-            source, order = address(tensor.data), address(tensor.order) + 8 * first
-        slots = (source, address(matrix.tiles) + first // ROWS * matrix.tile_bytes, count, columns, matrix.tile_bytes, order, *forgets)
-        units, chunk = -(-count // ROWS), -(-_CHUNK_BYTES // (row_bytes * ROWS))
-        batch.add(count * row_bytes, Launch(repack, slots, units, max(chunk, units // 64)), tensor)
+        source, order_at = address(tensor.data), 0
+        if order is None:
+            source += first * row_bytes
+        else:
+            order_at = address(order) + 8 * first
+        target, units = address(matrix.tiles) + first // ROWS * matrix.tile_bytes, -(-count // ROWS)
+        slots = (source, target, count, columns, matrix.tile_bytes, order_at, *forgets)
+        batch.add(count * row_bytes, Launch(repack, slots, units, max(chunk, units // 64)), (tensor, order))
 
 
 class _Batch:
