@@ -21,18 +21,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import simd
+from . import vectors
 from .geometry import WIDE_GROUP as GROUP
 from .geometry import WIDE_SEGMENT as SEGMENT
 from .geometry import WIDE_TOKENS
 from .helpers import inline
 from .matmul import activation_function
-from .simd import load_f32x16, load_i64
+from .simd import load_f32x16, load_i64, splat_f32, store_f32x16
+from .small_floats import load_bf16x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 from .unpack import group_of, minimum_vector, scale_vector
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_FLOATS, _INTS = simd.f32x16.llvm, simd.i32x16.llvm
+_FLOATS, _INTS = vectors.f32x16.llvm, vectors.i32x16.llvm
 _STEP = 2048  # bytes of two tiles: 32 columns of a wide panel, or of a pair of unpacked weight tiles
 _TILE = 1024
 
@@ -51,7 +52,7 @@ def _tile_shapes(rows: int) -> bytearray:
 
 
 def _call(b: Any, name: str, *values: Any) -> None:
-    simd._call(b, f"llvm.x86.{name}", ir.VoidType(), *values)
+    vectors.call(b, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
 def _register(number: int) -> Any:
@@ -63,7 +64,7 @@ def _each_sum(b: Any, count: int, address: Any, stride: Any) -> Any:
     for half in range(count):
         at = b.add(address, b.mul(stride, ir.Constant(_I64, 16 * half)))
         for tile in range(2):
-            yield _register(_SUMS[half][tile]), simd._pointer(b, simd._row(b, at, 64, tile), _I8)
+            yield _register(_SUMS[half][tile]), vectors.pointer(b, vectors.row_address(b, at, 64, tile), _I8)
 
 
 @intrinsic(prefer_literal=True)
@@ -137,13 +138,13 @@ def add_products(typing_context, count, left, left_stride, left_next, right, rig
         (left_stride, left_next), (right_stride, right_next) = ([sig.args[i].literal_value for i in pair] for pair in ((2, 3), (5, 6)))
 
         def load(instruction, register, address, stride):
-            _call(b, instruction, _register(register), simd._pointer(b, address, _I8), ir.Constant(_I64, stride))
+            _call(b, instruction, _register(register), vectors.pointer(b, address, _I8), ir.Constant(_I64, stride))
 
         instructions = {"left": ("tileloaddt164", "tileloadd64"), "right": ("tileloadd64", "tileloaddt164")}[sig.args[7].literal_value]
         for half in range(halves):
-            load(instructions[0], _LEFT[half], simd._row(b, values[1], left_next, half), left_stride)
+            load(instructions[0], _LEFT[half], vectors.row_address(b, values[1], left_next, half), left_stride)
         for tile in range(2):
-            load(instructions[1], _RIGHT[tile], simd._row(b, values[4], right_next, tile), right_stride)
+            load(instructions[1], _RIGHT[tile], vectors.row_address(b, values[4], right_next, tile), right_stride)
         for half in range(halves):
             for tile in range(2):
                 _call(b, "tdpbf16ps", *map(_register, (_SUMS[half][tile], _LEFT[half], _RIGHT[tile])))
@@ -157,8 +158,8 @@ def add_products(typing_context, count, left, left_stride, left_next, right, rig
 
 def _high_halves(b: Any, low: Any, high: Any) -> Any:
     """In each lane the bfloat16 of ``low`` and, above it, of ``high``; rounded to nearest, ties away from zero."""
-    low, high = (b.add(b.bitcast(value, _INTS), simd._constant(_INTS, 0x8000)) for value in (low, high))
-    return b.or_(b.lshr(low, simd._constant(_INTS, 16)), b.and_(high, simd._constant(_INTS, -65536)))
+    low, high = (b.add(b.bitcast(value, _INTS), vectors.constant(_INTS, 0x8000)) for value in (low, high))
+    return b.or_(b.lshr(low, vectors.constant(_INTS, 16)), b.and_(high, vectors.constant(_INTS, -65536)))
 
 
 @intrinsic(prefer_literal=True)
@@ -172,16 +173,16 @@ def unpack_groups(typing_context, layout, block, target, scale, offset, first, l
             quants = b.bitcast(group_of(b, format, block_address, group), _INTS)
             column = []
             for place in range(4):
-                quant = b.lshr(quants, simd._constant(_INTS, 8 * place)) if place else quants
-                quant = b.and_(quant, simd._constant(_INTS, 255)) if place < 3 else quant
+                quant = b.lshr(quants, vectors.constant(_INTS, 8 * place)) if place else quants
+                quant = b.and_(quant, vectors.constant(_INTS, 255)) if place < 3 else quant
                 value = b.sitofp(quant, _FLOATS)
-                column.append(simd._call(b, "llvm.fmuladd.v16f32", _FLOATS, value, scale_value, offset_value))
+                column.append(vectors.call(b, "llvm.fmuladd.v16f32", _FLOATS, value, scale_value, offset_value))
             for pair in range(2):
-                at = simd._row(b, target_address, 64, 2 * group + pair)
-                simd._store(b, at, _high_halves(b, *column[2 * pair : 2 * pair + 2]))
+                at = vectors.row_address(b, target_address, 64, 2 * group + pair)
+                vectors.store(b, at, _high_halves(b, *column[2 * pair : 2 * pair + 2]))
         return context.get_dummy_value()
 
-    return types.void(layout, types.intp, types.intp, simd.f32x16, simd.f32x16, first, last), codegen
+    return types.void(layout, types.intp, types.intp, vectors.f32x16, vectors.f32x16, first, last), codegen
 
 
 @intrinsic
@@ -189,17 +190,17 @@ def store_pairs(typing_context, address, low, high):
     """One pair of columns, 16 rows."""
 
     def codegen(context, b, sig, values):
-        simd._store(b, values[0], _high_halves(b, values[1], values[2]))
+        vectors.store(b, values[0], _high_halves(b, values[1], values[2]))
         return context.get_dummy_value()
 
-    return types.void(types.intp, simd.f32x16, simd.f32x16), codegen
+    return types.void(types.intp, vectors.f32x16, vectors.f32x16), codegen
 
 
 def _unpack_tile(layout: str) -> Any:
     """A function ``(weights, blocks, target)`` that unpacks a tile to every second KB at ``target``."""
     if layout in FLOAT_FORMATS:
         item = FLOAT_FORMATS[layout].item_bytes
-        load = {"f32": simd.load_f32x16, "f16": simd.load_f16x16, "bf16": simd.load_bf16x16}[layout]
+        load = {"f32": load_f32x16, "f16": load_f16x16, "bf16": load_bf16x16}[layout]
 
         @inline
         def unpack_floats(weights, blocks, target):
@@ -220,7 +221,7 @@ def _unpack_tile(layout: str) -> Any:
         """What 0 stands for."""
         if minimum:
             return minimum_vector(layout, block, header, index)
-        return scale * simd.splat_f32(zero)
+        return scale * splat_f32(zero)
 
     @inline
     def unpack(weights, blocks, target):
@@ -256,11 +257,11 @@ def store_32(typing_context, address, low, high):
 
     def codegen(context, b, sig, values):
         address, low, high = values
-        pairs = simd._call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(simd._BFLOAT, 32), high, low)
-        simd._store(b, address, b.bitcast(pairs, simd.i8x64.llvm))
+        pairs = vectors.call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(vectors.BFLOAT, 32), high, low)
+        vectors.store(b, address, b.bitcast(pairs, vectors.i8x64.llvm))
         return context.get_dummy_value()
 
-    return types.void(types.intp, simd.f32x16, simd.f32x16), codegen
+    return types.void(types.intp, vectors.f32x16, vectors.f32x16), codegen
 
 
 @inline
@@ -284,8 +285,8 @@ def fetch_for_sums(typing_context, address, stride):
         for token in range(WIDE_TOKENS):
             row = b.add(values[0], b.mul(values[1], ir.Constant(_I64, token)))
             for line in range(2):
-                pointer = simd._pointer(b, simd._row(b, row, 64, line), _I8)
-                simd._call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(_I32, flag) for flag in (1, 3, 1)))
+                pointer = vectors.pointer(b, vectors.row_address(b, row, 64, line), _I8)
+                vectors.call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(_I32, flag) for flag in (1, 3, 1)))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), codegen
@@ -367,7 +368,7 @@ def matmul(*, layout: str) -> Any:
                     target = out + token * row_bytes + 64 * tile
                     if accumulate:
                         value = value + load_f32x16(target)
-                    simd.store_f32x16(target, value)
+                    store_f32x16(target, value)
         release_tiles()
 
     return kernel

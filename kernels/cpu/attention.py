@@ -35,16 +35,14 @@ from .simd import (
     max_lanes,
     maximum,
     prefetch,
-    round_bf16,
-    scatter_bf16_pairs,
     select,
     splat_f32,
     splat_i32,
-    store_bf16x16,
     store_f32,
     store_f32x16,
     sum_lanes,
 )
+from .small_floats import round_bf16, scatter_bf16_pairs, store_bf16x16
 
 LOWEST = -1.0e30  # of a masked score
 VISIBLE = -1.0e29

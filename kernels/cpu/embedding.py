@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .helpers import inline
-from .simd import bits_to_f32, load_f8, load_f16, load_f32, load_i8, load_i32, load_i64, load_u8, load_u16, store_f32
+from .simd import bits_to_f32, load_f32, load_i8, load_i32, load_i64, load_u8, load_u16, store_f32
+from .small_floats import load_f8, load_f16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 
 

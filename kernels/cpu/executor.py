@@ -24,7 +24,8 @@ from numba.extending import intrinsic
 
 from .executor_layout import COUNT, COUNTERS, FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCHES, LINE, STEP, STOP, TO_WAKE, UNIT_BITS
 from .helpers import inline
-from .simd import _operation, _pointer, load_i64, prefetch, store_i64
+from .simd import load_i64, prefetch, store_i64
+from .vectors import operation, pointer
 
 _I64 = ir.IntType(64)
 _SPINS_BEFORE_YIELD = 2000
@@ -34,35 +35,35 @@ _SHIFT = UNIT_BITS
 _LOW = (1 << UNIT_BITS) - 1
 
 
-@_operation(types.boolean, types.intp, types.int64, types.int64)
+@operation(types.boolean, types.intp, types.int64, types.int64)
 def compare_exchange(b, address, expected, value):
     """Store ``value`` if ``expected`` is there; returns whether it was."""
-    result = b.cmpxchg(_pointer(b, address, _I64), expected, value, "seq_cst", "seq_cst")
+    result = b.cmpxchg(pointer(b, address, _I64), expected, value, "seq_cst", "seq_cst")
     return b.extract_value(result, 1)
 
 
-@_operation(types.int64, types.intp, types.int64)
+@operation(types.int64, types.intp, types.int64)
 def atomic_exchange(b, address, value):
-    return b.atomic_rmw("xchg", _pointer(b, address, _I64), value, "seq_cst")
+    return b.atomic_rmw("xchg", pointer(b, address, _I64), value, "seq_cst")
 
 
-@_operation(types.int64, types.intp)
+@operation(types.int64, types.intp)
 def atomic_load(b, address):
-    return b.load_atomic(_pointer(b, address, _I64), "seq_cst", 8)
+    return b.load_atomic(pointer(b, address, _I64), "seq_cst", 8)
 
 
-@_operation(types.void, types.intp, types.int64)
+@operation(types.void, types.intp, types.int64)
 def atomic_store(b, address, value):
-    b.store_atomic(value, _pointer(b, address, _I64), "seq_cst", 8)
+    b.store_atomic(value, pointer(b, address, _I64), "seq_cst", 8)
 
 
-@_operation(types.void, types.intp, types.int64)
+@operation(types.void, types.intp, types.int64)
 def atomic_store_relaxed(b, address, value):
     """A store that is whole, in no particular order with others."""
-    b.store_atomic(value, _pointer(b, address, _I64), "monotonic", 8)
+    b.store_atomic(value, pointer(b, address, _I64), "monotonic", 8)
 
 
-@_operation(types.void)
+@operation(types.void)
 def pause(b):
     """Tell the core that it spins."""
     triple = b.module.triple

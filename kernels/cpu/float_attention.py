@@ -19,9 +19,6 @@ from .simd import (
     bits_to_f32,
     exp,
     greater,
-    load_bf16x16,
-    load_f8x16,
-    load_f16x16,
     load_f32x16,
     load_i8x16,
     load_i32,
@@ -34,6 +31,7 @@ from .simd import (
     sum_lanes,
     to_f32,
 )
+from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 
 
 @inline

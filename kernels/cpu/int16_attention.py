@@ -23,7 +23,6 @@ from .simd import (
     exp2,
     fma,
     greater,
-    load_bf16x16,
     load_f32x16,
     load_i32,
     load_i32x16,
@@ -40,6 +39,7 @@ from .simd import (
     store_i32x16,
     sum_lanes,
 )
+from .small_floats import load_bf16x16
 
 _LOG2_E = 1.4426950408889634
 _RUN = 64  # dimensions of a key that are added as integers

@@ -15,17 +15,17 @@ from numba.extending import intrinsic
 from .int8_dots import has_sse2, settled, sse2_pair_sums
 from .isa import current_isa
 from .register_tiles import each, scalar_row, tile_type
-from .simd import _F32, _I16, _I32, _call, _constant, _halves, _join, _operation, _store, f32x16, i32x16
+from .vectors import F32, I16, I32, call, constant, f32x16, halves, i32x16, join, operation, store
 
-WORDS = ir.VectorType(_I16, 32)
+WORDS = ir.VectorType(I16, 32)
 _ORDER = [4 * group + place for group in range(4) for place in (0, 2, 1, 3)]
 
 
-@_operation(types.void, types.intp, i32x16)
+@operation(types.void, types.intp, i32x16)
 def store_words(b, address, values):
     """Sixteen columns as int16, in the order of the products."""
-    order = ir.Constant(ir.VectorType(_I32, 16), _ORDER)
-    _store(b, address, b.trunc(b.shuffle_vector(values, values, order), ir.VectorType(_I16, 16)))
+    order = ir.Constant(ir.VectorType(I32, 16), _ORDER)
+    store(b, address, b.trunc(b.shuffle_vector(values, values, order), ir.VectorType(I16, 16)))
 
 
 def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
@@ -49,7 +49,7 @@ def add_words(typing_context, tile, words, address, stride):
         step = sig.args[3].literal_value
 
         def add(t, total):
-            return _dot(b, total, b.bitcast(values[1], WORDS), b.bitcast(scalar_row(b, values[2], step, t, _I32), WORDS))
+            return _dot(b, total, b.bitcast(values[1], WORDS), b.bitcast(scalar_row(b, values[2], step, t, I32), WORDS))
 
         return each(b, values[0], add)
 
@@ -65,23 +65,23 @@ def scaled_floats(typing_context, tile, scales):
         result = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
 
         def scaled(t, _):
-            return b.fmul(b.sitofp(b.extract_value(values[0], t), f32x16.llvm), scalar_row(b, values[1], 4, t, _F32))
+            return b.fmul(b.sitofp(b.extract_value(values[0], t), f32x16.llvm), scalar_row(b, values[1], 4, t, F32))
 
         return each(b, result, scaled)
 
     return tile_type(f32x16, count)(tile, types.intp), codegen
 
 
-@_operation(types.void, types.intp, i32x16)
+@operation(types.void, types.intp, i32x16)
 def store_i16x16(b, address, values):
     """Sixteen int32 that fit as int16."""
-    _store(b, address, b.trunc(values, ir.VectorType(_I16, 16)))
+    store(b, address, b.trunc(values, ir.VectorType(I16, 16)))
 
 
 def _words(b: Any, quants: Any) -> tuple[Any, Any]:
     """Even and odd columns."""
-    columns = b.bitcast(quants, ir.VectorType(_I16, quants.type.count // 2))
-    return b.and_(columns, _constant(columns.type, 255)), b.lshr(columns, _constant(columns.type, 8))
+    columns = b.bitcast(quants, ir.VectorType(I16, quants.type.count // 2))
+    return b.and_(columns, constant(columns.type, 255)), b.lshr(columns, constant(columns.type, 8))
 
 
 def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
@@ -89,40 +89,40 @@ def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any
 
     `settled` keeps them there: LLVM would take all groups of a token before the next one's, and the words through memory.
     """
-    doubles = ir.VectorType(_I32, 8)
+    doubles = ir.VectorType(I32, 8)
 
     def add(total: Any, words: Any, factor: Any) -> Any:
-        return b.add(total, _call(b, "llvm.x86.avx2.pmadd.wd", doubles, words, factor))
+        return b.add(total, call(b, "llvm.x86.avx2.pmadd.wd", doubles, words, factor))
 
     count = tile.type.count
-    totals = [_halves(b, b.extract_value(tile, t)) for t in range(count)]
+    totals = [halves(b, b.extract_value(tile, t)) for t in range(count)]
     for few in (range(start, min(start + 3, count)) for start in range(0, count, 3)):
         for group in groups:
-            halves = [_words(b, half) for half in _halves(b, quants(group))]
+            both = [_words(b, half) for half in halves(b, quants(group))]
             for t in few:
                 for pair in range(2):
-                    factor = _halves(b, activations(group, pair, t))[0]
-                    totals[t] = [add(total, words[pair], factor) for total, words in zip(totals[t], halves, strict=True)]
+                    factor = halves(b, activations(group, pair, t))[0]
+                    totals[t] = [add(total, words[pair], factor) for total, words in zip(totals[t], both, strict=True)]
             totals[few.start : few.stop] = settled(b, totals[few.start : few.stop])
-    return each(b, tile, lambda t, _: _join(b, totals[t]))
+    return each(b, tile, lambda t, _: join(b, totals[t]))
 
 
 def _dot(b: Any, total: Any, x: Any, y: Any) -> Any:
     """Each int32 lane of ``total`` plus two products."""
     isa = current_isa()
     if isa.has_avx512:
-        return _call(b, "llvm.x86.avx512.vpdpwssd.512", total.type, total, b.bitcast(x, total.type), b.bitcast(y, total.type))
-    doubles = ir.VectorType(_I32, 8)
+        return call(b, "llvm.x86.avx512.vpdpwssd.512", total.type, total, b.bitcast(x, total.type), b.bitcast(y, total.type))
+    doubles = ir.VectorType(I32, 8)
     if isa.name == "avx2":
-        parts = zip(_halves(b, total), _halves(b, x), _halves(b, y), strict=True)
-        return _join(b, [b.add(t, _call(b, "llvm.x86.avx2.pmadd.wd", doubles, p, q)) for t, p, q in parts])
+        parts = zip(halves(b, total), halves(b, x), halves(b, y), strict=True)
+        return join(b, [b.add(t, call(b, "llvm.x86.avx2.pmadd.wd", doubles, p, q)) for t, p, q in parts])
     if isa.name == "avxvnni":
-        parts = zip(_halves(b, total), _halves(b, x), _halves(b, y), strict=True)
+        parts = zip(halves(b, total), halves(b, x), halves(b, y), strict=True)
         name = "llvm.x86.avx512.vpdpwssd.256"
-        return _join(b, [_call(b, name, doubles, t, b.bitcast(p, doubles), b.bitcast(q, doubles)) for t, p, q in parts])
+        return join(b, [call(b, name, doubles, t, b.bitcast(p, doubles), b.bitcast(q, doubles)) for t, p, q in parts])
     if has_sse2(b):
         return b.add(total, sse2_pair_sums(b, x, y))
     x, y = b.bitcast(x, total.type), b.bitcast(y, total.type)
-    sixteen = _constant(total.type, 16)
+    sixteen = constant(total.type, 16)
     low = b.mul(*(b.ashr(b.shl(value, sixteen), sixteen) for value in (x, y)))
     return b.add(total, b.add(low, b.mul(*(b.ashr(value, sixteen) for value in (x, y)))))

@@ -15,9 +15,9 @@ from numba.extending import intrinsic
 
 from .isa import current_isa
 from .register_tiles import each, scalar_row, tile_type
-from .simd import _I16, _I32, _call, _constant, _halves, _join, i32x16
+from .vectors import I16, I32, call, constant, halves, i32x16, join
 
-_WORDS = ir.VectorType(_I16, 32)
+_WORDS = ir.VectorType(I16, 32)
 _MOST, _PAIR = 32767, 2 * 127  # what 16 bits hold; two activations
 _Quants = Callable[[int], Any]
 _Activations = Callable[[int, int], Any]
@@ -74,9 +74,9 @@ def add_groups(
                     products = _pair_products(b, weights, activations(group, t), signed)
                     added.append(_added(b, sums[t], products) if sums else products)
                 sums = settled(b, added)
-            tile = each(b, tile, lambda t, total: _join(b, _added(b, _halves(b, total), _widened(b, sums[t]))))  # noqa: B023
+            tile = each(b, tile, lambda t, total: join(b, _added(b, halves(b, total), _widened(b, sums[t]))))  # noqa: B023
         return tile
-    totals = [_halves(b, b.extract_value(tile, t)) for t in tokens]
+    totals = [halves(b, b.extract_value(tile, t)) for t in tokens]
     for few in (tokens[start : start + 3] for start in range(0, len(tokens), 3)):  # what registers have room for beside a run's quants
         for run in runs:
             unpacked = [quants(group) for group in run]
@@ -86,7 +86,7 @@ def add_groups(
                     words = _added(b, words, others)
                 totals[t] = _added(b, totals[t], _widened(b, words))
             totals[few.start : few.stop] = settled(b, totals[few.start : few.stop])
-    return each(b, tile, lambda t, _: _join(b, totals[t]))
+    return each(b, tile, lambda t, _: join(b, totals[t]))
 
 
 def _added(b: Any, x: list[Any], y: list[Any]) -> list[Any]:
@@ -95,8 +95,8 @@ def _added(b: Any, x: list[Any], y: list[Any]) -> list[Any]:
 
 def _widened(b: Any, words: list[Any]) -> list[Any]:
     """Sums of two 16-bit lanes each, in 32 bits."""
-    doubles = ir.VectorType(_I32, 8)
-    return [_call(b, "llvm.x86.avx2.pmadd.wd", doubles, half, _constant(half.type, 1)) for half in words]
+    doubles = ir.VectorType(I32, 8)
+    return [call(b, "llvm.x86.avx2.pmadd.wd", doubles, half, constant(half.type, 1)) for half in words]
 
 
 def settled(b: Any, pairs: list[list[Any]]) -> list[list[Any]]:
@@ -115,11 +115,11 @@ def settled(b: Any, pairs: list[list[Any]]) -> list[list[Any]]:
 def _pair_products(b: Any, weights: Any, activations: Any, signed: bool) -> list[Any]:
     """AVX2: 16-bit sums of two products each, in two vectors."""
     products = []
-    for w, a in zip(_halves(b, weights), _halves(b, activations), strict=True):
+    for w, a in zip(halves(b, weights), halves(b, activations), strict=True):
         if signed:  # |w| times a with w's sign
-            a = _call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
-            w = _call(b, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
-        products.append(_call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), w, a))
+            a = call(b, "llvm.x86.avx2.psign.b", a.type, a, w)
+            w = call(b, "llvm.abs.v32i8", w.type, w, ir.Constant(ir.IntType(1), 0))
+        products.append(call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), w, a))
     return products
 
 
@@ -128,13 +128,13 @@ def dot(b: Any, total: Any, weights: Any, activations: Any, *, signed: bool = Fa
     isa = current_isa()
     if isa.has_avx512:
         words = i32x16.llvm
-        return _call(b, "llvm.x86.avx512.vpdpbusd.512", words, total, b.bitcast(weights, words), b.bitcast(activations, words))
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", words, total, b.bitcast(weights, words), b.bitcast(activations, words))
     if isa.name == "avxvnni":
-        words = ir.VectorType(_I32, 8)
-        parts = zip(_halves(b, total), _halves(b, weights), _halves(b, activations), strict=True)
-        return _join(b, [_call(b, "llvm.x86.avx512.vpdpbusd.256", words, t, b.bitcast(w, words), b.bitcast(a, words)) for t, w, a in parts])
+        words = ir.VectorType(I32, 8)
+        parts = zip(halves(b, total), halves(b, weights), halves(b, activations), strict=True)
+        return join(b, [call(b, "llvm.x86.avx512.vpdpbusd.256", words, t, b.bitcast(w, words), b.bitcast(a, words)) for t, w, a in parts])
     if isa.name == "avx2":
-        return _join(b, _added(b, _halves(b, total), _widened(b, _pair_products(b, weights, activations, signed))))
+        return join(b, _added(b, halves(b, total), _widened(b, _pair_products(b, weights, activations, signed))))
     if isa.has_usdot and not signed:
         return _neon(b, "usdot", total, weights, activations)
     if isa.has_sdot:
@@ -143,18 +143,18 @@ def dot(b: Any, total: Any, weights: Any, activations: Any, *, signed: bool = Fa
 
 
 def _quarters(b: Any, value: Any) -> list[Any]:
-    return [quarter for half in _halves(b, value) for quarter in _halves(b, half)]
+    return [quarter for half in halves(b, value) for quarter in halves(b, half)]
 
 
 def _join_quarters(b: Any, parts: list[Any]) -> Any:
-    return _join(b, [_join(b, parts[:2]), _join(b, parts[2:])])
+    return join(b, [join(b, parts[:2]), join(b, parts[2:])])
 
 
 def _neon(b: Any, instruction: str, total: Any, weights: Any, activations: Any) -> Any:
     """AArch64: sixteen products at a time."""
     name = f"llvm.aarch64.neon.{instruction}.v4i32.v16i8"
     parts = zip(_quarters(b, total), _quarters(b, weights), _quarters(b, activations), strict=True)
-    return _join_quarters(b, [_call(b, name, t.type, t, w, a) for t, w, a in parts])
+    return _join_quarters(b, [call(b, name, t.type, t, w, a) for t, w, a in parts])
 
 
 def has_sse2(b: Any) -> bool:
@@ -164,9 +164,9 @@ def has_sse2(b: Any) -> bool:
 
 def sse2_pair_sums(b: Any, x: Any, y: Any) -> Any:
     """Sums of two products of 16-bit lanes."""
-    narrow = ir.VectorType(_I32, 4)
+    narrow = ir.VectorType(I32, 4)
     parts = zip(_quarters(b, x), _quarters(b, y), strict=True)
-    return _join_quarters(b, [_call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
+    return _join_quarters(b, [call(b, "llvm.x86.sse2.pmadd.wd", narrow, p, q) for p, q in parts])
 
 
 def _portable(b: Any, weights: Any, activations: Any, signed: bool) -> Any:
@@ -175,17 +175,17 @@ def _portable(b: Any, weights: Any, activations: Any, signed: bool) -> Any:
     weights, activations = b.bitcast(weights, _WORDS), b.bitcast(activations, _WORDS)
 
     def even(value: Any, signed: bool) -> Any:
-        return b.ashr(b.shl(value, _constant(_WORDS, 8)), _constant(_WORDS, 8)) if signed else b.and_(value, _constant(_WORDS, 255))
+        return b.ashr(b.shl(value, constant(_WORDS, 8)), constant(_WORDS, 8)) if signed else b.and_(value, constant(_WORDS, 255))
 
     def odd(value: Any, signed: bool) -> Any:
-        return b.ashr(value, _constant(_WORDS, 8)) if signed else b.lshr(value, _constant(_WORDS, 8))
+        return b.ashr(value, constant(_WORDS, 8)) if signed else b.lshr(value, constant(_WORDS, 8))
 
     def pair_sums(x: Any, y: Any) -> Any:
         if has_sse2(b):
             return sse2_pair_sums(b, x, y)
         products = b.bitcast(b.mul(x, y), doubles)
-        low = b.ashr(b.shl(products, _constant(doubles, 16)), _constant(doubles, 16))
-        return b.add(low, b.ashr(products, _constant(doubles, 16)))
+        low = b.ashr(b.shl(products, constant(doubles, 16)), constant(doubles, 16))
+        return b.add(low, b.ashr(products, constant(doubles, 16)))
 
     return b.add(pair_sums(even(weights, signed), even(activations, True)), pair_sums(odd(weights, signed), odd(activations, True)))
 
@@ -205,15 +205,15 @@ def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
 
         def start(t, _):
             if offset == 0:
-                return _constant(i32x16.llvm, 0)
-            total = scalar_row(b, values[2], step, t, _I32)
+                return constant(i32x16.llvm, 0)
+            total = scalar_row(b, values[2], step, t, I32)
             if offset < 0:
                 total, size = b.neg(total), -offset
             else:
                 size = offset
             if size & (size - 1) == 0:
-                return b.shl(total, _constant(i32x16.llvm, size.bit_length() - 1))
-            return b.mul(total, _constant(i32x16.llvm, size))
+                return b.shl(total, constant(i32x16.llvm, size.bit_length() - 1))
+            return b.mul(total, constant(i32x16.llvm, size))
 
         return each(b, tile, start)
 

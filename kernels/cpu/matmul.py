@@ -15,14 +15,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import register_tiles, simd
+from . import register_tiles, vectors
 from .helpers import inline
 from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
 from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
-from .simd import exp, hidden, load_bf16x16, load_f8x16, load_f16x16, load_f32x16, load_i64, maximum, prefetch, splat_f32
+from .simd import exp, hidden, load_f32x16, load_i64, maximum, prefetch, splat_f32
+from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
 
@@ -45,7 +46,7 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
 
         def quants(group):
             weights = group_of(b, format, address, group)
-            return b.xor(weights, simd._constant(weights.type, 0x80)) if signed else weights
+            return b.xor(weights, vectors.constant(weights.type, 0x80)) if signed else weights
 
         def activations(at, t, vector):
             base = b.add(x, ir.Constant(ir.IntType(64), at))
@@ -54,14 +55,14 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
         if size == 2:
             return add_word_groups(b, total, range(begin, end), quants, lambda group, pair, t: activations(8 * group + 4 * pair, t, WORDS))
         largest = 128 if signed else format.largest
-        four = lambda group, t: activations(4 * group, t, simd.i8x64.llvm)  # noqa: E731
+        four = lambda group, t: activations(4 * group, t, vectors.i8x64.llvm)  # noqa: E731
         centre = 0 if signed else centre_of(end - begin, largest)
 
         def start(t):
             offset = panel_offsets(current_isa().tokens)[{(0, 8): 5, (0, 4): 6, (4, 8): 7}[begin, end]]
             minus_sums = register_tiles.scalar_row(b, b.add(x, ir.Constant(ir.IntType(64), offset)), 4, t, word)
-            pairs = b.bitcast(simd._halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
-            return b.mul(pairs, simd._constant(pairs.type, centre))
+            pairs = b.bitcast(vectors.halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
+            return b.mul(pairs, vectors.constant(pairs.type, centre))
 
         starts = [start(t) for t in range(total.type.count)] if centre else None
         return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed, starts=starts)

@@ -19,6 +19,8 @@ from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 
+from . import operators  # noqa: F401 (Numba knows of them from here on)
+
 
 class _Library(JITCodeLibrary):  # type: ignore[misc]
     """A function in LLVM's language, with those that it calls.

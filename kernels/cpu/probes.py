@@ -10,11 +10,11 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from . import register_tiles, simd
+from . import register_tiles, vectors
 from .int8_dots import add_groups
 from .isa import current_isa
 from .register_tiles import zero_tile, zero_words
-from .simd import load_f32, load_f32x16, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16
+from .simd import load_f32, load_f32x16, load_i8x64, load_i32x16, load_i64, splat_f32, splat_i32, store_f32x16, store_i32x16
 
 
 def read() -> Any:
@@ -65,18 +65,18 @@ def _dot_all(typing_context, tile, weights, address):
             return _small(b, quants, 3 * group)
 
         def activations(group, t):
-            return simd._load(b, simd._row(b, base, 64, t), simd.i8x64.llvm)
+            return vectors.load(b, vectors.row_address(b, base, 64, t), vectors.i8x64.llvm)
 
         return add_groups(b, total, range(8), of_group, activations, largest=15, signed=False)
 
-    return tile(tile, simd.i8x64, types.intp), codegen
+    return tile(tile, vectors.i8x64, types.intp), codegen
 
 
 @intrinsic
 def _store_integers(typing_context, tile, address):
     def codegen(context, b, sig, values):
         for t in range(sig.args[0].count):
-            simd._store(b, simd._row(b, values[1], 64, t), b.extract_value(values[0], t))
+            vectors.store(b, vectors.row_address(b, values[1], 64, t), b.extract_value(values[0], t))
         return context.get_dummy_value()
 
     return types.void(tile, types.intp), codegen
@@ -84,10 +84,10 @@ def _store_integers(typing_context, tile, address):
 
 def _small(b, value, step):
     """Different bytes of 0 to 15, so that no product can be computed once and for all."""
-    return b.and_(b.add(value, simd._constant(value.type, step)), simd._constant(value.type, 15))
+    return b.and_(b.add(value, vectors.constant(value.type, step)), vectors.constant(value.type, 15))
 
 
-@simd._operation(simd.i8x64, simd.i8x64)
+@vectors.operation(vectors.i8x64, vectors.i8x64)
 def _another(b, value):
     return _small(b, value, 1)
 
@@ -101,7 +101,7 @@ def int8_dots() -> Any:
 
     def kernel(slots, begin, end, thread):
         scratch = load_i64(slots) + thread * load_i64(slots + 8)
-        weights = simd.load_i8x64(scratch)
+        weights = load_i8x64(scratch)
         total = zero_words(accumulators)
         for _ in range((end - begin) * DOTS_IN_UNIT // 8):
             total = _dot_all(total, weights, scratch)
@@ -116,10 +116,10 @@ def _multiply_add_all(typing_context, tile, factor, summand):
     """``tile[t] = tile[t] * factor + summand``."""
 
     def codegen(context, b, sig, values):
-        vector = simd.f32x16.llvm
-        return register_tiles.each(b, values[0], lambda t, x: simd._call(b, "llvm.fmuladd.v16f32", vector, x, values[1], values[2]))
+        vector = vectors.f32x16.llvm
+        return register_tiles.each(b, values[0], lambda t, x: vectors.call(b, "llvm.fmuladd.v16f32", vector, x, values[1], values[2]))
 
-    return tile(tile, simd.f32x16, simd.f32x16), codegen
+    return tile(tile, vectors.f32x16, vectors.f32x16), codegen
 
 
 def fma_accumulators() -> int:

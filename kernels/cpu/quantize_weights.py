@@ -20,9 +20,6 @@ from .simd import (
     fma,
     greater,
     larger_magnitudes,
-    load_bf16x16,
-    load_f16,
-    load_f16x16,
     load_f32,
     load_f32x16,
     load_i64,
@@ -36,8 +33,6 @@ from .simd import (
     splat_f32,
     splat_i32,
     sqrt,
-    store_f16,
-    store_f16x16,
     store_f32,
     store_f32x16,
     store_i8x16,
@@ -46,6 +41,7 @@ from .simd import (
     store_u8,
     to_f32,
 )
+from .small_floats import load_bf16x16, load_f16, load_f16x16, store_f16, store_f16x16
 from .tiles import FP8_LARGEST
 from .weight_layout import LARGEST_FINITE, LARGEST_HALF, NOT_FINITE, Q_BYTES, TOO_LARGE, X_BYTES
 

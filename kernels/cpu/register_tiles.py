@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .isa import current_isa
-from .simd import _BFLOAT, _F32, _I32, _I64, Vector, _call, _constant, _load, _row, _splat, _store, f32x16, i32x16
+from .vectors import BFLOAT, F32, I32, I64, Vector, call, constant, f32x16, i32x16, load, row_address, splat, store
 
 
 def tile_type(vector: Vector, count: int) -> Any:
@@ -27,7 +27,7 @@ def each(b, tile, make):
 
 
 def scalar_row(b, address, stride, t, llvm_type):
-    return _splat(b, _load(b, _row(b, address, stride, t), llvm_type))
+    return splat(b, load(b, row_address(b, address, stride, t), llvm_type))
 
 
 def _zeros(vector: Vector) -> Any:
@@ -38,7 +38,7 @@ def _zeros(vector: Vector) -> Any:
 
         def codegen(context, b, sig, values):
             tile = ir.Constant(ir.ArrayType(vector.llvm, count), ir.Undefined)
-            return each(b, tile, lambda t, _: _constant(vector.llvm, 0))
+            return each(b, tile, lambda t, _: constant(vector.llvm, 0))
 
         return tile_type(vector, count)(rows), codegen
 
@@ -47,17 +47,17 @@ def _zeros(vector: Vector) -> Any:
 
 def _rows_of(vector: Vector) -> Any:
     @intrinsic(prefer_literal=True)
-    def load(typing_context, rows, address, stride):
+    def load_rows(typing_context, rows, address, stride):
         """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
         count = rows.literal_value
 
         def codegen(context, b, sig, values):
             tile = ir.Constant(ir.ArrayType(vector.llvm, count), ir.Undefined)
-            return each(b, tile, lambda t, _: _load(b, b.add(values[1], b.mul(values[2], ir.Constant(_I64, t))), vector.llvm))
+            return each(b, tile, lambda t, _: load(b, b.add(values[1], b.mul(values[2], ir.Constant(I64, t))), vector.llvm))
 
         return tile_type(vector, count)(rows, types.intp, types.intp), codegen
 
-    return load
+    return load_rows
 
 
 zero_tile, zero_words = _zeros(f32x16), _zeros(i32x16)
@@ -72,7 +72,7 @@ def sum_tile(typing_context, tokens, minus_sums, stride):
     def codegen(context, b, sig, values):
         tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
         step = sig.args[2].literal_value
-        return each(b, tile, lambda t, _: b.neg(scalar_row(b, values[1], step, t, _I32)))
+        return each(b, tile, lambda t, _: b.neg(scalar_row(b, values[1], step, t, I32)))
 
     return tile_type(i32x16, count)(tokens, types.intp, stride), codegen
 
@@ -86,9 +86,9 @@ def scale_tile(typing_context, tile, dots, scale, scales, stride):
         step = sig.args[4].literal_value
 
         def add(t, total):
-            both_scales = b.fmul(row_scale, scalar_row(b, base, step, t, _F32))
+            both_scales = b.fmul(row_scale, scalar_row(b, base, step, t, F32))
             products = b.sitofp(b.extract_value(integers, t), f32x16.llvm)
-            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, both_scales, products, total)
+            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, both_scales, products, total)
 
         return each(b, tile_value, add)
 
@@ -104,12 +104,12 @@ def fma_tile(typing_context, tile, vector, scalars, stride):
 
         def address(t):
             if isinstance(sig.args[3], types.Literal):
-                return _row(b, base, sig.args[3].literal_value, t)
-            return b.add(base, b.mul(step_value, ir.Constant(_I64, t)))
+                return row_address(b, base, sig.args[3].literal_value, t)
+            return b.add(base, b.mul(step_value, ir.Constant(I64, t)))
 
         def add(t, total):
-            scalar = _splat(b, _load(b, address(t), _F32))
-            return _call(b, "llvm.fmuladd.v16f32", f32x16.llvm, factor, scalar, total)
+            scalar = splat(b, load(b, address(t), F32))
+            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, factor, scalar, total)
 
         return each(b, tile_value, add)
 
@@ -134,7 +134,7 @@ def store_tile(typing_context, tile, address, stride):
     def codegen(context, b, sig, values):
         tile_value, base, step = values
         for t in range(sig.args[0].count):
-            _store(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), b.extract_value(tile_value, t))
+            store(b, b.add(base, b.mul(step, ir.Constant(I64, t))), b.extract_value(tile_value, t))
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, types.intp), codegen
@@ -166,7 +166,7 @@ def add_to_tile(typing_context, tile, address, stride):
         tile_value, base, step = values
 
         def add(t, total):
-            return b.fadd(total, _load(b, b.add(base, b.mul(step, ir.Constant(_I64, t))), f32x16.llvm))
+            return b.fadd(total, load(b, b.add(base, b.mul(step, ir.Constant(I64, t))), f32x16.llvm))
 
         return each(b, tile_value, add)
 
@@ -177,16 +177,16 @@ def _dot_pairs(b, total, x, y):
     """Each lane plus the two products of its bfloat16 pairs."""
     floats, integers = f32x16.llvm, i32x16.llvm
     if current_isa().has_bf16:
-        pairs = ir.VectorType(_BFLOAT, 32)
-        return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", floats, total, b.bitcast(x, pairs), b.bitcast(y, pairs))
+        pairs = ir.VectorType(BFLOAT, 32)
+        return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", floats, total, b.bitcast(x, pairs), b.bitcast(y, pairs))
 
     def halves(value):
-        low = b.bitcast(b.shl(value, _constant(integers, 16)), floats)
-        return low, b.bitcast(b.and_(value, _constant(integers, -65536)), floats)
+        low = b.bitcast(b.shl(value, constant(integers, 16)), floats)
+        return low, b.bitcast(b.and_(value, constant(integers, -65536)), floats)
 
     (x_low, x_high), (y_low, y_high) = halves(x), halves(y)
-    total = _call(b, "llvm.fmuladd.v16f32", floats, x_high, y_high, total)
-    return _call(b, "llvm.fmuladd.v16f32", floats, x_low, y_low, total)
+    total = call(b, "llvm.fmuladd.v16f32", floats, x_high, y_high, total)
+    return call(b, "llvm.fmuladd.v16f32", floats, x_low, y_low, total)
 
 
 @intrinsic(prefer_literal=True)
@@ -198,7 +198,7 @@ def dot_pairs_grid(typing_context, grid, rows, vectors, address, stride):
         total, _, columns, base, _ = values
         count, step = sig.args[1].literal_value, sig.args[4].literal_value
         for row in range(count):
-            shared = scalar_row(b, base, step, row, _I32)
+            shared = scalar_row(b, base, step, row, I32)
             for v in range(sig.args[2].count):
                 index = v * count + row
                 product = _dot_pairs(b, b.extract_value(total, index), b.extract_value(columns, v), shared)
@@ -216,7 +216,7 @@ def store_grid(typing_context, grid, rows, address, stride):
         count, step = sig.args[1].literal_value, sig.args[3].literal_value
         for index in range(sig.args[0].count):
             offset = index % count * step + index // count * 64
-            _store(b, _row(b, values[2], offset, 1), b.extract_value(values[0], index))
+            store(b, row_address(b, values[2], offset, 1), b.extract_value(values[0], index))
         return context.get_dummy_value()
 
     return types.void(grid, rows, types.intp, stride), codegen

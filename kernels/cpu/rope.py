@@ -23,14 +23,8 @@ from .simd import (
     maximum,
     minimum,
     peak_lanes,
-    round_bf16,
     round_to_i32,
-    scatter_bf16_pairs,
-    scatter_bf16x16,
     splat_f32,
-    store_bf16x16,
-    store_f8x16,
-    store_f16x16,
     store_f32,
     store_f32x16,
     store_i8x16,
@@ -38,6 +32,7 @@ from .simd import (
     store_u8,
     store_u16,
 )
+from .small_floats import round_bf16, scatter_bf16_pairs, scatter_bf16x16, store_bf16x16, store_f8x16, store_f16x16
 
 # what a type can hold; beside a scale that may be rounded up, nearly any float
 _LARGEST = {"f32": 3.4e38, "f16": 65504.0, "bf16": 3.38e38, "bf16 pairs": 3.38e38, "int16": 3.3e38, "f8e4m3": 3.3e38, "int8": 3.3e38}

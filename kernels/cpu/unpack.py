@@ -8,7 +8,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
+from . import vectors
+from .byte_vectors import look_up, shift_bytes
+from .small_floats import load_halves
 from .tiles import TILE_FORMATS
 
 
@@ -16,13 +18,13 @@ def group_of(b: Any, format: Any, address: Any, group: int) -> Any:
     """The 64 quants (16 rows by 4 columns) of one group, as unsigned bytes."""
 
     def vector(offset: int) -> Any:
-        return simd._load(b, simd._row(b, address, 64, offset), simd.i8x64.llvm)
+        return vectors.load(b, vectors.row_address(b, address, 64, offset), vectors.i8x64.llvm)
 
     def bits(value: Any, start: int, count: int, at: int) -> Any:
         if count == 8:
             return value
-        mask = simd._constant(simd.i8x64.llvm, ((1 << count) - 1) << at)
-        return b.and_(simd._shift_bytes(b, value, start - at), mask)
+        mask = vectors.constant(vectors.i8x64.llvm, ((1 << count) - 1) << at)
+        return b.and_(shift_bytes(b, value, start - at), mask)
 
     per_vector = 8 // format.bits
     quants = bits(vector(group // per_vector), format.bits * (group % per_vector), format.bits, 0)
@@ -31,7 +33,7 @@ def group_of(b: Any, format: Any, address: Any, group: int) -> Any:
         plane = vector(format.bits + group // per_plane)
         quants = b.or_(quants, bits(plane, format.high_bits * (group % per_plane), format.high_bits, format.bits))
     if format.codebook:
-        quants = simd._look_up(b, quants, [value + format.zero for value in format.codebook])
+        quants = look_up(b, quants, [value + format.zero for value in format.codebook])
     return quants
 
 
@@ -43,7 +45,7 @@ def scale_vector(typing_context, layout, block, header, index):
     def codegen(context, b, sig, values):
         return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=False)
 
-    return simd.f32x16(layout, types.intp, types.intp, index), codegen
+    return vectors.f32x16(layout, types.intp, types.intp, index), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -54,38 +56,38 @@ def minimum_vector(typing_context, layout, block, header, index):
     def codegen(context, b, sig, values):
         return _scales(b, format, values[1], values[2], sig.args[3].literal_value, minimum=True)
 
-    return simd.f32x16(layout, types.intp, types.intp, index), codegen
+    return vectors.f32x16(layout, types.intp, types.intp, index), codegen
 
 
 def _scales(b: Any, format: Any, block: Any, header: Any, index: int, minimum: bool) -> Any:
-    floats, integers = simd.f32x16.llvm, simd.i32x16.llvm
+    floats, integers = vectors.f32x16.llvm, vectors.i32x16.llvm
     position = index + (format.scales if minimum and format.has_minimum_vectors else 0)
-    address = simd._row(b, block, 1, format.quant_bytes + format.plane_bytes + position * format.scale_bytes)
+    address = vectors.row_address(b, block, 1, format.quant_bytes + format.plane_bytes + position * format.scale_bytes)
 
     def halves(where: Any) -> Any:
-        return simd._load_halves(b, where)
+        return load_halves(b, where)
 
     def super_scale() -> Any:
-        scale = halves(simd._row(b, header, 32, 1 if minimum else 0))
+        scale = halves(vectors.row_address(b, header, 32, 1 if minimum else 0))
         if format.unit != 1:
-            scale = b.fmul(scale, simd._constant(floats, format.unit))
+            scale = b.fmul(scale, vectors.constant(floats, format.unit))
         return b.fneg(scale) if minimum else scale
 
     if format.scale == "f16":
         return halves(address)
     if format.scale == "super":
         return super_scale()
-    raw = simd._load(b, address, ir.VectorType(ir.IntType(8), 16))
+    raw = vectors.load(b, address, ir.VectorType(ir.IntType(8), 16))
     if format.scale == "e8m0":
         # 2 ** (e - 128), as the codebook holds doubled values; subnormal for the two smallest
         exponent = b.zext(raw, integers)
-        one = simd._constant(integers, 1)
-        normal = b.shl(b.sub(exponent, one), simd._constant(integers, 23))
-        subnormal = b.shl(simd._constant(integers, 1 << 21), b.and_(exponent, one))
+        one = vectors.constant(integers, 1)
+        normal = b.shl(b.sub(exponent, one), vectors.constant(integers, 23))
+        subnormal = b.shl(vectors.constant(integers, 1 << 21), b.and_(exponent, one))
         return b.bitcast(b.select(b.icmp_unsigned(">", exponent, one), normal, subnormal), floats)
     if format.scale == "nibbles":
         wide = b.zext(raw, integers)
-        wide = b.lshr(wide, simd._constant(integers, 4)) if minimum else b.and_(wide, simd._constant(integers, 15))
+        wide = b.lshr(wide, vectors.constant(integers, 4)) if minimum else b.and_(wide, vectors.constant(integers, 15))
     else:
         wide = b.sext(raw, integers) if format.scale == "i8" else b.zext(raw, integers)
     return b.fmul(super_scale(), b.sitofp(wide, floats))

@@ -26,14 +26,14 @@ def emulate(name: str) -> None:
     features = ",".join(f"+{feature}" for feature in isa._HASWELL)
     emulated = isa.Isa(name, "haswell", features, has_vnni=True, has_f16=True, has_bf16=name == "avx512vnni", tokens=isa._TOKENS[name])
     isa.current_isa = functools.cache(lambda: emulated)
-    simd = importlib.import_module("pymistral.kernels.cpu.simd")
-    original = simd._call
+    vectors = importlib.import_module("pymistral.kernels.cpu.vectors")
+    original = vectors.call
 
     def call(b: Any, instruction: str, result: Any, *values: Any) -> Any:
         emulation = _INSTRUCTIONS.get(instruction)
         return emulation(b, *values) if emulation else original(b, instruction, result, *values)
 
-    simd._call = call
+    vectors.call = call
 
 
 def _constant(vector: Any, number: int) -> Any:

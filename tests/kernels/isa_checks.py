@@ -103,7 +103,7 @@ def check_vectors() -> None:
     """Conversions and exp, whose code differs by instruction set, on every half float there is."""
     import llvmlite.binding as llvm
     from numba import config, njit, types
-    from pymistral.kernels.cpu import simd
+    from pymistral.kernels.cpu import simd, small_floats
 
     isa = current_isa()
     if isa.cpu != llvm.get_host_cpu_name():
@@ -125,7 +125,7 @@ def check_vectors() -> None:
 
     halves = np.arange(1 << 16, dtype=np.uint16)
     floats = np.zeros(1 << 16, np.float32)
-    run(compiled(same, simd.load_f16x16, simd.store_f32x16, 2, 4), halves, floats)
+    run(compiled(same, small_floats.load_f16x16, simd.store_f32x16, 2, 4), halves, floats)
     wanted = halves.view(np.float16).astype(np.float32)
     assert np.array_equal(floats, wanted, equal_nan=True)
     assert np.array_equal(np.signbit(floats[wanted == 0]), np.signbit(wanted[wanted == 0]))
@@ -137,7 +137,7 @@ def check_vectors() -> None:
     numbers = np.concatenate([numbers, ties.astype(np.float32), [np.inf, -np.inf, 0.0, -0.0, 65519.99, 65520.0, 1e-45, -1e-45]])
     numbers = np.append(numbers, np.zeros(-len(numbers) % 16)).astype(np.float32)
     found = np.zeros(len(numbers), np.uint16)
-    run(compiled(same, simd.load_f32x16, simd.store_f16x16, 4, 2), numbers, found)
+    run(compiled(same, simd.load_f32x16, small_floats.store_f16x16, 4, 2), numbers, found)
     with np.errstate(over="ignore"):
         assert np.array_equal(found, numbers.astype(np.float16).view(np.uint16))
 
@@ -147,13 +147,13 @@ def check_vectors() -> None:
     numbers = bits.view(np.float32).copy()
     numbers[~np.isfinite(numbers)] = 0
     found = np.zeros(len(numbers), np.uint16)
-    run(compiled(same, simd.load_f32x16, simd.store_bf16x16, 4, 2), numbers, found)
+    run(compiled(same, simd.load_f32x16, small_floats.store_bf16x16, 4, 2), numbers, found)
     bits = numbers.view(np.uint32).astype(np.uint64)
     assert np.array_equal(found, ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
     codes = np.delete(np.arange(256, dtype=np.uint8), (127, 255)).repeat(8)  # 254 of them: all but NaN
     found_f = np.zeros(len(codes), np.float32)
-    run(compiled(same, simd.load_f8x16, simd.store_f32x16, 1, 4), codes, found_f)
+    run(compiled(same, small_floats.load_f8x16, simd.store_f32x16, 1, 4), codes, found_f)
     values = np.unique(found_f)
     assert np.array_equal(ref.float8(values.astype(np.float64)), values)
     assert (len(values), values.max(), values[values > 0].min()) == (253, 448.0, 2.0**-9)
@@ -161,8 +161,8 @@ def check_vectors() -> None:
     numbers = np.concatenate([values, between, *(np.nextafter(between, np.float32(sign * np.inf)) for sign in (1, -1)), [-0.0, 1e-45]])
     numbers = np.append(numbers, np.zeros(-len(numbers) % 16)).astype(np.float32)
     found_b, back = np.zeros(len(numbers), np.uint8), np.zeros(len(numbers), np.float32)
-    run(compiled(same, simd.load_f32x16, simd.store_f8x16, 4, 1), numbers, found_b)
-    run(compiled(same, simd.load_f8x16, simd.store_f32x16, 1, 4), found_b, back)
+    run(compiled(same, simd.load_f32x16, small_floats.store_f8x16, 4, 1), numbers, found_b)
+    run(compiled(same, small_floats.load_f8x16, simd.store_f32x16, 1, 4), found_b, back)
     assert np.array_equal(back, ref.float8(numbers.astype(np.float64)))
 
     x = np.linspace(-87, 88, 1 << 16).astype(np.float32)

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
 from numpy.typing import NDArray
-from pymistral.kernels.cpu import int8_dots, int16_dots, simd
+from pymistral.kernels.cpu import int8_dots, int16_dots, operators, vectors
 from pymistral.kernels.cpu.isa import _NEEDS, Isa, current_isa
 
 CHECKS = Path(__file__).with_name("isa_checks.py")
@@ -41,15 +41,15 @@ def test_kernels(isa: str) -> None:
     assert done.stdout.split() == [isa]
 
 
-@pytest.mark.parametrize("function", simd._FIRST, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", operators._FIRST, ids=lambda function: function.__name__)
 def test_operators_on_numbers_are_numbas(function: Callable[..., Any]) -> None:
     """Kernels answer first what Numba would answer."""
     context = cpu_target.typing_context
     context.refresh()
     templates = context.resolve_value_type(function).templates
-    others = types.Function([template for template in templates if not issubclass(template, simd._FirstTemplate)])
-    for arguments, signature in simd._FIRST[function].items():
-        if not isinstance(arguments[0], simd.Vector):
+    others = types.Function([template for template in templates if not issubclass(template, operators._FirstTemplate)])
+    for arguments, signature in operators._FIRST[function].items():
+        if not isinstance(arguments[0], vectors.Vector):
             assert (others.get_call_type(context, arguments, {}).return_type, arguments) == (signature.return_type, signature.args)
 
 
@@ -81,7 +81,7 @@ def dot_function(emit: Callable[..., Any], triple: str) -> ir.Module:
     """A module with ``dot(total, weights, activations)``, which stores what ``emit(b, total, weights, activations)`` makes."""
     module = ir.Module()
     module.triple = triple
-    pointers = [vector.llvm.as_pointer() for vector in (simd.i32x16, simd.i8x64, simd.i8x64)]
+    pointers = [vector.llvm.as_pointer() for vector in (vectors.i32x16, vectors.i8x64, vectors.i8x64)]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), "dot")
     b = ir.IRBuilder(function.append_basic_block())
     values = [b.load(argument) for argument in function.args]
