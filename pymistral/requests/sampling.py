@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -13,6 +13,8 @@ StopTokens = str | Sequence[str | int]
 """What ends an answer: one string, or strings and token ids in any mix."""
 
 DRY_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")
+
+_MOST = 1e30  # of what is added to logits, or multiplies them: these are float32, and what grows out of it must stay so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,11 @@ class DrySamplingParams:
     def __post_init__(self) -> None:
         _number("multiplier", self.multiplier, at_least=0, remedy="0 turns DRY off, 0.8 is a usual value")
         _number("base", self.base, at_least=1, remedy="1.75 is the usual value")
-        _integer("allowed_length", self.allowed_length, at_least=0, remedy="2 is the usual value")
-        if isinstance(self.sequence_breakers, str) or not all(isinstance(s, str) and s for s in self.sequence_breakers):
-            raise RequestValidationError(f"sequence_breakers must be a list of non-empty strings, got {self.sequence_breakers!r}")
-        object.__setattr__(self, "sequence_breakers", tuple(self.sequence_breakers))
+        _integer("allowed_length", self.allowed_length, at_least=0, at_most=2**31 - 1, remedy="2 is the usual value")
+        breakers = self.sequence_breakers
+        if isinstance(breakers, str) or not isinstance(breakers, Iterable) or not all(isinstance(s, str) and s for s in breakers):
+            raise RequestValidationError(f"sequence_breakers must be a list of non-empty strings, got {breakers!r}")
+        object.__setattr__(self, "sequence_breakers", tuple(breakers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +117,11 @@ class SamplingParams:
             _number("min_p", self.min_p, at_least=0, at_most=1, remedy="None means no cut")
         _integer("top_n_logprobs", self.top_n_logprobs, at_least=0, remedy="0 reports the chosen token alone")
         if self.frequency_penalty is not None:
-            _number("frequency_penalty", self.frequency_penalty, remedy="None means no penalty")
+            _number("frequency_penalty", self.frequency_penalty, at_least=-_MOST, at_most=_MOST, remedy="None means no penalty")
         if self.presence_penalty is not None:
-            _number("presence_penalty", self.presence_penalty, remedy="None means no penalty")
+            _number("presence_penalty", self.presence_penalty, at_least=-_MOST, at_most=_MOST, remedy="None means no penalty")
         if self.repetition_penalty is not None:
-            _number("repetition_penalty", self.repetition_penalty, above=0, remedy="None means no penalty")
+            _number("repetition_penalty", self.repetition_penalty, at_least=1 / _MOST, at_most=_MOST, remedy="None means no penalty")
         if self.max_len is not None:
             _integer("max_len", self.max_len, at_least=1, remedy="None means until the context is full")
         _integer("n_choices", self.n_choices, at_least=1, remedy="1 is the default")
@@ -130,6 +133,9 @@ class SamplingParams:
             object.__setattr__(self, "stop_toks", _stop_tokens(self.stop_toks))
         if self.logits_bias is not None:
             object.__setattr__(self, "logits_bias", _logits_bias(self.logits_bias))
+        for name in ("top_k", "top_n_logprobs", "max_len", "n_choices", "seed"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))  # NumPy's whole numbers would overflow in sums
 
     @classmethod
     def deterministic(cls) -> SamplingParams:
@@ -156,10 +162,12 @@ def _number(
     above: float = -math.inf,
     at_most: float = math.inf,
 ) -> None:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if math.isfinite(number) and at_least <= number <= at_most and number > above:
-            return
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
+    if math.isfinite(number) and at_least <= number <= at_most and number > above:
+        return
     limits = [f"at least {at_least:g}"] if at_least > -math.inf else [f"above {above:g}"] if above > -math.inf else []
     limits += [f"at most {at_most:g}"] if at_most < math.inf else []
     raise RequestValidationError(f"{name} must be a finite number {' and '.join(limits)}".rstrip() + f", got {value!r}; {remedy}")
@@ -173,7 +181,7 @@ def _integer(name: str, value: object, *, remedy: str, at_least: int, at_most: i
 
 
 def _stop_tokens(stop: StopTokens) -> tuple[str | int, ...]:
-    if not isinstance(stop, str | Sequence):
+    if not isinstance(stop, str | Sequence) or isinstance(stop, bytes | bytearray):  # whose bytes would be taken for token ids
         raise RequestValidationError(f"stop_toks must be a string or a list of strings and token ids, got {stop!r}")
     stops: tuple[str | int, ...] = (stop,) if isinstance(stop, str) else tuple(stop)
     for entry in stops:
@@ -182,7 +190,7 @@ def _stop_tokens(stop: StopTokens) -> tuple[str | int, ...]:
                 raise RequestValidationError("stop_toks holds an empty string, which would end every answer at once; leave it out")
         else:
             _integer("stop_toks", entry, at_least=0, remedy="an entry is a string or a token id")
-    return stops
+    return tuple(entry if isinstance(entry, str) else int(entry) for entry in stops)
 
 
 def _logits_bias(bias: Mapping[int, float]) -> dict[int, float]:
@@ -190,5 +198,5 @@ def _logits_bias(bias: Mapping[int, float]) -> dict[int, float]:
         raise RequestValidationError(f"logits_bias must map token ids to numbers, got {bias!r}")
     for token, value in bias.items():
         _integer("logits_bias", token, at_least=0, remedy="its keys are token ids")
-        _number(f"logits_bias[{token}]", value, remedy="-100 bans a token in effect, 100 forces it")
+        _number(f"logits_bias[{token}]", value, at_least=-_MOST, at_most=_MOST, remedy="-100 bans a token in effect, 100 forces it")
     return dict(bias)

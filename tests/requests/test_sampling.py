@@ -26,19 +26,19 @@ def test_deterministic_is_greedy() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("temperature", value) for value in (math.nan, math.inf, -0.1, "1", True, [1])),
+        *(("temperature", value) for value in (math.nan, math.inf, -0.1, "1", True, [1], 10**400)),
         *(("top_k", value) for value in (0, -1, 1.5, "40", True)),
         *(("top_p", value) for value in (0, 1.1, -0.5, math.nan)),
         *(("min_p", value) for value in (-0.1, 1.1, math.nan)),
         *(("top_n_logprobs", value) for value in (-1, None, 1.0)),
-        *(("frequency_penalty", value) for value in (math.nan, -math.inf, "1")),
-        *(("presence_penalty", value) for value in (math.nan, math.inf)),
-        *(("repetition_penalty", value) for value in (0, -1, math.nan)),
+        *(("frequency_penalty", value) for value in (math.nan, -math.inf, "1", 1e39, -(10**400))),
+        *(("presence_penalty", value) for value in (math.nan, math.inf, -1e39)),
+        *(("repetition_penalty", value) for value in (0, -1, math.nan, 1e-40, 1e39)),
         *(("max_len", value) for value in (0, -5, 2.5)),
         *(("n_choices", value) for value in (0, None, 1.0)),
         *(("seed", value) for value in (-1, 2**64, 0.5)),
-        *(("stop_toks", value) for value in ("", [""], [1.5], [-1], 7, [None])),
-        *(("logits_bias", value) for value in ([1], {"1": 2}, {-1: 0}, {1: math.nan}, {1: math.inf}, {1: None})),
+        *(("stop_toks", value) for value in ("", [""], [1.5], [-1], 7, [None], b"stop")),
+        *(("logits_bias", value) for value in ([1], {"1": 2}, {-1: 0}, {1: math.nan}, {1: math.inf}, {1: None}, {1: 1e39})),
         ("dry_params", {"multiplier": 1}),
     ],
 )
@@ -56,7 +56,11 @@ def test_the_message_says_what_was_wrong_and_what_to_do() -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint64(7))  # type: ignore[arg-type]
+    numbers = {"top_k": np.int64(3), "seed": np.int64(7), "max_len": np.uint8(200), "n_choices": np.int8(2), "top_n_logprobs": np.int32(1)}
+    params = SamplingParams(temperature=np.float32(0.5), stop_toks=[np.int16(5)], **numbers)  # type: ignore[arg-type]
+    kept = {name: getattr(params, name) for name in numbers}
+    assert kept == numbers
+    assert {type(value) for value in [*kept.values(), *params.stop_ids]} == {int}, "NumPy's overflow where Python's grow"
 
 
 def test_stop_tokens() -> None:
@@ -83,7 +87,13 @@ def test_the_bias_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"multiplier": -1}, {"base": 0.5}, {"allowed_length": -1}, {"sequence_breakers": "\n"}, {"sequence_breakers": [""]}]
+    "more",
+    [
+        *({"multiplier": value} for value in (-1, 10**400)),
+        *({"base": value} for value in (0.5, 10**400)),
+        *({"allowed_length": value} for value in (-1, 10**400)),
+        *({"sequence_breakers": value} for value in ("\n", [""], None, 5)),
+    ],
 )
 def test_dry_params_are_checked(more: dict[str, object]) -> None:
     with pytest.raises(RequestValidationError, match=next(iter(more))):
