@@ -164,6 +164,16 @@ async def test_failure_midway_of_a_stream(model: Model) -> None:
     assert caught.value.partial_response.choices[0].message.content == "abc"
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), KeyboardInterrupt()])
+async def test_a_processor_cannot_end_the_engine(model: Model, error: BaseException) -> None:
+    def leave(logits: np.ndarray, tokens: object) -> np.ndarray:
+        raise error
+
+    with pytest.raises(ModelError, match=f"leave raised {type(error).__name__}"):
+        await model.send_chat_request(RequestBuilder().add_message("user", "Hi").add_logits_processor(leave))
+    assert await model.chat("still works") == ALPHABET
+
+
 async def test_failure_before_any_text_has_no_partial_response(model: Model) -> None:
     with pytest.raises(ModelError) as caught:
         await model.send_chat_request(RequestBuilder().add_message("user", "Hi").add_logits_processor(fail_after(">")))

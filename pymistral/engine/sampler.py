@@ -274,7 +274,7 @@ def run_processor(processor: LogitsProcessor, logits: F32, tokens: Sequence[int]
     """Call a user's function on the logits, and check what it returns."""
     try:
         result = processor(logits, tokens)
-    except Exception as error:
+    except BaseException as error:  # SystemExit, too: the thread is that of all requests
         name = getattr(processor, "__name__", type(processor).__name__)
         raise InferenceError(f"the logits processor {name} raised {type(error).__name__}: {error}") from error
     if result is None:
