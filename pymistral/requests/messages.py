@@ -82,7 +82,8 @@ def _message_from_dict(index: int, message: Mapping[str, Any]) -> Message:
     if "content" not in message and not message.get("tool_calls"):
         raise RequestValidationError(f"messages[{index}] has no 'content', only {sorted(map(str, message))}")
     content = message.get("content")
-    return {**message, "role": role_name(message["role"]), "content": "" if content is None else _content_text(index, content)}
+    checked = {**message, "role": role_name(message["role"]), "content": "" if content is None else _content_text(index, content)}
+    return {**checked, "tool_calls": checked_calls(message["tool_calls"])} if message.get("tool_calls") else checked
 
 
 def _content_text(index: int, content: object) -> str:
@@ -93,6 +94,25 @@ def _content_text(index: int, content: object) -> str:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise RequestValidationError(f"messages[{index}]: only text parts can be read, got {part!r}")
     return "".join(checked_text(part.get("text")) for part in content)
+
+
+def checked_calls(calls: object) -> list[dict[str, Any]]:
+    """Copies of tool calls in OpenAI's form, which chat templates and dialects go through unasked."""
+    if not isinstance(calls, Iterable) or isinstance(calls, Mapping | str | bytes):
+        raise RequestValidationError(f"tool_calls must be a list of calls, got {calls!r}")
+    return [_checked_call(call) for call in calls]
+
+
+def _checked_call(call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(function.get("arguments"), str | Mapping)
+    ):
+        raise RequestValidationError(f'a tool call is {{"id": ..., "function": {{"name": ..., "arguments": "JSON text"}}}}, got {call!r}')
+    return dict(call)
 
 
 def role_name(role: object) -> str:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import RequestValidationError
 from .constraint import Constraint
-from .messages import CustomRole, Message, TextMessageRole, TextMessages, checked_text, messages_from_dicts, role_name
+from .messages import (
+    CustomRole,
+    Message,
+    TextMessageRole,
+    TextMessages,
+    checked_calls,
+    checked_text,
+    messages_from_dicts,
+    role_name,
+)
 from .sampling import DrySamplingParams, SamplingParams, StopTokens
 from .tools import NamedToolChoice, Tool, ToolChoice, checked_tool_choice
 from .web_search import WebSearchOptions
@@ -88,8 +97,9 @@ class RequestBuilder(TextMessages):
         tool_calls: Iterable[ToolCallResponse | Mapping[str, Any]],
     ) -> Self:
         """Append a message in which the model called tools."""
-        calls = [dict(call) if isinstance(call, Mapping) else call.model_dump() for call in tool_calls]
-        self.messages.append({"role": role_name(role), "content": checked_text(text), "tool_calls": calls})
+        if isinstance(tool_calls, Iterable):
+            tool_calls = [call.model_dump() if hasattr(call, "model_dump") else call for call in tool_calls]
+        self.messages.append({"role": role_name(role), "content": checked_text(text), "tool_calls": checked_calls(tool_calls)})
         return self
 
     def add_logits_processor(self, processor: CustomLogitsProcessor) -> Self:

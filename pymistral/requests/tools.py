@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,14 @@ class Function:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise RequestValidationError(f"a function's name must be a non-empty string, got {self.name!r}")
+        if self.name.encode(errors="ignore").decode() != self.name:
+            raise RequestValidationError(f"the function name {self.name!r} has half a surrogate pair, which no tokenizer takes")
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise RequestValidationError(f"function {self.name!r}: parameters must be a JSON schema as a dict, got {self.parameters!r}")
+        try:
+            json.dumps(self.parameters)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestValidationError(f"function {self.name!r}: parameters must have a JSON form: {error}") from error
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,9 @@ from pymistral.requests.request import ChatRequest
 from pymistral.responses import CalledFunction, ToolCallResponse
 
 
+CALLS_THAT_ARE_NONE = (5, {}, {"function": "f"}, {"function": {"name": "f"}}, {"function": {"name": 5, "arguments": "{}"}})
+
+
 def messages_of(request: ChatRequest) -> list[dict[str, object]]:
     return RequestBuilder.of(request).messages
 
@@ -49,11 +52,30 @@ def test_everything_that_can_be_a_request() -> None:
         ([{"role": "user", "content": 7}], "int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "only text parts"),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
+        *(([{"role": "assistant", "tool_calls": calls}], "tool_calls must be a list") for calls in (5, "call", {"function": {}})),
+        *(([{"role": "assistant", "tool_calls": [call]}], "a tool call is") for call in CALLS_THAT_ARE_NONE),
     ],
 )
 def test_what_cannot_be_a_request(request_: object, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         RequestBuilder.of(request_)  # type: ignore[arg-type]
+
+
+def test_calls_that_are_none() -> None:
+    for call in CALLS_THAT_ARE_NONE:
+        with pytest.raises(RequestValidationError, match="a tool call is"):
+            RequestBuilder().add_message_with_tool_call("assistant", "", [call])  # type: ignore[list-item]
+    with pytest.raises(RequestValidationError, match="tool_calls must be a list"):
+        RequestBuilder().add_message_with_tool_call("assistant", "", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [({"name": "\ud800"}, "surrogate"), ({"name": "f", "parameters": {"x": object()}}, "'f': parameters must have a JSON form")],
+)
+def test_functions_that_no_template_can_show(function: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestValidationError, match=message):
+        RequestBuilder().set_tools([{"function": function}])
 
 
 def test_roles() -> None:
