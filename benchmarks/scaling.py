@@ -64,7 +64,7 @@ class Shape:
     output_bits: float
 
     def launches(self) -> list[Launch]:
-        """As `nn.cpu` records them, for one token with a short context."""
+        """As `nn.cpu_lowering` records them, for one token with a short context."""
 
         def matrix(rows: int, columns: int, waits: bool = True, bits: float = self.bits) -> Launch:
             return Launch(-(-rows // 16), 16 * columns * bits / 8, waits)

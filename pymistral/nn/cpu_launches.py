@@ -1,0 +1,188 @@
+"""What a program for the CPU is put together of: buffers, panels of activations, and the list of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..kernels.cpu import geometry
+from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
+from ..kernels.cpu.executor_layout import UNIT_BITS
+from ..kernels.cpu.tiles import FloatFormat
+from ..quantization.types import Tensor
+from .cpu_program import CpuProgram, Result
+from .cpu_weights import TiledWeights
+from .graph import OUTPUTS, TOKENS, Array, Graph
+from .lowering import Buffer, Lowering, padded, vector_values
+from .memory import address, zeros
+from .pool import Launches, thread_pool
+from .quantize import tile_format
+from .sampling import SAMPLING_KERNEL
+from .state import Limits, State
+
+
+@dataclass
+class _Launch:
+    kernel: Spec
+    slots: list[int]
+    count: str  # which of the state's counts
+    units: int  # for each of that count
+    chunk: int
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    weights: tuple[int, int]  # address and bytes of what it streams through
+    label: str
+    results: list[Result]
+
+
+class CpuLaunching(Lowering):
+    """Keeps what is launched, and makes a program of it. ``wide``: tokens are multiplied as wide panels."""
+
+    def __init__(self, graph: Graph, limits: Limits, threads: int, weights: TiledWeights, *, wide: bool) -> None:
+        super().__init__(graph, limits)
+        self.threads = threads
+        self.state = State(limits)
+        self.wide = wide
+        self.launches: list[_Launch] = []
+        self.weights = weights
+        self.alive: list[Any] = []
+        self.scratch_bytes = 0
+        self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
+        self.panels_of: dict[Array, Buffer] = {}
+        self.forms.append(self.panels_of)
+
+    # ---- buffers ----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
+        array = zeros(shape, dtype)
+        self.alive.append(array)
+        return Buffer(array, address(array))
+
+    def _max_rows(self, array: Array) -> int:
+        """Whole panels: a matrix product writes all rows of the last one."""
+        rows = geometry.whole_panels(super()._max_rows(array))
+        return int(geometry.wide_tokens(rows) if self._is_wide(array) else rows)
+
+    def _row_bytes(self, array: Array) -> int:
+        return padded(array.columns) * 4
+
+    def _vector(self, tensor: Tensor, offset: float = 0.0) -> Buffer:
+        values = vector_values(tensor, offset)
+        vector = self._allocate((padded(values.size),), np.float32)
+        vector.array[: values.size] = values
+        return vector
+
+    # ---- panels -----------------------------------------------------------------------------------------------------
+
+    def _is_wide(self, array: Array) -> bool:
+        """Whether the array is multiplied as wide panels. Few rows make logits, and int8 in two parts is finer."""
+        return self.wide and array.rows == TOKENS
+
+    def _takes_panels(self, array: Array, matrix: Tensor) -> bool:
+        format = tile_format(matrix)
+        return not isinstance(format, FloatFormat) or (self._is_wide(array) and format.name == "bf16" and array.columns % 32 == 0)
+
+    def _item(self, array: Array) -> int:
+        """Bytes of an activation in panels. Logits come straight from those of outputs: they are few, and worth 16 bits instead of 8."""
+        return 2 if array.rows == OUTPUTS else 1
+
+    def _new_panels(self, array: Array) -> Buffer:
+        if self._is_wide(array):
+            wide = self._new((geometry.wide_panels_bytes(self._max_rows(array), array.columns),), np.uint8)
+            self.panels_of[array] = wide
+            return wide
+        panels = self._new((geometry.panels_bytes(self._max_rows(array), array.columns, self._item(array)),), np.uint8)
+        self.panels_of[array] = panels
+        return panels
+
+    def _panels(self, x: Array) -> Buffer:
+        """x as panels, made now if they are not yet."""
+        if x not in self.panels_of:
+            source = self.rows_of[x]
+            panels = self._new_panels(x)
+            self._launch(
+                spec("amx.widen" if self._is_wide(x) else "quantize.quantize"),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._item(x) == 2),
+                x.rows,
+                reads=(source,),
+                writes=(panels,),
+            )
+        return self.panels_of[x]
+
+    # ---- launches ---------------------------------------------------------------------------------------------------
+
+    def _launch(
+        self,
+        kernel: Spec,
+        slots: Iterable[int],
+        rows: str,
+        *,
+        units: int = 1,
+        chunk: int = 1,
+        reads: Iterable[Buffer] = (),
+        writes: Iterable[Buffer] = (),
+        spoils: Iterable[Buffer] = (),
+        scratch: tuple[int, int] | None = None,
+        weights: tuple[int, int] = (0, 0),
+    ) -> None:
+        """What it leaves in what it ``spoils`` nobody wants. ``scratch`` is (slot, bytes for each thread); the slot after it gets the
+        bytes.
+        """
+        values = list(slots)
+        if scratch is not None:
+            slot, nbytes = scratch
+            self.scratch_bytes = max(self.scratch_bytes, -(-nbytes // 64) * 64)
+            self.scratch_slots.append((values, slot))
+        tensors = [value.name for value in self.node.attributes.values() if isinstance(value, Tensor)]
+        written = tuple(writes)
+        results = [Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
+        label = " ".join([kernel.factory, *tensors])
+        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), (*written, *spoils), weights, label, results))
+
+    # ---- the program ------------------------------------------------------------------------------------------------
+
+    def kernels(self) -> list[Spec]:
+        """All that the program needs."""
+        return [SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
+
+    def finish(self, progress: Progress | None) -> CpuProgram:
+        scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)
+        for slots, index in self.scratch_slots:
+            slots[index : index + 2] = [address(scratch), self.scratch_bytes]
+        addresses = load_kernels(self.kernels(), progress)
+        packing = self.weights.begin(self.threads)
+        records = []
+        touched: tuple[set[int], set[int]] = (set(), set())  # read and written since the last meeting
+        for launch in self.launches:
+            reads, writes = {id(buffer) for buffer in launch.reads}, {id(buffer) for buffer in launch.writes}
+            meet = bool(reads & touched[1] or writes & (touched[0] | touched[1]))
+            touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
+            arguments = np.array(launch.slots, np.int64)
+            self.alive.append(arguments)
+            count = self.state.count_address(launch.count)
+            most = 1 if launch.count == "one" else len(self.state.items)
+            if launch.units * most >> UNIT_BITS:
+                raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
+            records.append([addresses[launch.kernel], address(arguments), count, launch.units, launch.chunk, int(meet), *launch.weights])
+        weights = [0, 0]
+        for record in reversed(records):
+            # waiting threads fetch the weights of the next launch that has any
+            weights = record[6:] if record[6] else weights
+            record[6:] = weights
+        self.alive += [scratch, self.weights.arena]
+        logits = self.graph.nodes[-1].output
+        return CpuProgram(
+            state=self.state,
+            logits=self.rows_of[logits].array[:, : logits.columns],
+            names=[launch.kernel.factory for launch in self.launches],
+            labels=[launch.label for launch in self.launches],
+            weight_bytes=self.weights.nbytes,
+            packing=packing,
+            _launches=Launches(records, self.threads),
+            _pool=thread_pool(self.threads),
+            _results=[launch.results for launch in self.launches],
+            _alive=self.alive,
+        )
