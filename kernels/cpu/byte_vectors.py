@@ -1,12 +1,11 @@
-"""64 bytes at once: bits out of each, and look-ups."""
+"""64 bytes at once: shifts of each, and look-ups."""
 
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.extending import intrinsic
 
 from .isa import current_isa
-from .vectors import I16, call, constant, halves, i8x64, join, operation
+from .vectors import I16, call, constant, halves, i8x64, join
 
 
 def shift_bytes(b, value, right):
@@ -18,28 +17,6 @@ def shift_bytes(b, value, right):
     elif right < 0:
         value = b.shl(value, constant(words, -right))
     return b.bitcast(value, i8x64.llvm)
-
-
-@operation(i8x64, i8x64)
-def low_nibbles(b, value):
-    return b.and_(value, constant(i8x64.llvm, 15))
-
-
-@operation(i8x64, i8x64)
-def high_nibbles(b, value):
-    return b.and_(shift_bytes(b, value, 4), constant(i8x64.llvm, 15))
-
-
-@intrinsic(prefer_literal=True)
-def take_bits(typing_context, value, start, count, at):
-    """Of each byte, ``count`` bits from bit ``start``, moved to bit ``at``; all three are literals."""
-
-    def codegen(context, b, sig, values):
-        first, bits, target = (number.literal_value for number in sig.args[1:])
-        shifted = shift_bytes(b, values[0], first - target)
-        return b.and_(shifted, constant(i8x64.llvm, ((1 << bits) - 1) << target))
-
-    return i8x64(i8x64, start, count, at), codegen
 
 
 def look_up(b, indices, values):

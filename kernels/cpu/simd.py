@@ -150,12 +150,6 @@ def load_i8x16(b, address):
     return b.sext(load(b, address, ir.VectorType(I8, 16)), i32x16.llvm)
 
 
-@operation(i32x16, types.intp)
-def load_u8x16(b, address):
-    """Sixteen unsigned bytes, widened to int32."""
-    return b.zext(load(b, address, ir.VectorType(I8, 16)), i32x16.llvm)
-
-
 @operation(types.void, types.intp, f32x16)
 def store_f32x16(b, address, value):
     store(b, address, value)
@@ -183,12 +177,6 @@ def splat_f32(b, value):
 @operation(i32x16, types.int64)
 def splat_i32(b, value):
     return splat(b, b.trunc(value, I32))
-
-
-@operation(i8x64, types.intp)
-def splat_bytes(b, address):
-    """The four bytes at ``address``, sixteen times."""
-    return b.bitcast(splat(b, load(b, address, I32)), i8x64.llvm)
 
 
 @operation(i32x16)

@@ -1,8 +1,8 @@
 """Vectors in Numba: sixteen lanes wide in the source, whatever the machine has; and what operations on them are made with.
 
 ``f32x16`` and friends are Numba types whose LLVM value is a vector. On AVX-512 an ``f32x16`` is one register; on AVX2 LLVM splits it in
-two, on NEON and SSE in four, so that a kernel is written once. Only what LLVM cannot express in general terms (the int8 dot product) asks
-which instruction set it compiles for.
+two, on NEON and SSE in four, so that a kernel is written once. Only what LLVM cannot express in general terms (dot products of integers,
+look-ups in bytes), or expresses badly (half floats, selected stores), asks which instruction set it compiles for.
 
 `operation` makes a function for kernels of one that emits LLVM instructions. What follows it emits what many of these have in common.
 """

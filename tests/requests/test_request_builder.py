@@ -10,7 +10,6 @@ from pymistral.requests.constraint import Constraint
 from pymistral.requests.request import ChatRequest
 from pymistral.responses import CalledFunction, ToolCallResponse
 
-
 CALLS_THAT_ARE_NONE = (5, {}, {"function": "f"}, {"function": {"name": "f"}}, {"function": {"name": 5, "arguments": "{}"}})
 
 
