@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import linear
 from pymistral.kernels.cuda.launch import Launch
+from pymistral.kernels.cuda.operands import Rows, Weights
 from pymistral.kernels.cuda.planes import LAYOUTS
 
 from pymistral.engine.cuda_runner import CudaRunner, weight_bytes
@@ -163,34 +164,34 @@ def products(gpu: GpuLike, limits: Limits, report: Report, names: list[str], sha
             size = layout.nbytes(rows, columns)
             copies = max(1, cold // size)
             memory = memory or random_bytes(gpu, max(LAYOUTS[n].nbytes(*shape) for n in names for shape in shapes) + cold)
-            weights = [ops.Weights(layout, memory + index * size, rows, columns) for index in range(copies)]
+            weights = [Weights(layout, memory + index * size, rows, columns) for index in range(copies)]
             for tokens in token_counts:
                 row = product_row(gpu, limits, weights, tokens)
                 report.add(part="kernels", type=name.upper(), **row)
 
 
-def product_row(gpu: GpuLike, limits: Limits, weights: list[ops.Weights], tokens: int) -> dict[str, Any]:
+def product_row(gpu: GpuLike, limits: Limits, weights: list[Weights], tokens: int) -> dict[str, Any]:
     first = weights[0]
     stride = -(-first.columns // 32) * 32
     sizes = (4 * tokens * stride, tokens * stride, tokens * stride // 4, 2 * tokens * stride)
-    x = ops.Rows(stride, *(gpu.allocate(size) for size in sizes))
+    x = Rows(stride, *(gpu.allocate(size) for size in sizes))
     out, count = gpu.allocate(4 * tokens * first.rows), gpu.allocate(8)
     gpu.copy_in(count, np.array([tokens], np.int64))
     counted: dict[str, Any] = {"accumulate": False, "count": count, "max_rows": tokens}
     cores = gpu.arch >= 80 and first.layout.name != "f32"
-    few = cores and 1 < tokens <= ops.FEW_ROWS
-    by_memory = few or tokens <= ops.MATVEC_ROWS
-    unpacked = gpu.allocate(2 * first.rows * stride) if cores and tokens >= ops.UNPACKED_ROWS else 0
-    matmul = ops.matmul_hopper if gpu.arch == 90 else ops.matmul_bf16
+    few = cores and 1 < tokens <= linear.FEW_ROWS
+    by_memory = few or tokens <= linear.MATVEC_ROWS
+    unpacked = gpu.allocate(2 * first.rows * stride) if cores and tokens >= linear.UNPACKED_ROWS else 0
+    matmul = linear.matmul_hopper if gpu.arch == 90 else linear.matmul_bf16
 
-    def launches(w: ops.Weights) -> list[Launch]:
+    def launches(w: Weights) -> list[Launch]:
         if by_memory:
-            return [(ops.matmul_few if few else ops.matvec)([ops.Product(w, out, first.rows)], x, **counted)]
+            return [(linear.matmul_few if few else linear.matvec)([linear.Product(w, out, first.rows)], x, **counted)]
         if not unpacked:
-            return [ops.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)]
+            return [linear.matmul(w, x, out, first.rows, tensor_cores=cores, **counted)]
         if w.layout.name == "bf16":
             return [matmul(w.address, w, x, out, first.rows, **counted)]
-        return [ops.dequantize(w, unpacked), matmul(unpacked, w, x, out, first.rows, **counted)]
+        return [linear.dequantize(w, unpacked), matmul(unpacked, w, x, out, first.rows, **counted)]
 
     seconds = seconds_of(gpu, gpu.capture([launch for w in weights for launch in launches(w)]), 5) / len(weights)
     nbytes, flops = first.layout.nbytes(first.rows, first.columns), 2 * first.rows * first.columns * tokens

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
 from ..kernels.cpu.sampling_layout import LOGITS, MODE, SAMPLE
-from ..nn.cuda import CudaModel, CudaProgram, Size, stride_of
+from ..nn.cuda import CudaModel, Size, stride_of
 from ..nn.cuda_gpu import GpuLike
+from ..nn.cuda_program import CudaProgram, CudaPrograms
 from ..nn.cuda_sampling import GpuSampling
 from ..nn.cuda_weights import gpu_layout
 from ..nn.graph import TOKENS, Graph
@@ -89,6 +90,7 @@ class CudaRunner(PagedRunner):
         )
         self.gpu = gpu
         self.model = CudaModel(graph, self.limits, gpu, progress)
+        self.programs = CudaPrograms(self.model)
         stride = stride_of(self.vocab_size)
         self._logits = gpu.pinned(4 * self.max_output_rows * stride).view(np.float32).reshape(self.max_output_rows, stride)
         self._sample_here = SamplingProgram(self.vocab_size, available_threads()).run
@@ -109,7 +111,7 @@ class CudaRunner(PagedRunner):
             self._waits = False
         outputs = self._fill(self.model.state, segments)
         if segments:
-            self._program = self.model.program(self._size(segments, outputs))
+            self._program = self.programs.of(self._size(segments, outputs))
             self._waits = True
             self.model.copy_state(len(segments))
             self._program.run()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu import sampling_layout as at
-from ..kernels.cuda import ops
+from ..kernels.cuda import sampling
 from ..kernels.cuda.launch import Launch
 from .cuda_gpu import GpuLike
 from .memory import address
@@ -35,7 +35,7 @@ class GpuSampling:
     def __init__(self, gpu: GpuLike, vocab_size: int, max_rows: int) -> None:
         self.gpu, self.vocab_size, self.max_rows = gpu, vocab_size, max_rows
         self._mask_bytes = 4 * -(-vocab_size // 32)
-        self._scratch = gpu.allocate(4 * ops.sampling_scratch_floats(vocab_size, max_rows))
+        self._scratch = gpu.allocate(4 * sampling.scratch_floats(vocab_size, max_rows))
         self._make_room(_LISTS_BYTES)
 
     def _make_room(self, lists: int) -> None:
@@ -49,7 +49,7 @@ class GpuSampling:
         }  # of one row, as in a chat, and of any number
 
     def _launch(self, rows: int) -> Launch:
-        return ops.sample(self._device + _COUNT_BYTES, self.vocab_size, self._scratch, count=self._device, max_rows=rows)
+        return sampling.sample(self._device + _COUNT_BYTES, self.vocab_size, self._scratch, count=self._device, max_rows=rows)
 
     def run(self, rows: Sequence[SamplingRow], logits: Sequence[int]) -> None:
         """Sample rows whose logits are at these addresses of the device, each into its own results."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress, load_kernels
 from ..kernels.cpu.tiles import FloatFormat
-from ..kernels.cuda.ops import Weights
+from ..kernels.cuda.operands import Weights
 from ..kernels.cuda.planes import LAYOUTS, Layout
 from ..quantization.floats import as_floats
 from ..quantization.types import GgmlType, Tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import linear
 from pymistral.kernels.cuda.launch import Launch
 
 from pymistral.engine.cuda_runner import CudaRunner, free_after_weights, step_bytes, weight_bytes
@@ -72,14 +72,14 @@ def test_other_types(name: str, matrices: str, limit: float, kind: str, tmp_path
 def test_prompts_on_unpacked_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What prompts of hundreds of tokens take: every matrix in bfloat16 before it is multiplied. The same numbers as without."""
     config, values, tokens, expected = golden(GOLDENS[0].parent / "phi3.npz")
-    monkeypatch.setattr(ops, "FEW_ROWS", 32)
+    monkeypatch.setattr(linear, "FEW_ROWS", 32)
     for matrices in ("Q8_0", "BF16"):
         path = write_gguf(tmp_path / f"{matrices}.gguf", config, values, matrices)
-        monkeypatch.setattr(ops, "UNPACKED_ROWS", 1 << 20)
+        monkeypatch.setattr(linear, "UNPACKED_ROWS", 1 << 20)
         without = runner_of(load_gguf(path), "90")
         wanted = logits_in_steps(without, tokens, [0, 50], [3, 0])
         assert not any("hopper" in launch.kernel.name for launch in launches_of(without))
-        monkeypatch.setattr(ops, "UNPACKED_ROWS", 64)
+        monkeypatch.setattr(linear, "UNPACKED_ROWS", 64)
         runner = runner_of(load_gguf(path), "90")
         np.testing.assert_allclose(logits_in_steps(runner, tokens, [0, 50], [3, 0]), wanted, atol=1e-3 * expected.std())
         names = [launch.kernel.name for launch in launches_of(runner)]
@@ -90,13 +90,13 @@ def test_prompts_on_unpacked_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def launches_of(runner: CudaRunner) -> list[Launch]:
-    return runner.model.program(Size(64, 8, True)).launches
+    return runner.programs.of(Size(64, 8, True)).launches
 
 
 def test_queries_keys_and_values_are_one_launch(tmp_path: Path) -> None:
     config, values, _, _ = golden(GOLDENS[0].parent / "mistral.npz")
     runner = runner_of(load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, "Q8_0")), "90")
-    launches = runner.model.program(Size(1, 1, False)).launches
+    launches = runner.programs.of(Size(1, 1, False)).launches
     layers = sum(launch.kernel.name.startswith("attention_decode") for launch in launches)
     assert sum(launch.kernel.name == "matvec" for launch in launches) == 3 * layers + 1  # and the output's, the way down, the logits
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import rowwise
 from pymistral.kernels.cuda.device import Device
 from pymistral.kernels.cuda.launch import Launch
+from pymistral.kernels.cuda.operands import Rows
 from simulator import COMPILER, Simulator
 
 
@@ -50,7 +51,7 @@ class Gpu:
     def count(self, value: int) -> Array:
         return self.put(np.array([value], np.int32))
 
-    def rows(self, rows: int, columns: int, forms: str = "f32") -> tuple[ops.Rows, dict[str, Array]]:
+    def rows(self, rows: int, columns: int, forms: str = "f32") -> tuple[Rows, dict[str, Array]]:
         """Room for rows in these forms, filled with what no kernel writes."""
         stride = -(-columns // 32) * 32
         arrays = {}
@@ -61,16 +62,16 @@ class Gpu:
             arrays["scales"] = self.put(np.full((rows, stride // 32, 2), 777.0, np.float32))
         if "bf16" in forms:
             arrays["bf16"] = self.put(np.full((rows, stride), 0x4442, np.uint16))
-        return ops.Rows(stride, **{name: array.address for name, array in arrays.items()}), arrays
+        return Rows(stride, **{name: array.address for name, array in arrays.items()}), arrays
 
-    def activations(self, x: NDArray[np.float32]) -> tuple[ops.Rows, dict[str, Array]]:
+    def activations(self, x: NDArray[np.float32]) -> tuple[Rows, dict[str, Array]]:
         """x in every form, made by the device."""
         source = self.put(np.ascontiguousarray(x, np.float32))
         rows, arrays = self.rows(len(x), x.shape[1], "f32 q8 bf16")
         arrays["source"] = source
         if len(x):
             count = self.count(len(x))
-            self.run(ops.scale(ops.Rows(x.shape[1], source.address), 1.0, x.shape[1], rows, count=count.address, max_rows=len(x)))
+            self.run(rowwise.scale(Rows(x.shape[1], source.address), 1.0, x.shape[1], rows, count=count.address, max_rows=len(x)))
         return rows, arrays
 
     def run(self, *launches: Launch) -> None:

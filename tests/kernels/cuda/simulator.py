@@ -1,6 +1,6 @@
 """The CUDA kernels on the host: compiled by g++ against `cuda_on_host.h`, launched through ctypes on NumPy's memory.
 
-`Simulator` launches what `pymistral.kernels.cuda.ops` makes, like `pymistral.kernels.cuda.device.Device`; an address is that of an array.
+`Simulator` runs launches as `pymistral.kernels.cuda.device.Device` does; an address is that of an array.
 ``PYMISTRAL_CUDA_SANITIZE=1`` compiles with ``-fsanitize=undefined`` and, where its library is loaded into the process, ``address``.
 """
 

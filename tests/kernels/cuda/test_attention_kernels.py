@@ -9,7 +9,9 @@ import numpy_reference as ref
 import pytest
 from conftest import Array, Gpu
 from numpy.typing import NDArray
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import attention
+from pymistral.kernels.cuda.attention import Heads, Places
+from pymistral.kernels.cuda.operands import Rows
 from test_products import check_forms
 
 BLOCK = 32
@@ -45,12 +47,12 @@ class Batch:
         self.state = [gpu.put(x) for x in (positions, slots, rows) for x in [np.array(x, np.int32)]]
         self.table_array = gpu.put(self.tables)
         self.count = gpu.count(self.tokens)
-        self.heads = ops.Heads(heads, kv_heads, head_dim, self.keys.address, self.values.address, BLOCK, floats)
+        self.heads = Heads(heads, kv_heads, head_dim, self.keys.address, self.values.address, BLOCK, floats)
         self.items_array: Array | None = None
 
-    def places(self) -> ops.Places:
+    def places(self) -> Places:
         items = self.items_array.address if self.items_array else 0
-        return ops.Places(*(array.address for array in self.state), items, self.table_array.address, self.tables.shape[1])
+        return Places(*(array.address for array in self.state), items, self.table_array.address, self.tables.shape[1])
 
     def cached(self, array: Array, row: int, length: int) -> NDArray[np.float64]:
         """``[length, kv_heads, head_dim]``."""
@@ -73,7 +75,7 @@ class Batch:
             fresh = gpu.put(values)
             array.address, array._owner, array._get = fresh.address, fresh._owner, fresh._get
         heads = self.heads
-        self.heads = ops.Heads(heads.heads, heads.kv_heads, heads.head_dim, self.keys.address, self.values.address, BLOCK, self.floats)
+        self.heads = Heads(heads.heads, heads.kv_heads, heads.head_dim, self.keys.address, self.values.address, BLOCK, self.floats)
 
     def expected(self, q: NDArray[np.float32], window: int, cap: float, u: float) -> tuple[ref.Floats, ref.Floats]:
         shape = (self.tokens, self.heads.heads, self.heads.head_dim)
@@ -103,14 +105,14 @@ def test_rope_and_cache(gpu: Gpu, floats: bool, head_dim: int, heads: int, kv_he
     fused = rng.standard_normal((tokens + 1, (heads + 2 * kv_heads) * head_dim)).astype(np.float32)
     array = gpu.put(fused)
     at = [array.address + 4 * head_dim * first for first in (0, heads, heads + kv_heads)]
-    q, k, v = (ops.Rows(fused.shape[1], address) for address in at)
+    q, k, v = (Rows(fused.shape[1], address) for address in at)
     weights = [rng.standard_normal(head_dim).astype(np.float32) for _ in range(2)]
     norms = [gpu.put(weight) for weight in weights]
     frequencies = 10000.0 ** -(np.arange(pairs) / max(pairs, 1))
     angles = np.arange(300)[:, None] * frequencies
     table = gpu.put(np.stack([np.cos(angles), np.sin(angles)], axis=1), np.float32)
     gpu.run(
-        ops.rope_and_cache(
+        attention.rope_and_cache(
             q,
             k,
             v,
@@ -148,9 +150,9 @@ def test_rope_and_cache(gpu: Gpu, floats: bool, head_dim: int, heads: int, kv_he
 def test_what_is_cached_is_finite(gpu: Gpu) -> None:
     batch = Batch(gpu, np.random.default_rng(0), [(0, 1)], 1, 1, 32, False)
     x = gpu.put(np.array([[np.inf, -np.inf, np.nan, 1.0] * 8], np.float32))
-    rows = ops.Rows(32, x.address)
+    rows = Rows(32, x.address)
     gpu.run(
-        ops.rope_and_cache(
+        attention.rope_and_cache(
             rows, rows, rows, batch.heads, batch.places(),
             q_norm=0, k_norm=0, epsilon=0.0, rotations=0, pairs=0, scale=1.0, count=batch.count.address, max_rows=1,
         )
@@ -168,7 +170,7 @@ def test_attention_decode(gpu: Gpu, head_dim: int, heads: int, kv_heads: int, sp
     rng = np.random.default_rng(1)
     batch = Batch(gpu, rng, [(0, 1), (5, 2), (31, 1), (260, 1), (0, 0)], heads, kv_heads, head_dim, floats=head_dim == 16)
     batch.fill(gpu, rng)
-    for tensor_cores in sorted({False, ops.decode_tensor_cores(batch.heads, gpu.arch)}):
+    for tensor_cores in sorted({False, attention.decode_tensor_cores(batch.heads, gpu.arch)}):
         check_decode(gpu, rng, batch, splits, window, cap, tensor_cores)
 
 
@@ -179,11 +181,11 @@ def check_decode(
     columns = heads.heads * heads.head_dim
     q = rng.standard_normal((tokens + 1, columns)).astype(np.float32) * np.float32(sharpness / heads.head_dim**0.5)
     queries = gpu.put(q)
-    partials = gpu.put(np.full(ops.partial_floats(heads, tokens + 1, splits), np.nan, np.float32))
+    partials = gpu.put(np.full(attention.partial_floats(heads, tokens + 1, splits), np.nan, np.float32))
     out, made = gpu.rows(tokens + 1, columns, "f32 q8 bf16")
     arrived = gpu.put(np.zeros((tokens + 1, heads.heads), np.int32))
-    launches = ops.attention_decode(
-        ops.Rows(columns, queries.address), heads, batch.places(), out,
+    launches = attention.attention_decode(
+        Rows(columns, queries.address), heads, batch.places(), out,
         window=window, soft_cap=cap, partials=partials.address, arrived=arrived.address, splits=splits, tensor_cores=tensor_cores,
         count=batch.count.address, max_rows=tokens + 1,
     )  # fmt: skip
@@ -202,7 +204,7 @@ def test_decode_of_long_sequences(gpu: Gpu, window: int) -> None:
     rng = np.random.default_rng(4)
     batch = Batch(gpu, rng, [(700, 1), (0, 1), (511, 1)], 4, 1, 128, floats=False)
     batch.fill(gpu, rng)
-    for tensor_cores in sorted({False, ops.decode_tensor_cores(batch.heads, gpu.arch)}):
+    for tensor_cores in sorted({False, attention.decode_tensor_cores(batch.heads, gpu.arch)}):
         check_decode(gpu, rng, batch, 2, window, 0.0, tensor_cores, sharpness=12.0)
 
 
@@ -232,7 +234,7 @@ def test_prefill_of_long_sequences(gpu: Gpu, window: int) -> None:
 
 def check_prefill(gpu: Gpu, rng: np.random.Generator, batch: Batch, window: int, cap: float, sharpness: float = 1.0) -> None:
     heads = batch.heads
-    tile = ops.query_tile_tokens(heads)
+    tile = attention.query_tile_tokens(heads)
     items, at = [], 0
     for row, (_, new) in enumerate(batch.lengths):
         items += [(at + first, min(tile, new - first), row) for first in range(0, new, tile)]
@@ -244,8 +246,8 @@ def check_prefill(gpu: Gpu, rng: np.random.Generator, batch: Batch, window: int,
     out, made = gpu.rows(batch.tokens + 1, columns, "f32 bf16")
     count = gpu.count(len(items))
     gpu.run(
-        ops.attention_prefill(
-            ops.Rows(columns, queries.address),
+        attention.attention_prefill(
+            Rows(columns, queries.address),
             heads,
             batch.places(),
             out,

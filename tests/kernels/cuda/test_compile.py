@@ -7,54 +7,56 @@ from pathlib import Path
 
 import cuda_compiler
 import pytest
-from pymistral.kernels.cuda import launch, ops
+from pymistral.kernels.cuda import attention, launch, linear, moe, rowwise, sampling
+from pymistral.kernels.cuda.attention import Heads, Places
 from pymistral.kernels.cuda.launch import Kernel, source_text
+from pymistral.kernels.cuda.operands import Rows, Weights
 from pymistral.kernels.cuda.planes import LAYOUTS
 
 ARCHITECTURES = (70, 80, 90)
-ROWS = ops.Rows(4096, 1, 1, 1, 1)
-PLACES = ops.Places(1, 1, 1, 1, 1, 8)
+ROWS = Rows(4096, 1, 1, 1, 1)
+PLACES = Places(1, 1, 1, 1, 1, 8)
 
 
 def kernels() -> list[Kernel]:
     """One or more of each source, in the shapes that take most registers."""
     found = []
     for name, tokens, rows in itertools.product(("q4_k", "q5_k", "iq2_xs", "bf16"), (8, 32), (4096, 16384)):
-        many = ops.Weights(LAYOUTS[name], 1, rows, 4096)
-        found.append(ops.matmul_few([ops.Product(many, 1, 1)], ROWS, accumulate=True, count=1, max_rows=tokens).kernel)
-        found.append(ops.gated_matmul_few(many, many, ROWS, "silu", ROWS, count=1, max_rows=tokens).kernel)
+        many = Weights(LAYOUTS[name], 1, rows, 4096)
+        found.append(linear.matmul_few([linear.Product(many, 1, 1)], ROWS, accumulate=True, count=1, max_rows=tokens).kernel)
+        found.append(linear.gated_matmul_few(many, many, ROWS, "silu", ROWS, count=1, max_rows=tokens).kernel)
     for name in ("q4_k", "q6_k", "q8_0", "iq2_xs", "bf16"):
-        w = ops.Weights(LAYOUTS[name], 1, 4096, 4096)
-        found.append(ops.matvec([ops.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=1).kernel)
-        found.append(ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=True).kernel)
-    w = ops.Weights(LAYOUTS["q5_k"], 1, 4096, 4096)
+        w = Weights(LAYOUTS[name], 1, 4096, 4096)
+        found.append(linear.matvec([linear.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=1).kernel)
+        found.append(linear.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=True).kernel)
+    w = Weights(LAYOUTS["q5_k"], 1, 4096, 4096)
     found += [
-        ops.matvec([ops.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=8).kernel,
-        ops.gated_matvec(w, w, ROWS, "silu", ROWS, count=1, max_rows=8).kernel,
-        ops.expert_matvec(w, ROWS, 1, 1, chosen=1, top_k=2, shared_x=True, count=1, max_rows=8).kernel,
-        ops.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=False).kernel,
-        ops.embedding(w, 1, ROWS, 1.0, count=1, max_rows=8).kernel,
-        ops.dequantize(w, 1).kernel,
-        ops.matmul_bf16(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
-        ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
-        ops.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=2048).kernel,
-        ops.gated_matmul_hopper((1, 1), w, ROWS, "gelu", ROWS, count=1, max_rows=2048).kernel,
-        *(ops.norm(ROWS, columns, 1e-5, count=1, max_rows=512).kernel for columns in (4096, 16384)),
-        ops.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
-        ops.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
-        ops.sample(1, 32000, 1, count=1, max_rows=8).kernel,
+        linear.matvec([linear.Product(w, 1, 1)], ROWS, accumulate=True, count=1, max_rows=8).kernel,
+        linear.gated_matvec(w, w, ROWS, "silu", ROWS, count=1, max_rows=8).kernel,
+        moe.expert_matvec(w, ROWS, 1, 1, chosen=1, top_k=2, shared_x=True, count=1, max_rows=8).kernel,
+        linear.matmul(w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512, tensor_cores=False).kernel,
+        linear.embedding(w, 1, ROWS, 1.0, count=1, max_rows=8).kernel,
+        linear.dequantize(w, 1).kernel,
+        linear.matmul_bf16(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
+        linear.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=512).kernel,
+        linear.matmul_hopper(1, w, ROWS, 1, 1, accumulate=True, count=1, max_rows=2048).kernel,
+        linear.gated_matmul_hopper((1, 1), w, ROWS, "gelu", ROWS, count=1, max_rows=2048).kernel,
+        *(rowwise.norm(ROWS, columns, 1e-5, count=1, max_rows=512).kernel for columns in (4096, 16384)),
+        rowwise.add(ROWS, ROWS, 4096, ROWS, count=1, max_rows=8).kernel,
+        moe.route(ROWS, 8, 2, normalize=True, chosen=1, weights=1, count=1, max_rows=8).kernel,
+        sampling.sample(1, 32000, 1, count=1, max_rows=8).kernel,
     ]
     common = {"window": 0, "soft_cap": 0.0, "count": 1}
     for dim in (64, 128, 256):
-        heads = ops.Heads(32, 8, dim, 1, 1, 32)
-        for cores in {False, ops.decode_tensor_cores(heads, 80)}:
+        heads = Heads(32, 8, dim, 1, 1, 32)
+        for cores in {False, attention.decode_tensor_cores(heads, 80)}:
             shared = {"partials": 1, "arrived": 1, "splits": 2, "max_rows": 8, "tensor_cores": cores}
-            launches = ops.attention_decode(ROWS, heads, PLACES, ROWS, **shared, **common)  # type: ignore[arg-type]
+            launches = attention.attention_decode(ROWS, heads, PLACES, ROWS, **shared, **common)  # type: ignore[arg-type]
             found += [launch.kernel for launch in launches]
-        found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
-        found.append(ops.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, window=0, soft_cap=30.0, count=1).kernel)
+        found.append(attention.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, **common).kernel)  # type: ignore[arg-type]
+        found.append(attention.attention_prefill(ROWS, heads, PLACES, ROWS, max_items=8, window=0, soft_cap=30.0, count=1).kernel)
     norms = {"q_norm": 0, "k_norm": 0, "epsilon": 0.0, "rotations": 0, "pairs": 0, "scale": 1.0, "count": 1, "max_rows": 8}
-    found.append(ops.rope_and_cache(ROWS, ROWS, ROWS, heads, PLACES, **norms).kernel)  # type: ignore[arg-type]
+    found.append(attention.rope_and_cache(ROWS, ROWS, ROWS, heads, PLACES, **norms).kernel)  # type: ignore[arg-type]
     return found
 
 

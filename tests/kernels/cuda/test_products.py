@@ -9,8 +9,9 @@ import numpy_reference as ref
 import pytest
 from conftest import Gpu, tensor_core_gpu
 from numpy.typing import NDArray
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import linear
 from pymistral.kernels.cuda.launch import Launch
+from pymistral.kernels.cuda.operands import Weights
 from weights import random_weights
 
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType
@@ -27,10 +28,10 @@ def columns_for(kind: str, blocks: int) -> int:
 
 def put(
     gpu: Gpu, kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False
-) -> tuple[ops.Weights, ref.Floats, object]:
+) -> tuple[Weights, ref.Floats, object]:
     layout, planes, values = random_weights(kind, rows, columns, rng, edges=edges)
     array = gpu.put(planes)
-    return ops.Weights(layout, array.address, rows, columns), values, array
+    return Weights(layout, array.address, rows, columns), values, array
 
 
 def inputs(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[np.float32]:
@@ -59,7 +60,7 @@ def test_embedding(gpu: Gpu, kind: str) -> None:
     ids = np.array([3, 20, 0, 3, 9], np.int32)
     out, arrays = gpu.rows(5, columns)
     tokens = gpu.put(ids)
-    gpu.run(ops.embedding(weights, tokens.address, out, 1.5, count=gpu.count(4).address, max_rows=5))
+    gpu.run(linear.embedding(weights, tokens.address, out, 1.5, count=gpu.count(4).address, max_rows=5))
     found = arrays["f32"].get()
     wanted = values[ids[:4]] * 1.5
     scale = np.abs(values).reshape(21, -1, 32).max(axis=2)[ids[:4]].repeat(32, axis=1)
@@ -71,7 +72,7 @@ def test_a_token_that_does_not_exist_has_no_embedding(gpu: Gpu) -> None:
     weights, _, _ = put(gpu, "Q8_0", 4, 64, np.random.default_rng(0))
     out, arrays = gpu.rows(2, 64)
     tokens = gpu.put(np.array([-1, 4], np.int32))
-    gpu.run(ops.embedding(weights, tokens.address, out, 1.0, count=gpu.count(2).address, max_rows=2))
+    gpu.run(linear.embedding(weights, tokens.address, out, 1.0, count=gpu.count(2).address, max_rows=2))
     assert np.all(arrays["f32"].get() == 0)
 
 
@@ -84,7 +85,7 @@ def test_matvec(gpu: Gpu, kind: str) -> None:
     wanted, bound = expected(kind, values, x)
     rows, arrays = gpu.activations(x)
     out = gpu.put(np.full((4, 24), 777, np.float32))
-    gpu.run(ops.matvec([ops.Product(weights, out.address, 24)], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
+    gpu.run(linear.matvec([linear.Product(weights, out.address, 24)], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
     found = out.get()
     assert np.all(np.abs(found[:3, :19] - wanted) <= bound)
     assert np.all(found[3] == 777)
@@ -104,7 +105,9 @@ def test_matvec_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -> No
     before = rng.standard_normal((12, 40)).astype(np.float32)
     out = gpu.put(before)
     most = max(tokens, 1)
-    gpu.run(ops.matvec([ops.Product(weights, out.address, 40)], rows, accumulate=True, count=gpu.count(tokens).address, max_rows=most))
+    gpu.run(
+        linear.matvec([linear.Product(weights, out.address, 40)], rows, accumulate=True, count=gpu.count(tokens).address, max_rows=most)
+    )
     found = out.get()
     allowed = bound + 2 * ref.EPSILON * (np.abs(before[:tokens, :33]) + np.abs(wanted))
     assert np.all(np.abs(found[:tokens, :33] - before[:tokens, :33] - wanted) <= allowed)
@@ -122,7 +125,7 @@ def test_gated_matvec(gpu: Gpu, kind: str, activation: str) -> None:
     x = (rng.standard_normal((3, columns)) / 4).astype(np.float32)
     rows, arrays = gpu.activations(x)
     out, made = gpu.rows(4, ffn, "f32 q8 bf16")
-    gpu.run(ops.gated_matvec(gate, up, rows, activation, out, count=gpu.count(3).address, max_rows=4))
+    gpu.run(linear.gated_matvec(gate, up, rows, activation, out, count=gpu.count(3).address, max_rows=4))
     wanted = ACTIVATIONS[activation](expected(kind, gate_values, x)[0]) * expected(kind, up_values, x)[0]
     found = made["f32"].get()
     assert np.allclose(found[:3, :ffn], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
@@ -152,7 +155,7 @@ def test_dequantize(gpu: Gpu, kind: str) -> None:
     columns = columns_for(kind, 2)
     weights, values, _ = put(gpu, kind, 7, columns, rng, edges=True)
     out = gpu.put(np.zeros((7, columns), np.uint16))
-    gpu.run(ops.dequantize(weights, out.address))
+    gpu.run(linear.dequantize(weights, out.address))
     found = (out.get().astype(np.uint32) << 16).view(np.float32)
     peak = np.abs(values).reshape(7, -1, 32).max(axis=2).repeat(32, axis=1)
     assert np.all(np.abs(found - values) <= 1.001 * BF16 * np.abs(values) + 16 * ref.EPSILON * peak + 1e-37)
@@ -176,7 +179,9 @@ def test_matmul_on_tensor_cores(gpu: Gpu, kind: str, rows: int, tokens: int, mos
     out = gpu.put(np.full((70, rows + 3), 777, np.float32))
     live = min(tokens, most)
     gpu.run(
-        ops.matmul(weights, acts, out.address, rows + 3, accumulate=False, count=gpu.count(live).address, max_rows=most, tensor_cores=True)
+        linear.matmul(
+            weights, acts, out.address, rows + 3, accumulate=False, count=gpu.count(live).address, max_rows=most, tensor_cores=True
+        )
     )
     found = out.get()
     left, right = rounded(x[:live].astype(np.float64)), rounded(values)
@@ -205,7 +210,7 @@ def test_matmul_few(gpu: Gpu, kind: str) -> None:
     x = inputs(rng, 3, columns)
     rows, arrays = gpu.activations(x)
     out = gpu.put(np.full((4, 24), 777, np.float32))
-    gpu.run(ops.matmul_few([ops.Product(weights, out.address, 24)], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
+    gpu.run(linear.matmul_few([linear.Product(weights, out.address, 24)], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
     found = out.get()
     check_few(found[:3, :19], x, values, np.zeros((3, 19), np.float32))
     assert np.all(found[3] == 777)
@@ -224,8 +229,8 @@ def test_matmul_few_for_any_number_of_tokens(gpu: Gpu, kind: str, tokens: int) -
     rows, arrays = gpu.activations(x)
     before = rng.standard_normal((tokens + 2, 40)).astype(np.float32)
     out = gpu.put(before)
-    product = ops.Product(weights, out.address, 40)
-    gpu.run(ops.matmul_few([product], rows, accumulate=True, count=gpu.count(tokens).address, max_rows=max(tokens, 1)))
+    product = linear.Product(weights, out.address, 40)
+    gpu.run(linear.matmul_few([product], rows, accumulate=True, count=gpu.count(tokens).address, max_rows=max(tokens, 1)))
     found = out.get()
     check_few(found[:tokens, :37], x, values, before[:tokens, :37])
     assert np.array_equal(found[tokens:], before[tokens:])
@@ -243,7 +248,7 @@ def three_products(
     x = inputs(rng, 3, 512)
     rows, arrays = gpu.activations(x)
     outs = [gpu.put(np.full((4, 40), 777, np.float32)) for _ in made]
-    products = [ops.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
+    products = [linear.Product(weights, out.address, 40) for (weights, _, _), out in zip(made, outs, strict=True)]
     for used in (3, 2):
         gpu.run(make(products[:used], rows, accumulate=False, count=gpu.count(3).address, max_rows=4))
         for (weights, values, _), out in list(zip(made, outs, strict=True))[:used]:
@@ -259,7 +264,7 @@ def three_products(
 def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, for any number of others, in the smallest blocks and in the largest."""
     tensor_core_gpu(gpu)
-    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
+    monkeypatch.setattr(linear, "_FEW_BLOCKS", blocks)
     rng = np.random.default_rng(11)
     weights, _, _ = put(gpu, kind, 130, 1536, rng)
     up, _, _ = put(gpu, kind, 130, 1536, rng)
@@ -269,9 +274,9 @@ def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str, blocks: int, 
         rows, arrays = gpu.activations(x[:tokens])
         out = gpu.put(np.zeros((tokens, 130), np.float32))
         counted = {"count": gpu.count(tokens).address, "max_rows": tokens}
-        gpu.run(ops.matmul_few([ops.Product(weights, out.address, 130)], rows, accumulate=False, **counted))
+        gpu.run(linear.matmul_few([linear.Product(weights, out.address, 130)], rows, accumulate=False, **counted))
         other, made = gpu.rows(tokens, 130)
-        gpu.run(ops.gated_matmul_few(weights, up, rows, "relu", other, **counted))
+        gpu.run(linear.gated_matmul_few(weights, up, rows, "relu", other, **counted))
         found.append(out.get())
         gated.append(made["f32"].get())
         del arrays
@@ -286,15 +291,15 @@ def test_few_rows_do_not_depend_on_each_other(gpu: Gpu, kind: str, blocks: int, 
 def test_matmul_few_of_many_rows(gpu: Gpu, kind: str, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32, 64 and 128 rows, the last of which is not whole; several chunks for each warp."""
     tensor_core_gpu(gpu)
-    monkeypatch.setattr(ops, "_FEW_BLOCKS", 1)
+    monkeypatch.setattr(linear, "_FEW_BLOCKS", 1)
     rng = np.random.default_rng(12)
     columns = 1312 if kind[-1] != "K" else 1280
     weights, values, _ = put(gpu, kind, rows, columns, rng)
     x = inputs(rng, tokens, columns)
     acts, arrays = gpu.activations(x)
     out = gpu.put(np.full((tokens + 1, rows + 3), 777, np.float32))
-    product = ops.Product(weights, out.address, rows + 3)
-    gpu.run(ops.matmul_few([product], acts, accumulate=False, count=gpu.count(tokens).address, max_rows=tokens + 1))
+    product = linear.Product(weights, out.address, rows + 3)
+    gpu.run(linear.matmul_few([product], acts, accumulate=False, count=gpu.count(tokens).address, max_rows=tokens + 1))
     found = out.get()
     check_few(found[:tokens, :rows], x, values, np.zeros((tokens, rows), np.float32))
     assert np.all(found[tokens] == 777)
@@ -305,8 +310,8 @@ def test_matmul_few_of_many_rows(gpu: Gpu, kind: str, rows: int, tokens: int, mo
 @pytest.mark.parametrize("blocks", [128, 1])
 def test_three_products_of_few_rows(gpu: Gpu, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_core_gpu(gpu)
-    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
-    for found, x, values in three_products(gpu, np.random.default_rng(13), "Q6_K", (33, 7, 17), ops.matmul_few):
+    monkeypatch.setattr(linear, "_FEW_BLOCKS", blocks)
+    for found, x, values in three_products(gpu, np.random.default_rng(13), "Q6_K", (33, 7, 17), linear.matmul_few):
         check_few(found, x, values, np.zeros(found.shape, np.float32))
 
 
@@ -314,7 +319,7 @@ def test_three_products_of_few_rows(gpu: Gpu, blocks: int, monkeypatch: pytest.M
 @pytest.mark.parametrize(("kind", "tokens", "blocks"), [("Q4_1", 3, 128), ("Q6_K", 19, 1), ("BF16", 33, 128), ("F16", 9, 1)])
 def test_gated_matmul_few(gpu: Gpu, kind: str, tokens: int, blocks: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor_core_gpu(gpu)
-    monkeypatch.setattr(ops, "_FEW_BLOCKS", blocks)
+    monkeypatch.setattr(linear, "_FEW_BLOCKS", blocks)
     rng = np.random.default_rng(14)
     columns, ffn = columns_for(kind, 2) if kind not in ref.FLOATS else 160, 75
     gate, gate_values, _a = put(gpu, kind, ffn, columns, rng)
@@ -322,7 +327,7 @@ def test_gated_matmul_few(gpu: Gpu, kind: str, tokens: int, blocks: int, activat
     x = (rng.standard_normal((tokens, columns)) / 4).astype(np.float32)
     rows, arrays = gpu.activations(x)
     out, made = gpu.rows(tokens + 1, ffn, "f32 q8 bf16")
-    gpu.run(ops.gated_matmul_few(gate, up, rows, activation, out, count=gpu.count(tokens).address, max_rows=tokens + 1))
+    gpu.run(linear.gated_matmul_few(gate, up, rows, activation, out, count=gpu.count(tokens).address, max_rows=tokens + 1))
     left = rounded(x.astype(np.float64))
     wanted = ACTIVATIONS[activation](left @ gate_values.T) * (left @ up_values.T)
     found = made["f32"].get()
@@ -341,7 +346,7 @@ def test_matmul_of_large_tiles(gpu: Gpu) -> None:
     acts, arrays = gpu.activations(x)
     before = rng.standard_normal((140, 2050)).astype(np.float32)
     out = gpu.put(before)
-    launch = ops.matmul(weights, acts, out.address, 2050, accumulate=True, count=gpu.count(140).address, max_rows=140, tensor_cores=True)
+    launch = linear.matmul(weights, acts, out.address, 2050, accumulate=True, count=gpu.count(140).address, max_rows=140, tensor_cores=True)
     gpu.run(launch)
     left, right = rounded(x.astype(np.float64)), rounded(values)
     size = np.abs(left) @ np.abs(right).T + np.abs(before)
@@ -349,19 +354,19 @@ def test_matmul_of_large_tiles(gpu: Gpu) -> None:
     del arrays
 
 
-@pytest.mark.parametrize("matmul", [ops.matmul_bf16, ops.matmul_hopper])
+@pytest.mark.parametrize("matmul", [linear.matmul_bf16, linear.matmul_hopper])
 @pytest.mark.parametrize(("kind", "rows", "columns", "tokens"), [("BF16", 130, 96, 131), ("Q4_K", 255, 512, 40), ("Q8_0", 8, 32, 300)])
 def test_matmul_on_unpacked_weights(gpu: Gpu, matmul: Callable[..., Launch], kind: str, rows: int, columns: int, tokens: int) -> None:
     """More stages than pieces of columns, tiles that are partly empty, and blocks beyond the count."""
     tensor_core_gpu(gpu)
-    if matmul is ops.matmul_hopper and gpu.arch != 90:
+    if matmul is linear.matmul_hopper and gpu.arch != 90:
         pytest.skip("this GPU has no products of warpgroups")
     rng = np.random.default_rng(8)
     weights, values, _ = put(gpu, kind, rows, columns, rng)
     x = inputs(rng, tokens, columns)
     acts, arrays = gpu.activations(x)
     unpacked = gpu.put(np.zeros((rows, columns), np.uint16))
-    gpu.run(ops.dequantize(weights, unpacked.address))
+    gpu.run(linear.dequantize(weights, unpacked.address))
     left, right = rounded(x.astype(np.float64)), rounded(values)
     for accumulate in (False, True):
         before = rng.standard_normal((tokens + 1, rows + 3)).astype(np.float32)
@@ -389,7 +394,7 @@ def test_wide_tiles_of_a_warpgroup(gpu: Gpu) -> None:
     for accumulate in (False, True):
         out = gpu.put(before)
         options = {"accumulate": accumulate, "count": gpu.count(tokens).address}
-        launch = ops.matmul_hopper(weights.address, weights, acts, out.address, rows, max_rows=64 * 256, **options)
+        launch = linear.matmul_hopper(weights.address, weights, acts, out.address, rows, max_rows=64 * 256, **options)
         assert ("BN", "256") in launch.kernel.macros
         gpu.run(launch._replace(grid=(1, *launch.grid[1:])))
         wanted = rounded(x.astype(np.float64)) @ values.T
@@ -409,7 +414,7 @@ def test_gated_products_of_a_warpgroup(gpu: Gpu, rows: int, columns: int, tokens
     acts, arrays = gpu.activations(x)
     out, made = gpu.rows(tokens + 1, rows, "bf16")
     count = gpu.count(tokens).address
-    gpu.run(ops.gated_matmul_hopper((gate.address, up.address), gate, acts, "gelu", out, count=count, max_rows=256))
+    gpu.run(linear.gated_matmul_hopper((gate.address, up.address), gate, acts, "gelu", out, count=count, max_rows=256))
     left = rounded(x.astype(np.float64))
     first, second = left @ gates.T, left @ ups.T
     wanted = ref.gelu(first) * second
@@ -422,7 +427,7 @@ def test_gated_products_of_a_warpgroup(gpu: Gpu, rows: int, columns: int, tokens
 
 
 def test_three_products_at_once(gpu: Gpu) -> None:
-    for found, x, values in three_products(gpu, np.random.default_rng(9), "Q4_K", (33, 7, 2), ops.matvec):
+    for found, x, values in three_products(gpu, np.random.default_rng(9), "Q4_K", (33, 7, 2), linear.matvec):
         wanted, bound = expected("Q4_K", values, x)
         assert np.all(np.abs(found - wanted) <= bound)
 
@@ -435,7 +440,7 @@ def test_matmul_in_float32(gpu: Gpu, kind: str) -> None:
     x = inputs(rng, 67, columns)
     acts, arrays = gpu.activations(x)
     out = gpu.put(np.full((70, 72), 777, np.float32))
-    gpu.run(ops.matmul(weights, acts, out.address, 72, accumulate=False, count=gpu.count(67).address, max_rows=70, tensor_cores=False))
+    gpu.run(linear.matmul(weights, acts, out.address, 72, accumulate=False, count=gpu.count(67).address, max_rows=70, tensor_cores=False))
     found = out.get()
     size = np.abs(x).astype(np.float64) @ np.abs(values).T
     assert np.all(np.abs(found[:67, :70] - x.astype(np.float64) @ values.T) <= 4 * (columns + 4) * ref.EPSILON * size + 1e-30)

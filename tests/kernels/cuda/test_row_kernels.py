@@ -9,7 +9,8 @@ import numpy_reference as ref
 import pytest
 from conftest import Gpu, tensor_core_gpu
 from numpy.typing import NDArray
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import linear, moe, rowwise
+from pymistral.kernels.cuda.operands import Rows, Weights
 from test_products import ACTIVATIONS, check_forms, put
 
 
@@ -32,13 +33,13 @@ def test_norm(gpu: Gpu, columns: int, branch: str, picked: bool) -> None:
     arrays = {name: gpu.put(values) for name, values in (("x", x), ("y", y), ("w", weight), ("b", branch_weight), ("i", indices))}
     out, made = gpu.rows(5, columns, "f32 q8 bf16")
     gpu.run(
-        ops.norm(
-            ops.Rows(stride, arrays["x"].address),
+        rowwise.norm(
+            Rows(stride, arrays["x"].address),
             columns,
             1e-5,
             weight=arrays["w"].address,
             out=out,
-            branch=ops.Rows(stride, arrays["y"].address) if branch != "none" else None,
+            branch=Rows(stride, arrays["y"].address) if branch != "none" else None,
             branch_weight=arrays["b"].address if branch == "normed" else 0,
             indices=arrays["i"].address if picked else 0,
             count=gpu.count(len(indices)).address,
@@ -65,21 +66,21 @@ def test_elementwise(gpu: Gpu, rows: int) -> None:
     vector = rng.standard_normal(columns).astype(np.float32)
     indices = np.array([2, 2, 0, 1], np.int32)
     ax, ay, av, ai = gpu.put(x), gpu.put(y), gpu.put(vector), gpu.put(indices)
-    rx, ry = ops.Rows(stride, ax.address), ops.Rows(stride, ay.address)
+    rx, ry = Rows(stride, ax.address), Rows(stride, ay.address)
     a, b = x[:, :columns].astype(np.float64), y[:, :columns].astype(np.float64)
     common: dict[str, Any] = {"count": gpu.count(rows).address, "max_rows": 4}
     cases: list[tuple[Any, ref.Floats]] = [
-        (lambda out: ops.add(rx, ry, columns, out, **common), a + b),
-        (lambda out: ops.multiply(rx, ry, columns, out, **common), a * b),
-        (lambda out: ops.add_vector(rx, av.address, columns, out, **common), a + vector),
-        (lambda out: ops.sigmoid_gate(rx, ry, columns, out, **common), a * sigmoid(b[:, :1])),
-        (lambda out: ops.soft_cap(rx, 1.5, columns, out, **common), 1.5 * np.tanh(a / 1.5)),
-        (lambda out: ops.scale(rx, -2.0, columns, out, **common), -2 * a),
-        (lambda out: ops.take_rows(rx, ai.address, columns, out, **common), a[indices]),
+        (lambda out: rowwise.add(rx, ry, columns, out, **common), a + b),
+        (lambda out: rowwise.multiply(rx, ry, columns, out, **common), a * b),
+        (lambda out: rowwise.add_vector(rx, av.address, columns, out, **common), a + vector),
+        (lambda out: rowwise.sigmoid_gate(rx, ry, columns, out, **common), a * sigmoid(b[:, :1])),
+        (lambda out: rowwise.soft_cap(rx, 1.5, columns, out, **common), 1.5 * np.tanh(a / 1.5)),
+        (lambda out: rowwise.scale(rx, -2.0, columns, out, **common), -2 * a),
+        (lambda out: rowwise.take_rows(rx, ai.address, columns, out, **common), a[indices]),
     ]
     for name, function in ACTIVATIONS.items():
-        cases.append((lambda out, name=name: ops.activate(rx, name, columns, out, **common), function(a)))
-        cases.append((lambda out, name=name: ops.gate(rx, ry, name, columns, out, **common), function(a) * b))
+        cases.append((lambda out, name=name: rowwise.activate(rx, name, columns, out, **common), function(a)))
+        cases.append((lambda out, name=name: rowwise.gate(rx, ry, name, columns, out, **common), function(a) * b))
     for launch, wanted in cases:
         out, made = gpu.rows(4, columns, "f32 q8 bf16")
         gpu.run(launch(out))
@@ -93,8 +94,8 @@ def test_elementwise(gpu: Gpu, rows: int) -> None:
 def test_elementwise_in_a_wider_row_leaves_its_neighbours(gpu: Gpu) -> None:
     x = np.arange(192, dtype=np.float32).reshape(1, 192)
     array = gpu.put(x)
-    middle = ops.Rows(192, array.address + 4 * 64)
-    gpu.run(ops.scale(middle, 2.0, 64, middle, count=gpu.count(1).address, max_rows=1))
+    middle = Rows(192, array.address + 4 * 64)
+    gpu.run(rowwise.scale(middle, 2.0, 64, middle, count=gpu.count(1).address, max_rows=1))
     x[:, 64:128] *= 2
     assert np.array_equal(array.get(), x)
 
@@ -120,8 +121,8 @@ def test_route(gpu: Gpu) -> None:
         array = gpu.put(logits)
         chosen, weights = gpu.put(np.full((7, top_k), 99, np.int32)), gpu.put(np.full((7, top_k), 99, np.float32))
         gpu.run(
-            ops.route(
-                ops.Rows(experts, array.address),
+            moe.route(
+                Rows(experts, array.address),
                 experts,
                 top_k,
                 normalize=normalize,
@@ -146,11 +147,11 @@ def test_group(gpu: Gpu, tokens: int, experts: int) -> None:
     rng = np.random.default_rng(6)
     top_k, tile = 2, 32
     chosen = np.array([rng.choice(experts, top_k, replace=False) for _ in range(90)], np.int32)
-    most = ops.max_expert_tiles(90, top_k, experts, tile)
+    most = moe.max_expert_tiles(90, top_k, experts, tile)
     array = gpu.put(chosen)
     places, owners, tiles = gpu.put(np.full((most, tile), -7, np.int32)), gpu.put(np.full(most, -7, np.int32)), gpu.count(-7)
     gpu.run(
-        ops.group(
+        moe.group(
             array.address, top_k, experts, tile,
             places=places.address, tile_experts=owners.address, tiles=tiles.address, count=gpu.count(tokens).address,
         )
@@ -185,38 +186,36 @@ def test_mixture_of_experts(gpu: Gpu, kind: str, path: str) -> None:
     chosen, weights = gpu.put(np.zeros((most, top_k), np.int32)), gpu.put(np.zeros((most, top_k), np.float32))
     common: dict[str, Any] = {"count": count.address, "max_rows": most}
     gpu.run(
-        ops.route(
-            ops.Rows(experts, router.address), experts, top_k, normalize=True, chosen=chosen.address, weights=weights.address, **common
-        )
+        moe.route(Rows(experts, router.address), experts, top_k, normalize=True, chosen=chosen.address, weights=weights.address, **common)
     )
     products = {}
-    tile = ops.matmul_tile(most * top_k) if path == "tensor cores" else ops.MATMUL_FLOAT_TILE
-    tiles = ops.max_expert_tiles(most, top_k, experts, tile)
+    tile = linear.matmul_tile(most * top_k) if path == "tensor cores" else linear.MATMUL_FLOAT_TILE
+    tiles = moe.max_expert_tiles(most, top_k, experts, tile)
     places, owners, used = gpu.put(np.zeros((tiles, tile), np.int32)), gpu.put(np.zeros(tiles, np.int32)), gpu.count(0)
     group = {"places": places.address, "tile_experts": owners.address, "tiles": used.address}
     if path != "matvec":
-        gpu.run(ops.group(chosen.address, top_k, experts, tile, count=count.address, **group))
+        gpu.run(moe.group(chosen.address, top_k, experts, tile, count=count.address, **group))
 
-    def product(name: str, rows: ops.Rows, shared: bool) -> ops.Rows:
+    def product(name: str, rows: Rows, shared: bool) -> Rows:
         (matrix, _keep), _ = made[name]
         out = gpu.put(np.zeros((most * top_k, matrix.rows), np.float32))
         products[name] = out
         if path == "matvec":
-            launch = ops.expert_matvec(
+            launch = moe.expert_matvec(
                 matrix, rows, out.address, matrix.rows, chosen=chosen.address, top_k=top_k, shared_x=shared, **common
             )
         else:
-            launch = ops.expert_matmul(
+            launch = moe.expert_matmul(
                 matrix, rows, out.address, matrix.rows,
                 tile=tile, max_tiles=tiles, choices_per_row=top_k if shared else 1, tensor_cores=path == "tensor cores", **group,
             )  # fmt: skip
         gpu.run(launch)
-        return ops.Rows(matrix.rows, out.address)
+        return Rows(matrix.rows, out.address)
 
     gated, forms = gpu.rows(most * top_k, ffn, "f32 q8 bf16")
-    gpu.run(ops.gate_choices(product("gate", source, True), product("up", source, True), ffn, "silu", top_k, gated, **common))
+    gpu.run(moe.gate_choices(product("gate", source, True), product("up", source, True), ffn, "silu", top_k, gated, **common))
     out, result = gpu.rows(most, hidden)
-    gpu.run(ops.combine(product("down", gated, False), weights.address, top_k, hidden, out, **common))
+    gpu.run(moe.combine(product("down", gated, False), weights.address, top_k, hidden, out, **common))
     inputs = ref.quantized(x) if kind == "Q8_0" and path == "matvec" else x
     wanted = mixture(inputs.astype(np.float64), logits.astype(np.float64), *(made[name][1] for name in ("gate", "up", "down")), top_k, True)
     found = result["f32"].get()
@@ -226,7 +225,7 @@ def test_mixture_of_experts(gpu: Gpu, kind: str, path: str) -> None:
     del alive, forms
 
 
-def pack_experts(gpu: Gpu, kind: str, parts: list[NDArray[np.float64]]) -> tuple[ops.Weights, Any]:
+def pack_experts(gpu: Gpu, kind: str, parts: list[NDArray[np.float64]]) -> tuple[Weights, Any]:
     """Experts one after the other, as `planes.Layout.nbytes` says. `parts` become what is stored of them."""
     import gguf
     from pymistral.kernels.cuda.planes import LAYOUTS
@@ -242,4 +241,4 @@ def pack_experts(gpu: Gpu, kind: str, parts: list[NDArray[np.float64]]) -> tuple
         parts[index] = ref.values_of(kind, data, *part.shape)
         planes.append(layout.pack(tiles_of(Tensor("expert", GgmlType[kind], part.shape, data)), *part.shape))
     array = gpu.put(np.concatenate(planes))
-    return ops.Weights(layout, array.address, *parts[0].shape), array
+    return Weights(layout, array.address, *parts[0].shape), array

@@ -11,7 +11,7 @@ from conftest import Gpu
 from engine import reference_sampler as reference
 from numpy.typing import NDArray
 from pymistral.kernels.cpu import sampling_layout as at
-from pymistral.kernels.cuda import ops
+from pymistral.kernels.cuda import sampling
 
 
 class Row:
@@ -76,9 +76,9 @@ def run(gpu: Gpu, rows: list[Row], more: int = 1) -> None:
         for word, value in row.options.get("numbers", {}).items():
             floats[word] = value
     descriptions = gpu.put(words)
-    scratch = gpu.put(np.full(ops.sampling_scratch_floats(size, len(rows) + more), np.nan, np.float32))
+    scratch = gpu.put(np.full(sampling.scratch_floats(size, len(rows) + more), np.nan, np.float32))
     count = gpu.count(len(rows))
-    gpu.run(ops.sample(descriptions.address, size, scratch.address, count=count.address, max_rows=len(rows) + more))
+    gpu.run(sampling.sample(descriptions.address, size, scratch.address, count=count.address, max_rows=len(rows) + more))
     result = descriptions.get()
     for index, row in enumerate(rows):
         row.words, row.numbers = result[index], result[index].view(np.float64)
