@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ class Engine:
         self._posted: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._process = os.getpid()
         self._log = ThroughputLog(self._core) if throughput_logging else None
         self._thread = threading.Thread(target=self._run, name=f"pymistral-engine-{name}", daemon=True)
         self._thread.start()
@@ -161,6 +163,8 @@ class Engine:
 
     def close(self) -> None:
         """End all requests with `EngineClosedError`, and the thread. A step that is being computed is finished first."""
+        if self._process != os.getpid():
+            return
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -171,11 +175,17 @@ class Engine:
     def _check_open(self) -> None:
         if self._closing:
             raise self._closed_error()
+        if self._process != os.getpid():  # a forked child has no engine's thread, and nobody would ever answer
+            raise EngineClosedError(f"the engine of {self.name} runs in the process that this one was forked from; build the model here")
 
     def _closed_error(self) -> EngineClosedError:
         return EngineClosedError(f"the engine of {self.name} has been closed; build the model again to use it")
 
     def _post(self, work: Callable[[], object], must_be_open: bool = False) -> None:
+        if must_be_open:
+            self._check_open()
+        elif self._process != os.getpid():  # whose lock may be locked for ever
+            return
         with self._wake:
             if must_be_open:
                 self._check_open()

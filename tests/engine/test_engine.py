@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -280,3 +282,27 @@ def test_throughput_logging(caplog: pytest.LogCaptureFixture) -> None:
         engine.call(lambda runner: None).result(30)
         engine.close()
     assert any("tokens/s generated" in message for message in caplog.messages)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_that_it_has_no_engine(engine: Engine) -> None:
+    handle = submit(engine, b"hello", Waiter(), max_len=5)
+    with engine._wake:  # the worst moment
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            status = 1
+            try:
+                with pytest.raises(EngineClosedError, match="forked from"):
+                    submit(engine, b"hello", Waiter())
+                with pytest.raises(EngineClosedError, match="forked from"):
+                    engine.logits([1])
+                handle.cancel()
+                engine.close()
+                status = 0
+            finally:
+                os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    submit(engine, b"hello", waiter := Waiter(), max_len=5)
+    waiter.wait()
