@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from ..errors import PymistralError, RequestValidationError
 from . import bench, doctor, pull, run
@@ -15,6 +16,7 @@ COMMANDS = (run, pull, bench, doctor)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    _make_streams_writable()
     try:
         code = _main(argv)
         sys.stdout.flush()
@@ -29,6 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, RequestValidationError)) else 1
+
+
+def _make_streams_writable() -> None:
+    """A stream that was closed swallows what is written; a character that an encoding lacks becomes a question mark, not an error."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def _main(argv: Sequence[str] | None) -> int:

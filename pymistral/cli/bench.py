@@ -43,7 +43,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(part) for part in text.split(",")]
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 128,512") from None
     if min(counts) < 0:
         raise argparse.ArgumentTypeError(f"{min(counts)} is less than 0")
     return counts

@@ -233,3 +233,15 @@ def test_sigint_in_an_answer() -> None:
     assert process.stdout.read().endswith(b"\n")
     assert process.wait(timeout=30) == 130
     assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("closed", ["out", "err"])
+def test_a_closed_stream_is_no_error(cli: Cli, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+    monkeypatch.setattr(sys, f"std{closed}", None)
+    assert cli("run", "Hello").code == 0
+
+
+def test_a_character_that_the_terminal_lacks_is_no_error() -> None:
+    code = "import sys; from pymistral.cli import main; code = main(['--version']); print('\\xb1'); sys.exit(code)"
+    outcome = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert outcome.stdout.endswith(b"\n?\n")
