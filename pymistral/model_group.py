@@ -141,6 +141,10 @@ class ModelGroup:
         return ModelManagementError(f"the model {model_id!r} is not loaded; call reload_model({model_id!r}) first (loaded: {loaded})")
 
     def _add_model(self, model_id: str, builder: ModelSource) -> None:
+        if not isinstance(model_id, str) or not model_id:  # None would be taken for the default model
+            raise ModelManagementError(f"a model's id is a non-empty string, got {model_id!r}")
+        if not hasattr(builder, "load"):
+            raise ModelManagementError(f"add_model takes a builder, such as ModelBuilder(...), got {builder!r}")
         entry = Entry(builder, None)
         entry.status = "reloading"
         with entry.lock:

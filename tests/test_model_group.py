@@ -65,6 +65,12 @@ async def test_unknown_and_taken_ids_are_named() -> None:
             model.set_default_model_id("three")
         with pytest.raises(ModelManagementError, match="a model 'two' already"):
             await model.add_model("two", FakeBuilder("x"))
+        for model_id in (None, "", 5):
+            with pytest.raises(ModelManagementError, match="id is a non-empty string"):
+                await model.add_model(model_id, FakeBuilder("x"))  # type: ignore[arg-type]
+        with pytest.raises(ModelManagementError, match="takes a builder"):
+            await model.add_model("three", "model.gguf")  # type: ignore[arg-type]
+        assert model.list_models() == ["one", "two"]
         with pytest.raises(ModelManagementError, match="is the default model"):
             await model.remove_model("one")
     with pytest.raises(ModelManagementError, match="a model 'one' already"):
