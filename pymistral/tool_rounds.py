@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import RequestValidationError, ToolArgumentsError
 from .public_http import send
 from .requests import RequestBuilder, Tool, ToolChoice
-from .responses import AgenticToolCallRecord, CalledFunction, ChatCompletionChunkResponse, ChatCompletionResponse, Usage
+from .responses import (
+    AgenticToolCallRecord,
+    CalledFunction,
+    ChatCompletionChunkResponse,
+    ChatCompletionResponse,
+    CompletionTokensDetails,
+    Usage,
+)
 from .threads import in_thread
 
 if TYPE_CHECKING:
@@ -390,9 +397,12 @@ def _sum(*usages: Usage) -> Usage:
 
     prompt, completion = "total_prompt_time_sec", "total_completion_time_sec"
     cached = sum(usage.prompt_tokens_details.cached_tokens for usage in usages)
+    guesses = [usage.completion_tokens_details for usage in usages]
+    drafted, accepted = sum(guess.drafted_tokens for guess in guesses), sum(guess.accepted_tokens for guess in guesses)
     return Usage(
         **{name: total(name) for name in ("completion_tokens", "prompt_tokens", "total_tokens", "total_time_sec", prompt, completion)},
         prompt_tokens_details=usages[0].prompt_tokens_details.model_copy(update={"cached_tokens": cached}),
+        completion_tokens_details=CompletionTokensDetails(drafted_tokens=drafted, accepted_tokens=accepted),
         avg_tok_per_sec=rate("avg_tok_per_sec", prompt, completion),
         avg_prompt_tok_per_sec=rate("avg_prompt_tok_per_sec", prompt),
         avg_compl_tok_per_sec=rate("avg_compl_tok_per_sec", completion),

@@ -13,8 +13,8 @@ from fake_model import call, scripted_model, wait_until_idle
 from pymistral import Constraint, Function, Model, RequestBuilder, Tool
 from pymistral.blocking import BlockingModel
 from pymistral.errors import ModelError
-from pymistral.responses import CalledFunction
-from pymistral.tool_rounds import Toolbox, ToolCallback
+from pymistral.responses import CalledFunction, CompletionTokensDetails, PromptTokensDetails, Usage
+from pymistral.tool_rounds import Toolbox, ToolCallback, _sum
 
 ADD = Tool(function=Function(name="add", description="Add", parameters={"type": "object", "properties": {"a": {"type": "integer"}}}))
 OTHER = Tool(function=Function(name="other"))
@@ -383,3 +383,13 @@ async def test_closing_the_model_closes_what_its_tools_hold() -> None:
     await model.close()
     await model.close()
     assert closed == [1]
+
+
+def test_the_usage_of_all_rounds_counts_guesses() -> None:
+    def usage(drafted: int, accepted: int) -> Usage:
+        numbers = dict.fromkeys(Usage.model_fields, 1) | {"prompt_tokens_details": PromptTokensDetails()}
+        details = CompletionTokensDetails(drafted_tokens=drafted, accepted_tokens=accepted)
+        return Usage.model_validate(numbers | {"completion_tokens_details": details})
+
+    details = _sum(usage(5, 3), usage(7, 0)).completion_tokens_details
+    assert (details.drafted_tokens, details.accepted_tokens) == (12, 3)
