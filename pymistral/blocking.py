@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .answer import Answer, Completion
 from .builders.common import Buildable
 from .engine.types import Event
+from .errors import ModelLoadError
 from .model import Model, constrained, structured
 from .model_group import ModelSource, ModelStatus
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
+from .requests.messages import checked_tokens
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
 from .threads import Pumped, run_to_end
@@ -57,6 +59,8 @@ class BlockingModel:
         ModelLoadError
             The model cannot be found, fetched, parsed or built.
         """
+        if not isinstance(builder, Buildable):
+            raise ModelLoadError(f"from_builder takes a builder, such as ModelBuilder(...), got {builder!r}")
         return cls(builder.load())
 
     @property
@@ -117,7 +121,7 @@ class BlockingModel:
 
     def logits(self, tokens: Sequence[int], *, model_id: str | None = None) -> NDArray[np.float32]:
         """As `Model.logits`."""
-        return self._model._member(model_id)._engine.logits(list(map(int, tokens))).result()
+        return self._model._member(model_id)._engine.logits(checked_tokens(tokens)).result()
 
     def send_raw_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> tuple[NDArray[np.float32], list[int]]:
         """As `Model.send_raw_chat_request`."""

@@ -22,7 +22,7 @@ from .loading.chat_template import ChatTemplate
 from .model_group import ModelGroup
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
-from .requests.messages import checked_text
+from .requests.messages import checked_text, checked_tokens
 from .requests.structured import StructuredOutput
 from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
@@ -258,7 +258,7 @@ class Model(ModelGroup):
         float32 array ``[len(tokens), vocab_size]``
             Row ``i`` predicts ``tokens[i + 1]``.
         """
-        return await asyncio.wrap_future(self._member(model_id)._engine.logits(list(map(int, tokens))))
+        return await asyncio.wrap_future(self._member(model_id)._engine.logits(checked_tokens(tokens)))
 
     async def send_raw_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> tuple[NDArray[np.float32], list[int]]:
         """The logits over a prompt, as the chat template renders it, with nothing sampled from them.
@@ -433,7 +433,7 @@ class Model(ModelGroup):
         return self._tokenizer.encode(prompt, add_special_tokens=False)
 
     def _text_of(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(checked_tokens(tokens), skip_special_tokens=skip_special_tokens)
 
     def _prompt(self, request: RequestBuilder, *, add_generation_prompt: bool = True) -> str:
         if self._chat_template is None or self._dialect is None:

@@ -13,7 +13,7 @@ from fake_model import ALPHABET, BOS, make_model, wait_until_idle
 from pymistral import Model, ModelBuilder, RequestBuilder
 from pymistral.blocking import BlockingModel
 from pymistral.builders import common
-from pymistral.errors import EngineClosedError, ModelError, RequestValidationError
+from pymistral.errors import EngineClosedError, ModelError, ModelLoadError, RequestValidationError
 
 
 @pytest.fixture
@@ -127,6 +127,11 @@ def test_what_a_model_knows(model: BlockingModel) -> None:
     assert model.max_sequence_length() == 1024
     assert model.generation_defaults.temperature == 0
     assert repr(model) == "BlockingModel(Model('alphabet'))"
+
+
+def test_from_what_is_no_builder() -> None:
+    with pytest.raises(ModelLoadError, match="takes a builder"):
+        BlockingModel.from_builder("model.gguf")  # type: ignore[arg-type]
 
 
 def test_from_builder(monkeypatch: pytest.MonkeyPatch) -> None:

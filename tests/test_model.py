@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -437,6 +438,14 @@ async def test_detokenize(model: Model) -> None:
     assert await model.detokenize(np.array([97, 98])) == "ab"  # type: ignore[arg-type]
     with pytest.raises(RequestValidationError, match="999"):
         await model.detokenize([999])
+
+
+@pytest.mark.parametrize("tokens", [5, "abc", ["a"], [1.5], [True], None])
+async def test_what_are_no_token_ids(model: Model, tokens: Any) -> None:
+    with pytest.raises(RequestValidationError, match="token id"):
+        await model.logits(tokens)
+    with pytest.raises(RequestValidationError, match="token id"):
+        await model.detokenize(tokens)
 
 
 async def test_logits(model: Model) -> None:

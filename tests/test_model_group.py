@@ -75,6 +75,8 @@ async def test_unknown_and_taken_ids_are_named() -> None:
             await model.remove_model("one")
     with pytest.raises(ModelManagementError, match="a model 'one' already"):
         MultiModelBuilder().add_model(FakeBuilder("one")).add_model(FakeBuilder("one"))
+    with pytest.raises(ModelManagementError, match="takes a builder"):
+        MultiModelBuilder().add_model("model.gguf")  # type: ignore[arg-type]
     with pytest.raises(ModelManagementError, match=r"no model 'x' to be the default; there are 'one'"):
         await MultiModelBuilder().add_model(FakeBuilder("one")).with_default_model("x").build()
     with pytest.raises(ModelManagementError, match="call add_model first"):

@@ -300,12 +300,17 @@ def _read_cached(kernel: Spec) -> CompiledKernel | None:
         return None
 
 
+_told = False
+
+
 def _write_cached(kernel: Spec, compiled: CompiledKernel) -> None:
-    """Keep it if we can: a read-only or full disk costs the next start some time, nothing else."""
+    """Keep it if we can: a read-only or full disk costs each start some seconds, and is told once, but costs nothing else."""
+    global _told
     try:
         write(cache_folder() / f"{kernel.key}.o", _frame(kernel, compiled))
     except OSError as error:
-        logger.info("compiled kernels cannot be kept in %s: %s", cache_folder(), error)
+        logger.log(logging.INFO if _told else logging.WARNING, "compiled kernels cannot be kept in %s: %s", cache_folder(), error)
+        _told = True
 
 
 # ---- loading (without Numba) ----------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class ModelOptions:
     paged_attn
         Block size, memory and type of the KV cache, from `PagedAttentionMetaBuilder`. None: what suits the machine.
     prefix_cache_n
-        How many sequences the prefix cache may keep; None or 0 turns it off.
+        None or 0 turns the prefix cache off. With any other number it keeps what memory nobody else needs, which is no count of sequences.
     search
         Let requests that have web search options search the web.
     search_callback
@@ -84,7 +84,7 @@ class ModelOptions:
         What is called when the model calls a tool, by the tool's name: see `with_tool_callback`.
     """
 
-    chat_template: str | None = None
+    chat_template: str | os.PathLike[str] | None = None
     jinja_explicit: str | os.PathLike[str] | None = None
     device: Device | str | None = None
     dtype: ModelDType | str = ModelDType.AUTO
@@ -112,7 +112,14 @@ class ModelOptions:
         if self.prefix_cache_n is not None:
             _check_count("prefix_cache_n", self.prefix_cache_n, at_least=0)
         if self.threads is not None:
-            _check_count("threads", self.threads, at_least=1)
+            _check_count("threads", self.threads, at_least=1, at_most=1024)  # as PYMISTRAL_THREADS
+        if isinstance(self.chat_template, os.PathLike):
+            self.chat_template = os.fspath(self.chat_template)
+        if self.chat_template is not None and not isinstance(self.chat_template, str):
+            raise ModelLoadError(f"chat_template must be a Jinja template or the path of one, got {self.chat_template!r}")
+        for option in ("jinja_explicit", "tokenizer_json", "hf_cache_path"):
+            if (path := getattr(self, option)) is not None and not isinstance(path, str | os.PathLike):
+                raise ModelLoadError(f"{option} must be a path, got {path!r}")
         if self.paged_attn is not None and not isinstance(self.paged_attn, PagedAttentionConfig):
             raise ModelLoadError(f"paged_attn must be what PagedAttentionMetaBuilder().build() returns, got {self.paged_attn!r}")
         if self.device is not None:
@@ -132,7 +139,7 @@ class ModelOptions:
 
             self.tool_callbacks = {name: tool_callback(callback) for name, callback in self.tool_callbacks.items()}
 
-    def with_chat_template(self, chat_template: str) -> Self:
+    def with_chat_template(self, chat_template: str | os.PathLike[str]) -> Self:
         """Use this Jinja template, or the one in this ``.json`` or ``.jinja`` file, instead of the model's own."""
         return self._set("chat_template", chat_template)
 
@@ -181,7 +188,7 @@ class ModelOptions:
         return self._set("paged_attn", paged_attn)
 
     def with_prefix_cache_n(self, prefix_cache_n: int | None) -> Self:
-        """Let the prefix cache keep this many sequences; None or 0 turns it off."""
+        """Turn the prefix cache off with None or 0, or on with any other number: it keeps what memory nobody else needs."""
         return self._set("prefix_cache_n", prefix_cache_n)
 
     def with_threads(self, threads: int | None) -> Self:
@@ -331,9 +338,17 @@ class Builder(ModelOptions, Buildable):
         return load_model(self)
 
 
-def _check_count(option: str, value: object, *, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ModelLoadError(f"{option} must be a whole number of at least {at_least}, got {value!r}")
+def model_name(model_id: str | os.PathLike[str]) -> str:
+    """Raises ModelLoadError if it is neither a string nor a path."""
+    if not isinstance(model_id, str | os.PathLike) or not isinstance(name := os.fspath(model_id), str):
+        raise ModelLoadError(f"model_id must be a string or a path, got {model_id!r}")
+    return name
+
+
+def _check_count(option: str, value: object, *, at_least: int, at_most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least or (at_most is not None and value > at_most):
+        limits = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ModelLoadError(f"{option} must be a whole number {limits}, got {value!r}")
 
 
 def _load_into(loading: concurrent.futures.Future[Model], builder: Buildable) -> None:

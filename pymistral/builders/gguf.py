@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ModelLoadError
-from .common import Builder
+from .common import Builder, model_name
 
 
 @dataclass(eq=False)
@@ -35,4 +35,4 @@ class GgufModelBuilder(Builder):
         super().__post_init__()
 
     def _source(self) -> tuple[str, list[str]]:
-        return os.fspath(self.model_id), list(self.files)
+        return model_name(self.model_id), list(self.files)

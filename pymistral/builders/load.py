@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Callable
@@ -152,8 +153,16 @@ def load_runner(builder: Builder) -> Loaded:
         return record(build_model(config, apply_isq(weights, isq, builder.topology)))
 
     graph = graph_of(weights, None if builder.isq is None else IsqType.of(builder.isq))
-    with counting_bar("compiling kernels for this CPU (once)") as progress:
-        runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
+    try:
+        with counting_bar("compiling kernels for this CPU (once)") as progress:
+            runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise ModelLoadError(
+            f"{model_id}: the system has not so much memory as the weights, the KV cache and {builder.max_num_seqs} sequences take. "
+            "with_paged_attn sets the size of the cache, with_max_num_seqs how many sequences run at once"
+        ) from error
     packing = runner.packing if isinstance(runner, CpuRunner) else None
     try:
         checkpoint = loader.checkpoint(config, weights, tokenizer_json)  # while the weights are packed
@@ -242,6 +251,7 @@ def given_chat_template(builder: ModelOptions) -> str | None:
     template = builder.chat_template
     if template is None:
         return None
+    assert isinstance(template, str)  # a path has become one
     if template.endswith(".jinja"):
         return _read(Path(template), "chat_template")
     if not template.endswith(".json"):

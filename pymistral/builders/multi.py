@@ -28,7 +28,8 @@ class MultiModelBuilder(Buildable):
         self.default: str | None = None
 
     def add_model(self, builder: Buildable) -> Self:
-        """Add a model under the id that its builder names."""
+        """Add a model under the id that its builder names: its ``model_id``."""
+        _check_builder(builder)
         return self.add_model_with_alias(builder._name(), builder)
 
     def add_model_with_alias(self, model_id: str, builder: Buildable) -> Self:
@@ -37,8 +38,9 @@ class MultiModelBuilder(Buildable):
         Raises
         ------
         ModelManagementError
-            The id is taken.
+            The id is taken, or what is to be added is no builder.
         """
+        _check_builder(builder)
         if model_id in self.models:
             raise ModelManagementError(f"there is a model {model_id!r} already; give one of them another id with add_model_with_alias")
         self.models[model_id] = builder
@@ -70,3 +72,8 @@ class MultiModelBuilder(Buildable):
             model.close_now()
             raise
         return model
+
+
+def _check_builder(builder: object) -> None:
+    if not isinstance(builder, Buildable):
+        raise ModelManagementError(f"add_model takes a builder, such as ModelBuilder(...), got {builder!r}")

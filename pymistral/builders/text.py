@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from .common import Builder
+from .common import Builder, model_name
 
 
 @dataclass(eq=False)
@@ -25,4 +25,4 @@ class TextModelBuilder(Builder):
     model_id: str | os.PathLike[str]
 
     def _source(self) -> tuple[str, None]:
-        return os.fspath(self.model_id), None
+        return model_name(self.model_id), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestValidationError
@@ -123,6 +124,17 @@ def role_name(role: object) -> str:
         return str(TextMessageRole(role))
     except RequestValidationError as error:
         raise RequestValidationError(f"{error}; TextMessageRole.custom(...) makes any other") from None
+
+
+def checked_tokens(tokens: object) -> list[int]:
+    """Token ids as Python's whole numbers."""
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | bytes):
+        raise RequestValidationError(f"tokens must be a list of token ids, got {tokens!r}")
+    ids = list(tokens)
+    for token in ids:
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise RequestValidationError(f"a token id is a whole number, got {token!r}")
+    return [int(token) for token in ids]
 
 
 def checked_text(text: object) -> str:

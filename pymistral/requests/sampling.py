@@ -124,7 +124,7 @@ class SamplingParams:
             _number("repetition_penalty", self.repetition_penalty, at_least=1 / _MOST, at_most=_MOST, remedy="None means no penalty")
         if self.max_len is not None:
             _integer("max_len", self.max_len, at_least=1, remedy="None means until the context is full")
-        _integer("n_choices", self.n_choices, at_least=1, remedy="1 is the default")
+        _integer("n_choices", self.n_choices, at_least=1, at_most=1 << 16, remedy="1 is the default")
         if self.seed is not None:
             _integer("seed", self.seed, at_least=0, at_most=2**64 - 1, remedy="None draws a fresh one")
         if self.dry_params is not None and not isinstance(self.dry_params, DrySamplingParams):

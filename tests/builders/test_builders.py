@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import json
 import logging
@@ -99,6 +100,11 @@ def test_flags_need_no_argument() -> None:
         ("max_num_seqs", True),
         ("threads", 0),
         ("threads", 1.5),
+        ("threads", 1025),
+        ("chat_template", 5),
+        ("jinja_explicit", 5),
+        ("tokenizer_json", b"x"),
+        ("hf_cache_path", 5),
         ("prefix_cache_n", -1),
         ("paged_attn", 32),
         ("token_source", "secret"),
@@ -263,6 +269,22 @@ async def test_a_tokenizer_of_ones_own(chain: dict[str, Any], tmp_path: Path) ->
     assert chain["tokenizer_json"] == path
 
 
+@pytest.mark.parametrize("model_id", [5, None, b"model"])
+async def test_what_is_no_model_id(model_id: Any) -> None:
+    for make in (ModelBuilder, TextModelBuilder, lambda name: GgufModelBuilder(name, ["f.gguf"])):
+        with pytest.raises(ModelLoadError, match="model_id must be a string or a path, got"):
+            await make(model_id).build()
+
+
+async def test_too_little_memory(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(load, "make_runner", refuse)
+    with pytest.raises(ModelLoadError, match=r"has not so much memory as .* 10000 sequences take.*with_paged_attn"):
+        await ModelBuilder("m").with_max_num_seqs(10_000).build()
+
+
 async def test_a_path_is_a_model_id(chain: dict[str, Any], tmp_path: Path) -> None:
     await (await ModelBuilder(tmp_path / "model.gguf").build()).close()
     assert chain["resolve"]["model_id"] == str(tmp_path / "model.gguf")
@@ -333,7 +355,7 @@ def test_chat_template_sources(tmp_path: Path) -> None:
 
     assert source() is None
     assert source(chat_template="{{ literal }}") == "{{ literal }}"
-    assert source(chat_template=str(jinja)) == "from jinja"
+    assert source(chat_template=str(jinja)) == source(chat_template=jinja) == "from jinja"
     assert source(chat_template=str(config)) == "from json"
     assert source(chat_template="{{ literal }}", jinja_explicit=jinja) == "from jinja"
     with pytest.raises(ModelLoadError, match=r"bad\.json"):

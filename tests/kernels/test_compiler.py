@@ -122,7 +122,8 @@ def test_a_folder_in_the_files_place(cache: Path, compiled: list[Spec]) -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["file", "read-only"])
-def test_nowhere_to_keep_them(obstacle: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nowhere_to_keep_them(obstacle: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compiler, "_told", False)
     if obstacle == "file":
         cache.write_text("not a folder")
     else:
@@ -132,6 +133,8 @@ def test_nowhere_to_keep_them(obstacle: str, cache: Path, monkeypatch: pytest.Mo
             monkeypatch.setattr(compiler.tempfile, "NamedTemporaryFile", _refuse)
     assert works(ADD)
     assert works(MULTIPLY)
+    (told,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert f"cannot be kept in {cache}" in told.getMessage()
 
 
 def _refuse(**options: object) -> None:

@@ -35,7 +35,7 @@ def test_deterministic_is_greedy() -> None:
         *(("presence_penalty", value) for value in (math.nan, math.inf, -1e39)),
         *(("repetition_penalty", value) for value in (0, -1, math.nan, 1e-40, 1e39)),
         *(("max_len", value) for value in (0, -5, 2.5)),
-        *(("n_choices", value) for value in (0, None, 1.0)),
+        *(("n_choices", value) for value in (0, None, 1.0, 1 << 17)),
         *(("seed", value) for value in (-1, 2**64, 0.5)),
         *(("stop_toks", value) for value in ("", [""], [1.5], [-1], 7, [None], b"stop")),
         *(("logits_bias", value) for value in ([1], {"1": 2}, {-1: 0}, {1: math.nan}, {1: math.inf}, {1: None}, {1: 1e39})),
