@@ -465,12 +465,16 @@ class ChatStream:
         self._inbox: _Inbox | None = None
         self._handle: RequestHandle | None = None
         self._chunks: deque[ChatCompletionChunkResponse] = deque()
+        self._reading = False
         self._closed = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> ChatCompletionChunkResponse:
+        if self._reading:
+            raise RuntimeError("two tasks wait for the same stream; give each its own")
+        self._reading = True
         try:
             while not self._chunks:
                 if self._closed:
@@ -479,6 +483,8 @@ class ChatStream:
         except BaseException:
             self._cancel()
             raise
+        finally:
+            self._reading = False
         return self._chunks.popleft()
 
     async def _next_event(self) -> None:
@@ -568,8 +574,6 @@ class _Inbox:
 
     async def get(self) -> Event:
         """The next event. Only one task may wait."""
-        if self._waiter is not None:
-            raise RuntimeError("two tasks wait for the same stream; give each its own")
         while not self._events:
             self._waiter = self._loop.create_future()
             self._waiting = True

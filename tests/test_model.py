@@ -320,7 +320,19 @@ async def test_two_tasks_on_one_stream() -> None:
         await asyncio.sleep(0.01)
         with pytest.raises(RuntimeError, match="two tasks"):
             await anext(stream)
-        await asyncio.gather(first, return_exceptions=True)
+        chunks = [await first, *[chunk async for chunk in stream]]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ALPHABET
+
+
+async def test_two_tasks_begin_one_stream(model: Model) -> None:
+    """The second sends no request of its own, which nobody could cancel, and does no harm to the first."""
+    stream = model.stream_chat_request("Hi")
+    first, second = await asyncio.gather(anext(stream), anext(stream), return_exceptions=True)
+    assert "two tasks" in str(second)
+    assert not isinstance(first, BaseException)
+    chunks = [first, *[chunk async for chunk in stream]]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ALPHABET
+    wait_until_idle(model)
 
 
 # ---- loops and threads ----------------------------------------------------------------------------
