@@ -163,7 +163,7 @@ class Engine:
 
     def close(self) -> None:
         """End all requests with `EngineClosedError`, and the thread. A step that is being computed is finished first."""
-        if self._process != os.getpid():
+        if self._left_behind:
             return
         with self._wake:
             self._closing = True
@@ -172,10 +172,15 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    @property
+    def _left_behind(self) -> bool:
+        """Whether this is a forked child: it has no engine's thread, so nobody would ever answer, and its lock may be locked for ever."""
+        return self._process != os.getpid()
+
     def _check_open(self) -> None:
         if self._closing:
             raise self._closed_error()
-        if self._process != os.getpid():  # a forked child has no engine's thread, and nobody would ever answer
+        if self._left_behind:
             raise EngineClosedError(f"the engine of {self.name} runs in the process that this one was forked from; build the model here")
 
     def _closed_error(self) -> EngineClosedError:
@@ -184,7 +189,7 @@ class Engine:
     def _post(self, work: Callable[[], object], must_be_open: bool = False) -> None:
         if must_be_open:
             self._check_open()
-        elif self._process != os.getpid():  # whose lock may be locked for ever
+        elif self._left_behind:
             return
         with self._wake:
             if must_be_open:

@@ -146,7 +146,7 @@ class CpuLaunching(Lowering):
 
     def kernels(self) -> list[Spec]:
         """All that the program needs."""
-        return [SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers()]
+        return [SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers]
 
     def finish(self, progress: Progress | None) -> CpuProgram:
         scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)

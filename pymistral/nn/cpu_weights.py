@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
-from ..kernels.cpu.compiler import Spec, load_kernels
+from ..kernels.cpu.compiler import load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, madvise_address, mapping_of, zeros
 from .pool import EXECUTOR_KERNELS, ThreadPool, thread_pool
-from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, stored_blocks, tile_format
+from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, rows_within, stored_blocks, tile_format
 
 BATCH_BYTES = 32 << 20  # of weights in one program: steps of other models wait for it
 _CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
@@ -56,14 +56,12 @@ class TiledWeights:
             id(tensor): Matrix(tensor, format, self.arena[start : start + size])
             for tensor, format, start, size in zip(matrices, formats, starts, sizes, strict=False)
         }
+        self.packers = list(dict.fromkeys([*EXECUTOR_KERNELS, *(kernel for tensor in matrices for kernel in kernels_for(tensor))]))
+        """The kernels that `pack` needs."""
         self._packing: Packing | None = None
 
     def __getitem__(self, tensor: Tensor) -> Matrix:
         return self._matrices[id(tensor)]
-
-    def packers(self) -> list[Spec]:
-        """The kernels that `pack` needs."""
-        return [*EXECUTOR_KERNELS, *(kernel for matrix in self._matrices.values() for kernel in kernels_for(matrix.tensor))]
 
     def begin(self, threads: int) -> Packing:
         """Pack in a thread of its own, unless that was begun already: most of it needs no Python."""
@@ -79,7 +77,7 @@ class TiledWeights:
         ModelLoadError
             A weight cannot be quantised, or is not a number.
         """
-        kernels = load_kernels(self.packers())
+        kernels = load_kernels(self.packers)
         pool = thread_pool(threads)
         batch = _Batch(pool, check)
         for matrix in self._matrices.values():
@@ -96,7 +94,7 @@ class TiledWeights:
                 # of a tensor in another order the part is a copy
                 source = part.data if tensor.order is None else tensor.data
                 slots, units = (address(blocks), target, *part.shape, matrix.tile_bytes, 0, 0), -(-part.shape[0] // ROWS)
-                batch.add(part.data.nbytes, Launch(repack, slots, units, max(1, units // 64)), blocks, forgets=source)
+                batch.add(part.data.nbytes, Launch(repack, slots, units), blocks, forgets=source)
                 target += part.shape[0] // ROWS * matrix.tile_bytes
         batch.run()
 
@@ -145,7 +143,7 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
         start = address(np.frombuffer(mapping, np.uint8))
         forgets = (madvise_address(), start, start + len(mapping))
     chunk = -(-_CHUNK_BYTES // (row_bytes * ROWS))
-    step = max(1, BATCH_BYTES // (row_bytes * ROWS)) * ROWS
+    step = rows_within(BATCH_BYTES, row_bytes)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         batch.make_room(count * row_bytes, BATCH_BYTES)
@@ -156,7 +154,7 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
             order_at = address(order) + 8 * first
         target, units = address(matrix.tiles) + first // ROWS * matrix.tile_bytes, -(-count // ROWS)
         slots = (source, target, count, columns, matrix.tile_bytes, order_at, *forgets)
-        batch.add(count * row_bytes, Launch(repack, slots, units, max(chunk, units // 64)), (tensor, order))
+        batch.add(count * row_bytes, Launch(repack, slots, units, chunk), (tensor, order))
 
 
 class _Batch:

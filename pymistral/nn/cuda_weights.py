@@ -74,7 +74,7 @@ class GpuWeights:
         else:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
-            load_kernels(tiled.packers(), self.progress)
+            load_kernels(tiled.packers, self.progress)
             tiled.pack(available_threads())
             with ThreadPoolExecutor(available_threads()) as threads:
                 rows, columns = tensor.shape

@@ -40,12 +40,17 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor in pieces of whole tiles, each small enough to be worked on in memory."""
     rows, columns = tensor.shape
     row_bytes = tensor.data.size // rows if tensor.isq is None else 4 * columns
-    step = max(1, PART_BYTES // (row_bytes * ROWS)) * ROWS
+    step = rows_within(PART_BYTES, row_bytes)
     if rows <= step and tensor.order is None:
         yield tensor
         return
     for first in range(0, rows, step):
         yield tensor.rows(first, min(first + step, rows))
+
+
+def rows_within(nbytes: int, row_bytes: int) -> int:
+    """Rows of whole tiles, as many as so many bytes hold, but one tile's at least."""
+    return max(1, nbytes // (row_bytes * ROWS)) * ROWS
 
 
 def kernels_for(tensor: Tensor) -> list[Spec]:
@@ -120,19 +125,19 @@ class Launch(NamedTuple):
     kernel: int
     slots: Sequence[int]
     units: int
-    chunk: int  # of units that a thread claims at once
+    chunk: int = 1  # of units that a thread claims at once, at least
 
 
 def launch(pool: ThreadPool, kernel: int, slots: Sequence[int], units: int) -> None:
     """Run one kernel on all threads."""
-    launch_all(pool, [Launch(kernel, slots, units, max(1, units // 64))])
+    launch_all(pool, [Launch(kernel, slots, units)])
 
 
 def launch_all(pool: ThreadPool, launches: Sequence[Launch]) -> None:
     """Run kernels that do not wait for each other on all threads."""
     one, arguments = np.ones(1, np.int64), [np.array(launch.slots, np.int64) for launch in launches]
     records = [
-        (launch.kernel, address(slots), address(one), launch.units, launch.chunk, 0)
+        (launch.kernel, address(slots), address(one), launch.units, max(launch.chunk, launch.units // 64), 0)
         for launch, slots in zip(launches, arguments, strict=True)
     ]
     pool.run(Launches(records, pool.threads))
