@@ -17,10 +17,10 @@ from ..kernels.cpu.compiler import load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, madvise_address, mapping_of, zeros
-from .pool import EXECUTOR_KERNELS, ThreadPool, thread_pool
+from .pool import EXECUTOR_KERNELS, ThreadPool
 from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, rows_within, stored_blocks, tile_format
 
-BATCH_BYTES = 32 << 20  # of weights in one program: steps of other models wait for it
+BATCH_BYTES = 256 << 20  # of weights in one program: who gives up waits for it
 _CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
 
 
@@ -66,10 +66,10 @@ class TiledWeights:
     def begin(self, threads: int) -> Packing:
         """Pack in a thread of its own, unless that was begun already: most of it needs no Python."""
         if self._packing is None:
-            self._packing = Packing(lambda packing: self.pack(threads, packing.check))
+            self._packing = Packing(self.pack, threads)
         return self._packing
 
-    def pack(self, threads: int, check: Callable[[], None] = lambda: None) -> None:
+    def pack(self, pool: ThreadPool, check: Callable[[], None] = lambda: None) -> None:
         """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together. ``check`` may end it with an error.
 
         Raises
@@ -78,7 +78,6 @@ class TiledWeights:
             A weight cannot be quantised, or is not a number.
         """
         kernels = load_kernels(self.packers)
-        pool = thread_pool(threads)
         batch = _Batch(pool, check)
         for matrix in self._matrices.values():
             tensor = matrix.tensor
@@ -100,24 +99,31 @@ class TiledWeights:
 
 
 class Packing:
-    """Work on weights in a thread of its own. It does not keep a process from ending."""
+    """Work on weights in a thread of its own, to which the others come when somebody waits for it: until then Python has a core for itself.
 
-    def __init__(self, work: Callable[[Packing], None]) -> None:
+    It does not keep a process from ending.
+    """
+
+    def __init__(self, work: Callable[[ThreadPool, Callable[[], None]], None], threads: int) -> None:
         self._done: Future[None] = Future()
         self._stopped = False
+        self._pool = ThreadPool(threads, alone=True)
         threading.Thread(target=self._run, args=(work,), name="pymistral-pack", daemon=True).start()
 
-    def _run(self, work: Callable[[Packing], None]) -> None:
+    def _run(self, work: Callable[[ThreadPool, Callable[[], None]], None]) -> None:
         try:
-            work(self)
+            work(self._pool, self.check)
         except BaseException as error:
             self._done.set_exception(error)
         else:
             self._done.set_result(None)
+        self._pool.close()
 
     def wait(self) -> None:
         """Return when it is done, or raise its error. Who is interrupted here wants it no more."""
         try:
+            if not self._done.done():
+                self._pool.join_in()
             self._done.result()
         except BaseException:
             self.stop()

@@ -20,7 +20,7 @@ from .cpu_weights import TiledWeights
 from .cuda_gpu import GpuLike
 from .lowering import Buffer, vector_values
 from .memory import forget
-from .pool import available_threads
+from .pool import available_threads, thread_pool
 from .quantize import tile_format
 
 
@@ -75,7 +75,7 @@ class GpuWeights:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
             load_kernels(tiled.packers, self.progress)
-            tiled.pack(available_threads())
+            tiled.pack(thread_pool(available_threads()))
             with ThreadPoolExecutor(available_threads()) as threads:
                 rows, columns = tensor.shape
                 planes = gpu_layout(tensor).pack(tiles, rows, columns, threads.map)

@@ -19,6 +19,7 @@ from pymistral.loading.gguf import map_file
 from pymistral.nn import cpu_weights
 from pymistral.nn.cpu_weights import TiledWeights
 from pymistral.nn.memory import address, zeros
+from pymistral.nn.pool import thread_pool
 from pymistral.nn.quantize import repacker, tile_format
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
 
@@ -112,6 +113,6 @@ def test_tiles_are_those_of_each_tensor_alone(monkeypatch, part_bytes):
     tensors = [random_tensor(seed, rows, shuffled=seed % 2 == 1) for seed, rows in enumerate(ROWS)]
     weights = TiledWeights(tensors)
     matrices = [weights[tensor] for tensor in tensors]
-    weights.pack(2)
+    weights.pack(thread_pool(2))
     for matrix in matrices:
         np.testing.assert_array_equal(matrix.tiles, alone(matrix.tensor), err_msg=matrix.tensor.name)
