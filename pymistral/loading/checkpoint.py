@@ -205,9 +205,9 @@ class GgufLoader:
                 self.fail(f"{name} is {config[name]}, not above 0")
 
     def _vocabulary(self, config: dict[str, Any]) -> None:
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if isinstance(tokens, list):
-            config["vocab_size"] = len(tokens)
+        tokens = self.metadata.length("tokenizer.ggml.tokens")
+        if tokens is not None:
+            config["vocab_size"] = tokens
         elif "vocab_size" not in config:
             self.fail("it has neither tokenizer.ggml.tokens nor a vocab_size")
 

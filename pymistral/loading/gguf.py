@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
-from .string_chains import chain_end, raw_strings, strings_of
+from .string_chains import find_chain, raw_strings, strings_of
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -60,10 +60,11 @@ class LazyArray(NamedTuple):
     length: int
     start: int
     stop: int
+    string_starts: NDArray[Any] | None
 
 
 class Metadata(Mapping[str, object]):
-    """The key/value pairs. Arrays are decoded when first asked for: numbers to (read-only) NumPy arrays, strings to lists."""
+    """The key/value pairs. Arrays are decoded when first asked for: numbers to (read-only) NumPy arrays, others to lists or the like."""
 
     def __init__(self, reader: _Reader, values: dict[str, object]) -> None:
         self._reader = reader
@@ -80,6 +81,13 @@ class Metadata(Mapping[str, object]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def length(self, key: str) -> int | None:
+        """Of an array, which is not decoded for that; None if there is none."""
+        value = self._values.get(key)
+        if isinstance(value, LazyArray):
+            return value.length
+        return len(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else None
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -223,7 +231,7 @@ class _Reader:
     def alignment(self, metadata: Metadata) -> int:
         value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(value) is not int or value < 8 or value & (value - 1):
-            shown = f"an {type(value).__name__}" if isinstance(value, (np.ndarray, list)) else repr(value)
+            shown = f"an {type(value).__name__}" if isinstance(value, np.ndarray | Sequence) and not isinstance(value, str) else repr(value)
             self.fail(f"general.alignment is {shown}, not a power of two of at least 8")
         return value
 
@@ -253,6 +261,7 @@ class _Reader:
         type = self.u32(f"the element type of the array {key!r}")
         count = self.u64(f"the length of the array {key!r}")
         start = self.position
+        string_starts = None
         what = f"the length of the array {key!r}"
         if type in SCALARS:
             self.check_count(what, count, SCALARS[type].size)
@@ -262,7 +271,7 @@ class _Reader:
             if count > MAX_OBJECTS:
                 self.fail(f"{what} is {count}, above the limit of {MAX_OBJECTS}")
             if type == STRING:
-                self.skip_strings(key, count)
+                string_starts = self.skip_strings(key, count)
             elif nesting == 1:
                 self.fail(f"the array {key!r} nests arrays more than {MAX_NESTING} deep")
             else:
@@ -270,15 +279,16 @@ class _Reader:
                     self.skip_array(key, nesting - 1)
         else:
             self.fail(f"the array {key!r} has the unknown element type {type}")
-        return LazyArray(type, count, start, self.position)
+        return LazyArray(type, count, start, self.position, string_starts)
 
-    def skip_strings(self, key: str, count: int) -> None:
-        position = chain_end(self.buffer, self.position, count)
+    def skip_strings(self, key: str, count: int) -> NDArray[Any] | None:
+        position, starts = find_chain(self.buffer, self.position, count)
         if position > self.size:
             self.fail(f"the strings of the array {key!r} run beyond the end of the file at byte {self.size}")
         self.position = position
+        return starts
 
-    def array(self, array: LazyArray, key: str) -> NDArray[Any] | list[Any]:
+    def array(self, array: LazyArray, key: str) -> NDArray[Any] | Sequence[Any]:
         if array.type in DTYPES:
             if not array.length:  # which np.frombuffer refuses at the end of a buffer
                 return np.empty(0, bool if array.type == BOOL else DTYPES[array.type])
@@ -289,10 +299,10 @@ class _Reader:
         self.position = array.start
         return [self.array(self.skip_array(key, MAX_NESTING), key) for _ in range(array.length)]
 
-    def strings(self, array: LazyArray, key: str) -> list[str]:
+    def strings(self, array: LazyArray, key: str) -> Sequence[str]:
         data = self.buffer[array.start : array.stop]
         try:
-            return strings_of(data, array.length)
+            return strings_of(data, array.length, array.string_starts)
         except UnicodeDecodeError:
             strings = raw_strings(data, array.length)
             index = next(i for i, string in enumerate(strings) if string != string.decode(errors="ignore").encode())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+
+import numpy as np
+
+from .string_chains import joined
 
 Rank = Callable[[str, str], int | None]
 
@@ -32,8 +35,8 @@ def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int])
     ids
         The first place of each token in it.
     """
-    cuts = array("i", map(str.find, merges, repeat(" ")))
-    first = _first_made(merges, tokens) if len(ids) == len(tokens) and min(cuts, default=0) > 0 else None
+    cuts = _cuts(joined(merges), len(merges))
+    first = _first_made(merges, tokens) if len(ids) == len(tokens) and len(cuts) == len(merges) > 0 else None
     if first is None:
         ranks = index_of(merges)
         return lambda left, right: ranks.get(f"{left} {right}")
@@ -45,10 +48,21 @@ def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int])
     return rank
 
 
+def _cuts(text: str, count: int) -> array[int]:
+    """How long the left symbol of each merge is; nothing unless all of them are two symbols, of which the left is not empty."""
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    spaces = np.flatnonzero(characters == ord(" "))
+    starts = np.flatnonzero(characters == 0) + 1
+    if len(spaces) != count or len(starts) != count - 1 or (spaces[:-1] >= starts).any():
+        return array("i")
+    lengths = spaces - np.concatenate([[0], starts])
+    return array("i", lengths.astype(np.intc).tobytes() if lengths.min() > 0 else ())
+
+
 def _first_made(merges: Sequence[str], tokens: Sequence[str]) -> int | None:
-    """The id of the token that the first merge makes, if the others make those that follow it. Each merge has a space."""
-    text, vocabulary = "\0".join(merges), "\0".join(["", *tokens, ""])
-    if text.count(" ") != len(merges) or text.count("\0") + 1 != len(merges) or vocabulary.count("\0") != len(tokens) + 1:
+    """The id of the token that the first merge makes, if the others make those that follow it. Each merge has one space."""
+    vocabulary = f"\0{joined(tokens)}\0"
+    if vocabulary.count("\0") != len(tokens) + 1:
         return None
-    place = vocabulary.find("\0" + text.replace(" ", "") + "\0")
+    place = vocabulary.find("\0" + joined(merges).replace(" ", "") + "\0")
     return None if place < 0 else vocabulary.count("\0", 0, place)

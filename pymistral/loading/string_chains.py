@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +19,61 @@ _LENGTH = struct.Struct("<Q")
 _BLOCK = 1 << 16  # bytes that are looked at together: what is made of them stays in the cache
 
 
-def chain_end(buffer: bytes | mmap.mmap, start: int, count: int) -> int:
-    """Where a chain of ``count`` strings ends; beyond the buffer's end if it does not fit."""
+class JoinedStrings(Sequence[str]):
+    """One string or more, none with a zero, in one ``text`` with zeros between them. They are cut when one is asked for."""
+
+    def __init__(self, text: str, count: int) -> None:
+        self.text = text
+        self._count = count
+
+    @cached_property
+    def _strings(self) -> list[str]:
+        return self.text.split("\0")
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self._strings[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._strings)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __eq__(self, other: object) -> bool:
+        return self._strings == (other._strings if isinstance(other, JoinedStrings) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._strings)
+
+
+def joined(strings: Sequence[str]) -> str:
+    """The strings in one text, with zeros between them."""
+    return strings.text if isinstance(strings, JoinedStrings) else "\0".join(strings)
+
+
+def find_chain(buffer: bytes | mmap.mmap, start: int, count: int) -> tuple[int, NDArray[Any] | None]:
+    """Where a chain of ``count`` strings ends, beyond the buffer's end if it does not fit; and where from its start on each length stands,
+    unless it had to be walked.
+    """
     rest = np.frombuffer(buffer, np.uint8)[start:]
     starts = _starts(rest, count)
     if starts is None:
-        return _walk(buffer, start, count)
-    return start + int(starts[-1]) + _LENGTH.size + int(rest[starts[-1]])
+        return _walk(buffer, start, count), None
+    return start + int(starts[-1]) + _LENGTH.size + int(rest[starts[-1]]), starts
 
 
-def strings_of(chain: bytes, count: int) -> list[str]:
-    """The strings of a chain, whose end is where it was found to be. Raises UnicodeDecodeError."""
-    return _cut(chain, count) or [string.decode() for string in raw_strings(chain, count)]
+def strings_of(chain: bytes, count: int, starts: NDArray[Any] | None) -> Sequence[str]:
+    """The strings of a chain, of which `find_chain` found the ``starts``. Raises UnicodeDecodeError."""
+    strings = None if starts is None else _join(chain, starts)
+    return strings or [string.decode() for string in raw_strings(chain, count)]
 
 
 def raw_strings(chain: bytes, count: int) -> list[bytes]:
@@ -70,15 +115,12 @@ def _starts(chain: NDArray[Any], count: int) -> NDArray[Any] | None:
     return np.concatenate(found) if found else None
 
 
-def _cut(chain: bytes, count: int) -> list[str] | None:
-    """None if the strings have to be walked."""
+def _join(chain: bytes, starts: NDArray[Any]) -> JoinedStrings | None:
+    """None if a string holds a zero."""
     text = np.frombuffer(chain, np.uint8).copy()
-    starts = _starts(text, count)
-    if starts is None:
-        return None
     kept = np.ones(len(text), bool)
     for byte in range(1, _LENGTH.size):
         kept[starts + byte] = False
     text[starts] = 0
-    strings = text[kept].tobytes().decode().split("\0")
-    return strings[1:] if len(strings) == count + 1 else None  # else a string holds a zero
+    strings = text[kept][1:].tobytes()
+    return JoinedStrings(strings.decode(), len(starts)) if strings.count(0) == len(starts) - 1 else None

@@ -23,6 +23,7 @@ from ..errors import ModelLoadError, RequestValidationError
 from .detokenizer import DecodeStream
 from .merges import index_of, ranker
 from .pre_tokenizers import KINDS
+from .string_chains import JoinedStrings
 
 logger = logging.getLogger(__name__)
 
@@ -418,7 +419,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         types = _numbers(metadata, "token_type", len(tokens))
     llama = model == "llama"
     space_prefix = _field(metadata, "add_space_prefix", bool, default=llama) and llama
-    ids = index_of(tokens)
+    texts = list(tokens)
+    ids = index_of(texts)
     encoder: TextEncoder
     if llama:
         unknown = _token_id(metadata, "unknown", len(tokens), default=0)
@@ -433,7 +435,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         encoder = ByteLevelBPE(tokens, ids, _strings(metadata, "merges"), pre)
         add_bos = KINDS[pre].add_bos
     return Tokenizer(
-        tokens,
+        texts,
         ids,
         types,
         encoder,
@@ -455,8 +457,10 @@ def _field(metadata: Mapping[str, Any], name: str, kind: type, *, default: Any =
     return value
 
 
-def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+def _strings(metadata: Mapping[str, Any], name: str) -> Sequence[str]:
     value = metadata.get(f"tokenizer.ggml.{name}")
+    if isinstance(value, JoinedStrings):
+        return value
     if value is None or isinstance(value, str):
         raise ModelLoadError(f"tokenizer.ggml.{name} is missing or no array: the file has no usable tokenizer")
     try:

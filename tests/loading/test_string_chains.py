@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pymistral.loading import string_chains
-from pymistral.loading.string_chains import chain_end, raw_strings, strings_of
+from pymistral.loading.string_chains import JoinedStrings, find_chain, joined, raw_strings, strings_of
 
 
 def chain(strings: list[bytes]) -> bytes:
@@ -29,28 +29,32 @@ ODD = [b"", b"\0", b"\0" * 8, b"\0" * 40, b"a\0\0\0\0\0\0\0\x01", b"\xff", "é".
 @example([b"x" * 255] * 600 + [b"x" * 256] * 2, b"", b"")
 def test_any_strings(strings: list[bytes], before: bytes, behind: bytes) -> None:
     data = chain(strings)
-    assert chain_end(before + data + behind, len(before), len(strings)) == len(before) + len(data)
+    end, starts = find_chain(before + data + behind, len(before), len(strings))
+    assert end == len(before) + len(data)
     assert raw_strings(data, len(strings)) == strings
     try:
         expected = [string.decode() for string in strings]
     except UnicodeDecodeError:
         with pytest.raises(UnicodeDecodeError):
-            strings_of(data, len(strings))
+            strings_of(data, len(strings), starts)
     else:
-        assert strings_of(data, len(strings)) == expected
+        found = strings_of(data, len(strings), starts)
+        assert list(found) == expected
+        assert len(found) == len(expected)
+        assert joined(found) == "\0".join(expected)
 
 
 @given(st.lists(st.binary(max_size=12) | st.binary(min_size=250, max_size=260) | st.sampled_from(ODD), min_size=1, max_size=30), st.data())
 def test_a_chain_that_is_cut(strings: list[bytes], data: st.DataObject) -> None:
     whole = chain(strings)
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
-    assert chain_end(cut, 0, len(strings)) > len(cut)
+    assert find_chain(cut, 0, len(strings))[0] > len(cut)
 
 
 @pytest.mark.parametrize("length", [1 << 32, (1 << 63) - 9, (1 << 64) - 1])
 def test_a_length_beyond_all_offsets(length: int) -> None:
     data = chain([b"a"]) + struct.pack("<Q", length) + chain([b"b"])
-    assert chain_end(data, 0, 3) > len(data)
+    assert find_chain(data, 0, 3)[0] > len(data)
 
 
 @pytest.mark.parametrize("length", [1, 8, 255])
@@ -59,8 +63,9 @@ def test_many_blocks(length: int) -> None:
     for first in range(1, 20):
         strings = [b"f" * first, *[b"x" * length] * (200_000 // (length + 8))]
         data = chain(strings)
-        assert chain_end(data, 0, len(strings)) == len(data)
-        assert strings_of(data, len(strings)) == [string.decode() for string in strings]
+        end, starts = find_chain(data, 0, len(strings))
+        assert end == len(data)
+        assert list(strings_of(data, len(strings), starts)) == [string.decode() for string in strings]
 
 
 @given(st.lists(st.text(min_size=1, max_size=60).filter(lambda string: "\0" not in string), min_size=1, max_size=30))
@@ -69,5 +74,9 @@ def test_ordinary_vocabularies_are_not_walked(strings: list[str]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for slow in ("_walk", "raw_strings"):
             monkeypatch.setattr(string_chains, slow, None)
-        assert chain_end(data, 0, len(strings)) == len(data)
-        assert strings_of(data, len(strings)) == strings
+        end, starts = find_chain(data, 0, len(strings))
+        found = strings_of(data, len(strings), starts)
+    assert end == len(data)
+    assert isinstance(found, JoinedStrings)
+    assert list(found) == strings
+    assert found[-1] == strings[-1]
