@@ -40,7 +40,7 @@ FEWEST_PERCENT = 80
 
 def bytes_per_token(graph: Graph, context: float) -> float:
     """What one token reads of weights, as they lie in memory, and of a KV cache of ``context`` tokens."""
-    matrices = multiplied(graph, {TOKENS, OUTPUTS}).matrices()
+    matrices = multiplied(graph, {TOKENS, OUTPUTS}).matrices
     return sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices) + context * cache_token_bytes(
         graph, "auto", usual_cache_type()
     )

@@ -239,7 +239,7 @@ def model_rows(
             if isinstance(result, Exception):
                 raise result
 
-    macs = sum(int(np.prod(tensor.shape)) for tensor in multiplied(graph, {TOKENS}).matrices())  # for a token of a prompt
+    macs = sum(int(np.prod(tensor.shape)) for tensor in multiplied(graph, {TOKENS}).matrices)  # for a token of a prompt
     count = min(prefill, context)
     seconds = seconds_of(gpu, lambda: step([Segment(tokens[:count], 0, tables[0], 1)]), -(-passes // 4))
     tflops = 2 * macs * count / seconds / 1e12

@@ -184,7 +184,7 @@ class CudaRunner(PagedRunner):
 
 def weight_bytes(graph: Graph) -> int:
     """Of all matrices, on a GPU."""
-    return sum(gpu_layout(tensor).nbytes(*tensor.shape) for tensor in graph.matrices())
+    return sum(gpu_layout(tensor).nbytes(*tensor.shape) for tensor in graph.matrices)
 
 
 def step_bytes(graph: Graph, max_tokens: int) -> int:
@@ -192,7 +192,7 @@ def step_bytes(graph: Graph, max_tokens: int) -> int:
     widest = largest = 0
     for node in graph.nodes:
         if node.op in ("linear", "gated_linear", "mixture_of_experts") and node.output.rows == TOKENS:
-            shapes = [tensor.shape for tensor in Graph([node]).matrices()]
+            shapes = [tensor.shape for tensor in Graph([node]).matrices]
             widest = max(widest, max(shape[0] for shape in shapes) * node.attributes.get("top_k", 1))
             largest = max(largest, max(prod(shape) for shape in shapes))
     return 4 * 4 * max_tokens * widest + 2 * 2 * largest

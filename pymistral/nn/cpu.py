@@ -38,7 +38,7 @@ def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress:
 
 def _begin_packing(graph: Graph, threads: int) -> TiledWeights:
     """The weights, which are packed while the graph is lowered if that takes no compiling."""
-    weights = TiledWeights(graph.matrices())
+    weights = TiledWeights(graph.matrices)
     if not kernels_to_compile(weights.packers):
         weights.begin(threads)
     return weights

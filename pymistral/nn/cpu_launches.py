@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
 
-@dataclass
-class _Launch:
+class _Launch(NamedTuple):
     kernel: Spec
     slots: list[int]
     count: str  # which of the state's counts
@@ -154,25 +153,25 @@ class CpuLaunching(Lowering):
             slots[index : index + 2] = [address(scratch), self.scratch_bytes]
         addresses = load_kernels(self.kernels(), progress)
         packing = self.weights.begin(self.threads)
+        arguments = np.array([slot for launch in self.launches for slot in launch.slots], np.int64)
+        arguments_at = accumulate((8 * len(launch.slots) for launch in self.launches), initial=address(arguments))
         records = []
         touched: tuple[set[int], set[int]] = (set(), set())  # read and written since the last meeting
-        for launch in self.launches:
+        for launch, slots_at in zip(self.launches, arguments_at, strict=False):
             reads, writes = {id(buffer) for buffer in launch.reads}, {id(buffer) for buffer in launch.writes}
             meet = bool(reads & touched[1] or writes & (touched[0] | touched[1]))
             touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
-            arguments = np.array(launch.slots, np.int64)
-            self.alive.append(arguments)
             count = self.state.count_address(launch.count)
             most = 1 if launch.count == "one" else len(self.state.items)
             if launch.units * most >> UNIT_BITS:
                 raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
-            records.append([addresses[launch.kernel], address(arguments), count, launch.units, launch.chunk, int(meet), *launch.weights])
+            records.append([addresses[launch.kernel], slots_at, count, launch.units, launch.chunk, int(meet), *launch.weights])
         weights = [0, 0]
         for record in reversed(records):
             # waiting threads fetch the weights of the next launch that has any
             weights = record[6:] if record[6] else weights
             record[6:] = weights
-        self.alive += [scratch, self.weights.arena]
+        self.alive += [scratch, arguments, self.weights.arena]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,

@@ -54,12 +54,12 @@ class CpuLowering(CpuLaunching):
         common = (out.address, 0, matrix.tile_bytes, out_row_bytes, count, int(accumulate))
         if matrix.is_float:
             source = self.rows_of[x]
-            slots = [address(matrix.tiles), source.address, *common, self._row_bytes(x)]
+            slots = [matrix.address, source.address, *common, self._row_bytes(x)]
             slots[3] = x.columns
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [address(matrix.tiles), source.address, *common]
+            slots = [matrix.address, source.address, *common]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name, item=self._item(x))
         reads = (source, out) if accumulate else (source,)
@@ -71,13 +71,13 @@ class CpuLowering(CpuLaunching):
             chunk=self._chunk(matrix),
             reads=reads,
             writes=(out,),
-            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+            weights=(matrix.address, matrix.tiles.nbytes),
         )
 
     def _wide_product(self, x: Array, matrix: Matrix, out: Buffer, accumulate: bool) -> None:
         source = self._panels(x)
         slots = (
-            address(matrix.tiles),
+            matrix.address,
             source.address,
             out.address,
             x.columns // 32,
@@ -100,7 +100,7 @@ class CpuLowering(CpuLaunching):
             reads=(source, out) if accumulate else (source,),
             writes=(out,),
             scratch=(9, geometry.wide_scratch_bytes(self._max_rows(x))),
-            weights=(address(matrix.tiles), matrix.tiles.nbytes),
+            weights=(matrix.address, matrix.tiles.nbytes),
         )
 
     def _chunk(self, matrix: Matrix) -> int:
@@ -116,7 +116,7 @@ class CpuLowering(CpuLaunching):
         out = self._rows(node.output)
         slots = (
             address(self.state.tokens),
-            address(matrix.tiles),
+            matrix.address,
             out.address,
             node.output.columns,
             matrix.tile_bytes,
@@ -136,8 +136,8 @@ class CpuLowering(CpuLaunching):
             out = self._new_panels(node.output)
             wide = self._is_wide(x)
             slots = (
-                address(gate.tiles),
-                address(up.tiles),
+                gate.address,
+                up.address,
                 source.address,
                 x.columns // 32,
                 gate.tile_bytes,
@@ -157,7 +157,7 @@ class CpuLowering(CpuLaunching):
                 reads=(source,),
                 writes=(out,),
                 scratch=(8, geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes()),
-                weights=(address(gate.tiles), gate.tiles.nbytes),
+                weights=(gate.address, gate.tiles.nbytes),
             )
             return
         gated, raised = self._rows(node.output), self._new((self._max_rows(x), padded(columns)), np.float32)
@@ -406,7 +406,7 @@ class CpuLowering(CpuLaunching):
         def by_expert(tensors: tuple[Tensor, ...], source: Buffer) -> Buffer:
             matrices = [self.weights[tensor] for tensor in tensors]
             first = matrices[0]
-            addresses = [address(matrix.tiles) for matrix in matrices]
+            addresses = [matrix.address for matrix in matrices]
             stride = addresses[1] - addresses[0] if len(addresses) > 1 else 0
             if any(place != addresses[0] + index * stride for index, place in enumerate(addresses)):
                 raise ValueError(f"{tensors[0].name}: experts are packed one after the other, once")

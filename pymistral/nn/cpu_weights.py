@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,11 @@ BATCH_BYTES = 256 << 20  # of weights in one program: who gives up waits for it
 _CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
 
 
-@dataclass
-class Matrix:
+class Matrix(NamedTuple):
     tensor: Tensor
     format: TileFormat | FloatFormat
     tiles: NDArray[Any]
+    address: int  # of the tiles
 
     @property
     def tile_bytes(self) -> int:
@@ -52,8 +51,9 @@ class TiledWeights:
         starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]  # each in whole cache lines
         self.arena: NDArray[Any] = zeros(starts[-1], np.uint8, huge_pages=True)
         self.nbytes = sum(sizes)
+        arena = address(self.arena)
         self._matrices = {
-            id(tensor): Matrix(tensor, format, self.arena[start : start + size])
+            id(tensor): Matrix(tensor, format, self.arena[start : start + size], arena + start)
             for tensor, format, start, size in zip(matrices, formats, starts, sizes, strict=False)
         }
         self.packers = list(dict.fromkeys([*EXECUTOR_KERNELS, *(kernel for tensor in matrices for kernel in kernels_for(tensor))]))
@@ -86,7 +86,7 @@ class TiledWeights:
             if tensor.isq is None and tensor.scales is None:
                 _add_stored(batch, matrix, repack)
                 continue
-            target = address(matrix.tiles)
+            target = matrix.address
             for part in parts(tensor):
                 batch.make_room(part.data.nbytes, PART_BYTES)
                 blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool)
@@ -158,7 +158,7 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
             source += first * row_bytes
         else:
             order_at = address(order) + 8 * first
-        target, units = address(matrix.tiles) + first // ROWS * matrix.tile_bytes, -(-count // ROWS)
+        target, units = matrix.address + first // ROWS * matrix.tile_bytes, -(-count // ROWS)
         slots = (source, target, count, columns, matrix.tile_bytes, order_at, *forgets)
         batch.add(count * row_bytes, Launch(repack, slots, units, chunk), (tensor, order))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,8 +74,9 @@ class Node:
 class Graph:
     nodes: list[Node] = field(default_factory=list)
 
+    @cached_property
     def matrices(self) -> list[Tensor]:
-        """The weights with two dimensions, each once."""
+        """Of a graph that is complete: the weights with two dimensions, each once."""
         found: dict[int, Tensor] = {}
         for node in self.nodes:
             for value in node.attributes.values():
@@ -85,7 +87,7 @@ class Graph:
     @property
     def exact(self) -> bool:
         """Whether all matrices are float32: then attention and its cache are, too."""
-        return {tensor.layout for tensor in self.matrices()} == {"f32"}
+        return {tensor.layout for tensor in self.matrices} == {"f32"}
 
     def cache_type(self, wanted: str = "auto", usual: str = "bf16") -> str:
         """The type of keys and values; ``auto`` is float32 for a model in float32, and what is ``usual`` for all others."""

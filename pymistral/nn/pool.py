@@ -56,8 +56,8 @@ class Launches:
     def __init__(self, records: Sequence[Sequence[int]], threads: int) -> None:
         self.count = len(records)
         self.table = zeros((max(1, len(records)), LAUNCH_WORDS), np.int64)
-        for row, record in zip(self.table, records, strict=False):
-            row[: len(record)] = record
+        if records:
+            self.table[:, : len(records[0])] = records
         self.counters = zeros(counter_bytes(max(1, len(records)), threads), np.uint8)
         self.arguments = (address(self.table), self.count, address(self.counters))
 

@@ -93,6 +93,7 @@ class State:
 
         self.counts: NDArray[Any] = part("counts").view(np.int64)
         self.counts[_COUNTS.index("one")] = 1
+        self._counts_address = address(self.counts)
         self.tokens, self.positions, self.cache_slots = part("tokens"), part("positions"), part("cache_slots")
         self.output_rows, self.items, self.merges = part("output_rows"), part("items"), part("merges")
         self.table_rows, self.block_tables = part("table_rows"), part("block_tables")
@@ -108,4 +109,4 @@ class State:
         return int(self.counts[_COUNTS.index(name)])
 
     def count_address(self, name: str) -> int:
-        return address(self.counts) + 8 * _COUNTS.index(name)
+        return self._counts_address + 8 * _COUNTS.index(name)
