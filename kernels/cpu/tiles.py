@@ -36,15 +36,14 @@ even ones come before the odd ones, as the weights' bytes do when they are taken
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ROWS = 16
 COLUMNS = 32
 GROUPS = 8
 
 
-@dataclass(frozen=True)
-class TileFormat:
+class TileFormat(NamedTuple):
     """One way to store weights; the module's text defines the fields.
 
     Attributes
@@ -140,8 +139,7 @@ _IQ3_S = (1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15)
 _IQ1 = (-7, 1, 9, 0, -9, -1, 7, 0)
 
 
-@dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(NamedTuple):
     """Sixteen rows' values side by side for each column; in ``f8e4m3`` behind ``scales`` of each row."""
 
     name: str

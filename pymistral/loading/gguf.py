@@ -40,6 +40,7 @@ SCALARS: dict[int, struct.Struct] = {
 }
 DTYPES: dict[int, np.dtype[Any]] = {type: np.dtype(form.format) for type, form in SCALARS.items()}
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
+SHAPE_TYPE_OFFSET = {dims: struct.Struct(f"<{dims}QIQ") for dims in range(1, MAX_DIMS + 1)}  # of a tensor
 
 PRE_GGUF = "a GGML file from before GGUF: convert the original model again"
 OTHER_FORMATS = {
@@ -182,12 +183,15 @@ class _Reader:
 
     # numbers and strings
 
-    def number(self, form: struct.Struct, what: str) -> Any:
+    def numbers(self, form: struct.Struct, what: str) -> tuple[Any, ...]:
         if form.size > self.size - self.position:
             self.fail(f"the file ends at byte {self.size}, within {what}")
-        (value,) = form.unpack_from(self.buffer, self.position)
+        values = form.unpack_from(self.buffer, self.position)
         self.position += form.size
-        return value
+        return values
+
+    def number(self, form: struct.Struct, what: str) -> Any:
+        return self.numbers(form, what)[0]
 
     def u32(self, what: str) -> int:
         return int(self.number(U32, what))
@@ -323,9 +327,8 @@ class _Reader:
         dims = self.u32(f"the number of dimensions of tensor {name!r}")
         if not 1 <= dims <= MAX_DIMS:
             self.fail(f"tensor {name!r} has {dims} dimensions, not 1 to {MAX_DIMS}")
-        shape = tuple(self.u64(f"the shape of tensor {name!r}") for _ in range(dims))[::-1]  # the file has the contiguous dimension first
-        number = self.u32(f"the type of tensor {name!r}")
-        offset = self.u64(f"the offset of tensor {name!r}")
+        *sizes, number, offset = self.numbers(SHAPE_TYPE_OFFSET[dims], f"the shape, type and offset of tensor {name!r}")
+        shape = tuple(sizes[::-1])  # the file has the contiguous dimension first
         try:
             type = GgmlType(number)
         except ValueError:

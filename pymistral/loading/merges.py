@@ -50,7 +50,7 @@ def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int])
 
 def _cuts(text: str, count: int) -> array[int]:
     """How long the left symbol of each merge is; nothing unless all of them are two symbols, of which the left is not empty."""
-    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    characters = np.array([text]).view(np.uint32)
     spaces = np.flatnonzero(characters == ord(" "))
     starts = np.flatnonzero(characters == 0) + 1
     if len(spaces) != count or len(starts) != count - 1 or (spaces[:-1] >= starts).any():

@@ -6,9 +6,8 @@ A new architecture is one more entry of `ARCHITECTURES`, and rows for what it ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ModelLoadError
 
@@ -117,8 +116,7 @@ SPECIAL_TOKENS: Mapping[str, str] = MappingProxyType(
 END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """What a file of one GGUF architecture must hold, and what it means.
 
     Attributes
@@ -144,9 +142,9 @@ class Architecture:
     model_type: str
     tensors: tuple[str, ...]
     optional: tuple[str, ...] = ("output.weight", "rope_freqs.weight")
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = MappingProxyType({})
+    config: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = MappingProxyType({})
     permuted: bool = False
     sliding_window_pattern: int | None = None
     query_scale_from_hidden: int | None = None
@@ -272,7 +270,7 @@ MIXTRAL = Architecture(
     defaults={"rope_theta": 1_000_000.0, "num_local_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
     permuted=True,
 )
-MISTRAL = replace(ARCHITECTURES["llama"], model_type="mistral", defaults={"sliding_window": 4096})
+MISTRAL = ARCHITECTURES["llama"]._replace(model_type="mistral", defaults={"sliding_window": 4096})
 
 # by Hugging Face's model_type
 MODEL_TYPES: Mapping[str, Architecture] = MappingProxyType(

@@ -7,7 +7,7 @@ kept. The expressions run in oniguruma (the `tokenizers` package), whose `\p{..}
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import PreTokenizer, Sequence, Split
@@ -46,8 +46,7 @@ DEEPSEEK3_WORDS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}
 SENTENCE_MARKS = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 
-@dataclass(frozen=True)
-class PreTokenizerKind:
+class PreTokenizerKind(NamedTuple):
     """What a `pre` kind implies: its expressions, and the two defaults that the file may not state."""
 
     patterns: tuple[str, ...]

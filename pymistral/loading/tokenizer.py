@@ -301,9 +301,9 @@ class WordCache(dict[str, list[int]]):
 
 def _byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte: itself where it is visible in Latin-1, else the next character from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]
 
 
 BYTE_CHARACTERS = _byte_characters()

@@ -7,15 +7,14 @@ block table for each group. What a window has left behind goes back to the pool 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .graph import Graph
 
 _MOST_GROUPS = 8  # or so: each costs every sequence a block table in every step
 
 
-@dataclass(frozen=True)
-class CacheGroups:
+class CacheGroups(NamedTuple):
     """How the layers of a model are grouped.
 
     Attributes

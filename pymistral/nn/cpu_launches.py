@@ -27,7 +27,7 @@ from .state import Limits, State
 class _Launch(NamedTuple):
     kernel: Spec
     slots: list[int]
-    count: str  # which of the state's counts
+    rows: str  # which of the state's counts
     units: int  # for each of that count
     chunk: int
     reads: tuple[Buffer, ...]
@@ -161,8 +161,8 @@ class CpuLaunching(Lowering):
             reads, writes = {id(buffer) for buffer in launch.reads}, {id(buffer) for buffer in launch.writes}
             meet = bool(reads & touched[1] or writes & (touched[0] | touched[1]))
             touched = (reads, writes) if meet else (touched[0] | reads, touched[1] | writes)
-            count = self.state.count_address(launch.count)
-            most = 1 if launch.count == "one" else len(self.state.items)
+            count = self.state.count_address(launch.rows)
+            most = 1 if launch.rows == "one" else len(self.state.items)
             if launch.units * most >> UNIT_BITS:
                 raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
             records.append([addresses[launch.kernel], slots_at, count, launch.units, launch.chunk, int(meet), *launch.weights])

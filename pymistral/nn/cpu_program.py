@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,7 @@ from .pool import Launches, ThreadPool
 from .state import State
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """What a launch computes as floats."""
 
     array: NDArray[Any]

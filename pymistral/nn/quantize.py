@@ -32,7 +32,7 @@ def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
     if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
         raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
     if isinstance(format, FloatFormat) and tensor.scales is not None and tensor.isq is None:
-        return replace(format, scales=tensor.scales.shape[1])
+        return format._replace(scales=tensor.scales.shape[1])
     return format
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ SPLIT_SEQUENCES = 8  # with more sequences than this in a step, none is split ov
 _COUNTS = ("tokens", "outputs", "items", "merges", "one")
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Sizes that a program is recorded for.
 
     Attributes
