@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "canceled", "tool_calls"]
 
 
 class _Response(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), defer_build=True)
 
 
 class CalledFunction(_Response):
