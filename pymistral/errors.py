@@ -48,3 +48,8 @@ class EngineClosedError(PymistralError, RuntimeError):
 
 class ModelManagementError(PymistralError):
     """A model id is unknown, already taken, or not loaded."""
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 token``, ``2 tokens``: how a message says how many."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -292,7 +292,7 @@ async def _call_tool(callback: ToolCallback | None, call: ToolCallResponse, fit:
     try:
         await asyncio.wait({work}, timeout=callback.timeout)  # unlike wait_for, it does not wait for a tool that does not want to end
         if not work.done():
-            text, failed = f"{name} did not answer within {callback.timeout:g} seconds", True
+            text, failed = f"{name} did not answer within {callback.timeout:g} s", True
         elif work.cancelled():
             text, failed = f"{name} was cancelled", True
         else:

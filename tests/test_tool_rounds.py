@@ -238,7 +238,7 @@ async def test_a_tool_that_hangs() -> None:
     for callback in (lambda function: release.wait(30), stubborn):
         async with model_with(call("add"), "done", callback=callback, timeout=0.1) as model:
             begin = time.monotonic()
-            assert await contents(model, "Add") == ["Error: add did not answer within 0.1 seconds"]
+            assert await contents(model, "Add") == ["Error: add did not answer within 0.1 s"]
             assert time.monotonic() - begin < 10
     release.set()
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PymistralError, RequestValidationError
+from ..errors import PymistralError, RequestValidationError, counted
 from ..model import Model
 from ..requests import RequestBuilder, Tool, ToolChoice
 from ..requests.enums import PlainEnum
@@ -189,7 +189,7 @@ class Agent:
             yield AgentComplete(AgentResponse(None, AgentStopReason.ERROR, steps, len(steps) + 1, error))
             return
         # Templates want an answer before the user speaks again.
-        request.add_message("assistant", f"(stopped after {len(steps)} rounds of tool calls)")
+        request.add_message("assistant", f"(stopped after {counted(len(steps), 'round')} of tool calls)")
         self._conversation = request
         yield AgentComplete(AgentResponse(None, AgentStopReason.MAX_ITERATIONS, steps, len(steps)))
 

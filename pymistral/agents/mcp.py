@@ -157,7 +157,7 @@ class Connection:
             except Exception as error:
                 code = error.code if isinstance(error, MCPError) else None
                 if code == REQUEST_TIMEOUT:
-                    raise McpToolError(f"the MCP server {self.server.name!r} did not answer within {self._timeout:g} seconds") from error
+                    raise McpToolError(f"the MCP server {self.server.name!r} did not answer within {self._timeout:g} s") from error
                 if code in (None, CONNECTION_CLOSED, INVALID_REQUEST, PARSE_ERROR):  # INVALID_REQUEST: an HTTP session that has ended
                     if session is not None and session is self._session:
                         session.stop()  # the next call connects anew
@@ -207,7 +207,7 @@ class Session:
         await asyncio.wait({self._ready}, timeout=timeout)
         if not self._ready.done():
             self._task.cancel()
-            raise TimeoutError(f"it did not answer within {timeout:g} seconds")
+            raise TimeoutError(f"it did not answer within {timeout:g} s")
         if self._ready.cancelled():
             raise ConnectionError("the connection was closed")
         return self._ready.result()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted
 from .options import MODEL_HELP, UsageError, add_cache_type
 from .terminal import status_line
 
@@ -134,7 +135,7 @@ def _check_fits(engine: Engine, count: int) -> None:
 
     room = engine.call(room_of).result()
     if count > room:
-        raise UsageError(f"{count} tokens do not fit into this model's context of {room}")
+        raise UsageError(f"this model's context of {room} has no room for {counted(count, 'token')}")
 
 
 def prefill(runner: Runner, count: int) -> None:

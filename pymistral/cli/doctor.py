@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from ..loading.hub import cache_folder
 
 PACKAGES = ("pymistral", "numba", "llvmlite", "numpy", "tokenizers", "huggingface_hub", "pydantic", "jinja2", "llguidance", "pip")
@@ -305,7 +306,7 @@ def render(report: dict[str, Any]) -> str:
         ("memory", f"{_gib(ram['total'])}, {_gib(ram['available'])} available, limit {_gib(ram['cgroup_limit'])}"),
         ("bandwidth", f"{ram['read_gb_per_sec']} GB/s read" if ram["read_gb_per_sec"] else "not measured"),
         *(
-            (f"{name.replace('_', ' ')}", f"{c['path']} ({c['files']} files, {c['bytes'] / 1e6:.0f} MB; {_gib(c['free'])} free)")
+            (f"{name.replace('_', ' ')}", f"{c['path']} ({counted(c['files'], 'file')}, {c['bytes'] / 1e6:.0f} MB; {_gib(c['free'])} free)")
             for name, c in report["caches"].items()
         ),
         *(("gpu", ", ".join(gpu.values())) for gpu in report["gpus"] or [{"name": "none"}]),

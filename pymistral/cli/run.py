@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted
 from ..garbage import rare_collections
 from .options import UsageError, add_model_options, add_sampling_options, sampling_for, sampling_overrides
 from .terminal import dim, harmless, status_line
@@ -151,8 +152,7 @@ class Reply:
         """``87 tokens, 412 tok/s, first token after 0.12 s``."""
         if self.usage is None:
             return ""
-        tokens = self.usage.completion_tokens
-        parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{self.usage.avg_compl_tok_per_sec:.0f} tok/s"]
+        parts = [counted(self.usage.completion_tokens, "token"), f"{self.usage.avg_compl_tok_per_sec:.0f} tok/s"]
         if self.first_token_sec is not None:
             parts.append(f"first token after {self.first_token_sec:.2f} s")
         if self.finish_reason == "length":

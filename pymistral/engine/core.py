@@ -12,7 +12,7 @@ from time import monotonic, perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InferenceError, PymistralError, RequestValidationError
+from ..errors import InferenceError, PymistralError, RequestValidationError, counted
 from .kv_cache import BlockPool, PagedCache
 from .sampler import SampledToken, Sampler, fresh_seed, sample_rows
 from .scheduler import Scheduler
@@ -357,8 +357,8 @@ class EngineCore:
         """A constraint promises a shape: a text that was cut short does not have it, and is no answer."""
         if text:
             self._send(sequence, text)
-        made = len(sequence.tokens) - sequence.prompt_length
-        error = InferenceError(f"the answer was cut after {made} tokens, before its constraint was satisfied; allow more with max_len")
+        made = counted(len(sequence.tokens) - sequence.prompt_length, "token")
+        error = InferenceError(f"the answer was cut after {made}, before its constraint was satisfied; allow more with max_len")
         self.fail(sequence.job, error)
 
     def _send(self, sequence: Sequence, text: str) -> None:
@@ -421,7 +421,8 @@ class EngineCore:
         for job in [job for job in self.jobs if job.request.deadline is not None and job.request.deadline <= now]:
             made = sum(len(sequence.tokens) - sequence.prompt_length for sequence in job.sequences)
             passed = perf_counter() - job.submitted
-            self.fail(job, InferenceError(f"the time for the request was over after {passed:.3f} s; {made} tokens had been generated"))
+            text = f"the time for the request was over after {passed:.3f} s; {counted(made, 'token')} had been generated"
+            self.fail(job, InferenceError(text))
         deadlines = (job.request.deadline for job in self.jobs)
         self._next_deadline = min((deadline for deadline in deadlines if deadline is not None), default=inf)
 

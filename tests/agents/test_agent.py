@@ -95,12 +95,14 @@ async def test_the_conversation_goes_on_and_can_be_reset() -> None:
     await agent.model.close()
 
 
-async def test_max_iterations() -> None:
-    agent = agent_on(*[call("add", a=1)] * 2, "fine").with_max_iterations(2).build()
+@pytest.mark.parametrize(("most", "rounds"), [(1, "1 round"), (2, "2 rounds")])
+async def test_max_iterations(most: int, rounds: str) -> None:
+    agent = agent_on(*[call("add", a=1)] * most, "fine").with_max_iterations(most).build()
     response = await agent.run("Go")
-    assert (response.final_text, response.stop_reason, response.iterations) == (None, AgentStopReason.MAX_ITERATIONS, 2)
-    assert [result.content for step in response.steps for result in step.tool_results] == ["2", "2"]
+    assert (response.final_text, response.stop_reason, response.iterations) == (None, AgentStopReason.MAX_ITERATIONS, most)
+    assert [result.content for step in response.steps for result in step.tool_results] == ["2"] * most
     assert [message["role"] for message in agent.messages][-2:] == ["tool", "assistant"]
+    assert agent.messages[-1]["content"] == f"(stopped after {rounds} of tool calls)"
     assert (await agent.run("And now?")).final_text == "fine"
     await agent.model.close()
 
@@ -179,7 +181,7 @@ async def test_a_tool_that_hangs_or_is_cancelled_by_itself() -> None:
     release = threading.Event()
     agent = agent_on(call("echo"), "done").with_sync_tool(ECHO, lambda function: release.wait(60), timeout=0.1).build()
     response = await agent.run("Go")
-    assert response.steps[0].tool_results[0].content == "echo did not answer within 0.1 seconds"
+    assert response.steps[0].tool_results[0].content == "echo did not answer within 0.1 s"
     assert response.final_text == "done"
     release.set()
     await agent.model.close()

@@ -149,7 +149,7 @@ async def test_a_server_that_dies_during_a_call_is_started_anew() -> None:
 
 async def test_a_call_that_takes_too_long() -> None:
     with tools(config(tool_timeout_secs=0.3)) as toolbox:
-        with pytest.raises(Exception, match=r"did not answer within 0\.3 seconds"):
+        with pytest.raises(Exception, match=r"did not answer within 0\.3 s"):
             await ask(toolbox, "sleep", seconds=30)
         assert await ask(toolbox, "add", a=1, b=1) == "2"
 

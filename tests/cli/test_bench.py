@@ -55,7 +55,7 @@ def test_json(cli: Cli, gguf: str) -> None:
     ("arguments", "message"),
     [
         (["-p", "0", "-n", "0"], "nothing to measure"),
-        (["-p", "9999"], "9999 tokens do not fit into this model's context of 1024"),
+        (["-p", "9999"], "this model's context of 1024 has no room for 9999 tokens"),
         (["-p", "-1"], "-1 is less than 0"),
         (["-p", "many"], "'many' is no list of whole numbers"),
         (["-r", "0"], "at least 1 repetition"),

@@ -600,7 +600,7 @@ def test_a_constrained_text_that_is_cut_fails(max_len: int) -> None:
     _, collector = submit(core, [65], Params(max_len=max_len), constraint=Only(b"aBCDEFGe"))
     drain(core)
     assert isinstance(collector.end, RequestFailed)
-    assert f"cut after {max_len} tokens" in str(collector.end.error)
+    assert f"cut after {max_len} token{'' if max_len == 1 else 's'}, before" in str(collector.end.error)
     assert collector.end.texts == ["aBCDEFGe"[:max_len]]
 
 
