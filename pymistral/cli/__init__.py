@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
-from io import TextIOWrapper
+from typing import TYPE_CHECKING
 
-from ..errors import PymistralError, RequestValidationError
-from . import bench, doctor, pull, run
-from .options import Parser, UsageError
-
-COMMANDS = (run, pull, bench, doctor)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
-    _make_streams_writable()
     try:
-        code = _main(argv)
-        sys.stdout.flush()
-        return code
+        from . import commands  # here, so that Ctrl-C while it is imported ends as it does later
+
+        return commands.run_command(argv)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, `head` perhaps, has enough; stdout is pointed away so that the exit does not fail on it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if os.environ.get("PYMISTRAL_DEBUG"):
-            raise
-        print(f"error: {_message(error)}", file=sys.stderr)
-        return 2 if isinstance(error, (UsageError, RequestValidationError)) else 1
-
-
-def _make_streams_writable() -> None:
-    """A stream that was closed swallows what is written; a character that an encoding lacks becomes a question mark, not an error."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="replace")
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(prog="pymistral", description="Run large language models on this machine.")
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
-    args = parser.parse_args(argv)
-    if args.version:
-        from importlib.metadata import version
-
-        print(f"pymistral {version('pymistral')}")
-        return 0
-    if "handler" not in args:
-        parser.print_help(sys.stderr)
-        return 2
-    code: int = args.handler(args)
-    return code
-
-
-def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, (PymistralError, UsageError)):
-        return text
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or text
-    return f"internal error: {type(error).__name__}: {text} (PYMISTRAL_DEBUG=1 shows where; please report it)"

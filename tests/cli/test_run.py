@@ -235,6 +235,20 @@ def test_sigint_in_an_answer() -> None:
     assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("module", ["argparse", "pymistral.cli.run", "pymistral.loading.hub"])
+def test_sigint_while_modules_are_imported(module: str) -> None:
+    code = (
+        "import signal, sys\n"
+        "class Interrupt:\n"
+        "    @staticmethod\n"
+        f"    def find_spec(name, *_): signal.raise_signal(signal.SIGINT) if name == {module!r} else None\n"
+        "sys.meta_path.insert(0, Interrupt)\nfrom pymistral.cli import main\nsys.exit(main(['--version']))"
+    )
+    process = python(code, stdin=subprocess.DEVNULL)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("closed", ["out", "err"])
 def test_a_closed_stream_is_no_error(cli: Cli, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
     monkeypatch.setattr(sys, f"std{closed}", None)
