@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PymistralError
-from .run import Reply, checked, show_on_terminal, stream_reply
+from .run import Reply, show_on_terminal, stream_reply
 from .terminal import dim, harmless, no_echo
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Chat:
         self.model = model
         self.name = name
         self.sampling = sampling
-        self.system = checked(system, "--system")
+        self.system = system or ""
         self.messages: list[dict[str, str]] = []
         self.session = session or make_session(open_history())
 

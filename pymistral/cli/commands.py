@@ -16,7 +16,7 @@ COMMANDS = (run, pull, bench, doctor)
 
 def run_command(argv: Sequence[str] | None) -> int:
     """Run the command that the arguments name and return the exit code. Ctrl-C is left to the caller."""
-    _make_streams_writable()
+    _prepare_streams()
     try:
         code = _main(argv)
         sys.stdout.flush()
@@ -31,14 +31,22 @@ def run_command(argv: Sequence[str] | None) -> int:
         return 2 if isinstance(error, (UsageError, RequestValidationError)) else 1
 
 
-def _make_streams_writable() -> None:
-    """A stream that was closed swallows what is written; a character that an encoding lacks becomes a question mark, not an error."""
+def _prepare_streams() -> None:
+    """A stream that was closed swallows what is written; a character that an encoding lacks becomes a question mark, not an error.
+
+    Where the locale is C, which names no encoding, text is UTF-8, as it is in what is piped in.
+    """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+    in_c_locale = isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "surrogateescape"  # Python says so there alone
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        if in_c_locale:
+            stream.reconfigure(encoding="utf-8", errors="replace")
+        elif stream.errors == "strict" and stream is not sys.stdin:
             stream.reconfigure(errors="replace")
 
 

@@ -48,6 +48,14 @@ def positive(text: str) -> int:
     return number
 
 
+def utf8(argument: str) -> str:
+    """Text, for argparse: the shell passes any bytes, and a locale without UTF-8 takes what a person typed for such."""
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+
+
 def add_cache_type(parser: argparse.ArgumentParser) -> None:
     """--pa-cache-type."""
     parser.add_argument(
@@ -71,7 +79,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     for option, (name, kind, text) in SAMPLING.items():
         group.add_argument(option, dest=name, type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument(
-        "--stop", dest="stop_toks", action="append", metavar="TEXT", help="end the answer where it would say TEXT; may be repeated"
+        "--stop",
+        dest="stop_toks",
+        type=utf8,
+        action="append",
+        metavar="TEXT",
+        help="end the answer where it would say TEXT; may be repeated",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import counted
 from ..garbage import rare_collections
-from .options import UsageError, add_model_options, add_sampling_options, sampling_for, sampling_overrides
+from .options import UsageError, add_model_options, add_sampling_options, sampling_for, sampling_overrides, utf8
 from .terminal import dim, harmless, status_line
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run", help="ask a model, or chat with it", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to ask; without it, a chat begins")
+    parser.add_argument("prompt", type=utf8, nargs="?", metavar="PROMPT", help="what to ask; without it, a chat begins")
     add_model_options(parser)
-    parser.add_argument("-s", "--system", metavar="TEXT", help=f"the system prompt (default: {DEFAULT_SYSTEM!r}; '' for none)")
+    parser.add_argument("-s", "--system", type=utf8, metavar="TEXT", help=f"the system prompt (default: {DEFAULT_SYSTEM!r}; '' for none)")
     add_sampling_options(parser)
     group = parser.add_argument_group("output for programs")
     group.add_argument("--json", action="store_true", help="print one JSON object: model, content, reasoning_content, finish_reason, usage")
@@ -61,10 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if prompt is None and (args.json or not sys.stdout.isatty()):
         raise UsageError("there is no prompt: give PROMPT, or pipe it in")
     overrides = sampling_overrides(args)
-    given = None if args.system is None else checked(args.system, "--system")
     with load(args.model, args.threads, args.pa_cache_type) as model:
         sampling = sampling_for(model.generation_defaults, overrides)
-        system = default_system(model) if given is None else given
+        system = default_system(model) if args.system is None else args.system
         if prompt is None:
             from .chat import Chat
 
@@ -102,7 +101,7 @@ def read_prompt(argument: str | None) -> str | None:
     piped = _read_stdin() if _has_piped(argument is not None) else None
     if argument is None and piped is None:
         return None
-    parts = [part for part in (checked(argument, "PROMPT"), piped) if part and part.strip()]
+    parts = [part for part in (argument, piped) if part and part.strip()]
     if not parts:
         raise UsageError("the prompt is empty")
     return "\n\n".join(parts)
@@ -127,15 +126,6 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"the piped text is not UTF-8: byte {error.start} cannot be read") from error
-
-
-def checked(text: str | None, name: str) -> str:
-    """The argument, if it is text at all: the shell passes any bytes."""
-    try:
-        (text or "").encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{name} is not UTF-8") from error
-    return text or ""
 
 
 @dataclass

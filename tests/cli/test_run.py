@@ -124,7 +124,9 @@ def test_reasoning_is_dim_on_a_terminal_and_kept_out_of_pipes(cli: Cli, thinker:
         (["run", "Hi", "--stream"], 2, "error: --stream goes with --json"),
         (["run", "Hi", "there"], 2, "error: unrecognized arguments: there (see `pymistral --help`)\n"),
         (["run", "x" * 2000], 2, "error: "),
-        (["run", "a\udcff"], 2, "error: PROMPT is not UTF-8\n"),
+        (["run", "a\udcff"], 2, "error: argument PROMPT: it is not UTF-8 (see `pymistral run --help`)\n"),
+        (["run", "Hi", "-s", "a\udcff"], 2, "error: argument -s/--system: it is not UTF-8"),
+        (["run", "Hi", "--stop", "a\udcff"], 2, "error: argument --stop: it is not UTF-8"),
         (["sing"], 2, "error: argument COMMAND: invalid choice: 'sing'"),
         (["pull", "no/such/model"], 1, "error: no/such/model: there is no such file or folder\n"),
         (["pull", "pypi:x"], 1, "error: 'pypi:x' is not a model id"),
@@ -205,6 +207,31 @@ def test_help_imports_nothing_heavy() -> None:
     process = python(code)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err.decode()
+
+
+ECHO = (
+    "import sys\nfrom fake_model import scripted_model\nfrom pymistral.blocking import BlockingModel\nfrom pymistral.cli import main\n"
+    "BlockingModel.from_builder = lambda builder: BlockingModel(scripted_model('\\xc7a va\\u2026'))\n"
+    "original = BlockingModel.stream_chat_request\n"
+    "def stream(model, request):\n"
+    "    print(*(message['content'] for message in request.messages), sep='|', file=sys.stderr)\n"
+    "    return original(model, request)\n"
+    "BlockingModel.stream_chat_request = stream\n"
+    "sys.exit(main(['run', *sys.argv[1:]]))"
+)
+
+
+def test_text_is_utf8_in_the_c_locale() -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)), **locale}
+
+    def run(*arguments: bytes, piped: str = "") -> tuple[int, str, str]:
+        command = [sys.executable.encode(), b"-c", ECHO.encode(), *arguments]
+        done = subprocess.run(command, input=piped.encode(), env=environment, capture_output=True)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    assert run("Ünï".encode(), b"-s", "cödé".encode(), piped="Größe") == (0, "Ça va…\n", "cödé|Ünï\n\nGröße\n")
+    assert run(b"\xdcn\xef") == (2, "", "error: argument PROMPT: it is not UTF-8 (see `pymistral run --help`)\n")
 
 
 ENDLESS = (
