@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import counted
-from .options import MODEL_HELP, UsageError, add_cache_type
+from .options import MODEL_HELP, UsageError, add_cache_type, check_threads, checked, positive
 from .terminal import status_line
 
 if TYPE_CHECKING:
@@ -36,9 +36,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "-n", "--n-gen", type=_counts, default=[128], metavar="N", help="tokens to generate (default: 128; 0: no such test)"
     )
-    parser.add_argument("-t", "--threads", type=_counts, default=[0], metavar="N", help="threads (default: one per core)")
+    parser.add_argument(
+        "-t",
+        "--threads",
+        type=checked(_counts, _check_threads, "threads"),
+        default=[0],
+        metavar="N",
+        help="threads (default: one per core)",
+    )
     add_cache_type(parser)
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="how often each test is measured (default: 5)")
+    parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N", help="how often each test is measured (default: 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON list with every sample")
     parser.set_defaults(handler=bench, default_model=DEFAULT_MODEL)
 
@@ -51,6 +58,12 @@ def _counts(text: str) -> list[int]:
     if min(counts) < 0:
         raise argparse.ArgumentTypeError(f"{min(counts)} is less than 0")
     return counts
+
+
+def _check_threads(counts: Sequence[int]) -> None:
+    for threads in counts:
+        if threads:  # 0: one per core
+            check_threads(threads)
 
 
 @dataclass
@@ -76,8 +89,6 @@ class Result:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure every combination and print the table."""
-    if args.repetitions < 1:
-        raise UsageError("-r needs at least 1 repetition")
     tests = [*(("pp", n, prefill) for n in args.n_prompt if n), *(("tg", n, decode) for n in args.n_gen if n)]
     if not tests:
         raise UsageError("there is nothing to measure: -p and -n are both 0")
@@ -96,7 +107,7 @@ Test = tuple[str, int, "Callable[[Runner, int], None]"]
 
 
 def measure_model(
-    model: str, threads: int | None, tests: Sequence[Test], repetitions: int, cache_type: str, show: Callable[[Result], None] | None
+    model: str, threads: int | None, tests: Sequence[Test], repetitions: int, cache_type: str | None, show: Callable[[Result], None] | None
 ) -> list[Result]:
     """Load the model and run all tests on it."""
     from ..loading.hub import resolve

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..loading.hub import DEFAULT_MODEL, resolve
-from .options import MODEL_HELP
+from .options import MODEL_HELP, checked
 from .terminal import status_line
 
 
@@ -20,12 +20,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hugging Face repository")
     parser.add_argument(
         "--token-source",
-        default="cache",
+        type=checked(str, _check_token_source, "token_source"),
         metavar="SOURCE",
         help="the Hugging Face token: cache (default), none, env:NAME, path:FILE, literal:TOKEN",
     )
     parser.add_argument("--offline", action="store_true", help="only look whether it is there")
     parser.set_defaults(handler=pull)
+
+
+def _check_token_source(source: str) -> None:
+    from ..builders import TokenSource
+
+    TokenSource(source)
 
 
 def pull(args: argparse.Namespace) -> int:

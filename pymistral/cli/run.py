@@ -75,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
         return _answer_text(model, messages, sampling)
 
 
-def load(model_id: str, threads: int | None, cache_type: str = "auto") -> BlockingModel:
+def load(model_id: str, threads: int | None, cache_type: str | None = None) -> BlockingModel:
     """The model, while a line on the terminal says what takes so long."""
     with rare_collections(), status_line():
         from ..blocking import BlockingModel
         from ..builders import ModelBuilder, PagedAttentionMetaBuilder
 
-        cache = PagedAttentionMetaBuilder(gpu_memory=None, paged_cache_type=cache_type).build()
+        cache = PagedAttentionMetaBuilder(gpu_memory=None, paged_cache_type=cache_type or "auto").build()
         return BlockingModel.from_builder(ModelBuilder(model_id, threads=threads, paged_attn=cache))
 
 

@@ -39,9 +39,11 @@ def test_the_type_of_the_cache(cli: Cli, gguf: str, builders: list[Any]) -> None
     assert cli("run", "Hi", "--pa-cache-type", "f32").code == 0
     assert cli("run", "Hi").code == 0
     assert [builder.paged_attn.cache_type for builder in builders] == ["int8", "f32", "auto"]
-    outcome = cli("run", "Hi", "--pa-cache-type", "q4")
-    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
-    assert "'auto', 'f32', 'f16', 'bf16', 'int16', 'f8e4m3', 'int8'" in outcome.err
+    for command in (["run", "Hi"], ["bench", "-m", gguf]):
+        outcome = cli(*command, "--pa-cache-type", "q4")
+        assert (outcome.code, outcome.out) == (2, "")
+        kinds = "'auto', 'f32', 'f16', 'bf16', 'int16', 'f8e4m3', 'int8'"
+        assert outcome.err.startswith(f"error: argument --pa-cache-type: must be one of {kinds}, got 'q4' (see ")
 
 
 def test_json(cli: Cli, gguf: str) -> None:
@@ -58,7 +60,8 @@ def test_json(cli: Cli, gguf: str) -> None:
         (["-p", "9999"], "this model's context of 1024 has no room for 9999 tokens"),
         (["-p", "-1"], "-1 is less than 0"),
         (["-p", "many"], "'many' is no list of whole numbers"),
-        (["-r", "0"], "at least 1 repetition"),
+        (["-r", "0"], "argument -r/--repetitions: 0 is less than 1"),
+        (["-t", "1,2000"], "argument -t/--threads: must be a whole number from 1 to 1024, got 2000"),
     ],
 )
 def test_usage_errors(cli: Cli, gguf: str, arguments: list[str], message: str) -> None:
