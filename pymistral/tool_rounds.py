@@ -64,6 +64,9 @@ class ToolCallback:
     tool: Tool | None = None
     timeout: float | None = DEFAULT_TOOL_TIMEOUT
 
+    def __post_init__(self) -> None:
+        refuse_generator(self.function)
+
     @property
     def is_async(self) -> bool:
         return is_async(self.function)
@@ -242,6 +245,14 @@ def _with_delta(chunk: ChatCompletionChunkResponse, **changes: None) -> ChatComp
 def is_async(function: object) -> bool:
     """Whether calling it gives something to await."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def refuse_generator(function: object) -> None:
+    """Raises RequestValidationError if calling it gives what yields: a model reads one result, when all of it is there."""
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            name = getattr(function, "__name__", type(function).__name__)
+            raise RequestValidationError(f"the tool {name!r} yields, but a tool returns its result; return a list or a text instead")
 
 
 def offer_tools(request: RequestBuilder, callbacks: Mapping[str, ToolCallback]) -> None:

@@ -20,7 +20,7 @@ from ..requests import Function, Tool
 from ..requests.json_schema import map_subschemas
 from ..responses import CalledFunction
 from ..threads import in_thread, run_to_end
-from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, ToolCallback, checked_timeout, is_async, result_text
+from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, ToolCallback, checked_timeout, is_async, refuse_generator, result_text
 from .docstrings import read_docstring
 
 P = ParamSpec("P")
@@ -62,7 +62,7 @@ def tool(
     Raises
     ------
     RequestValidationError
-        A parameter has no JSON schema: ``*args``, or a type that pydantic does not know.
+        A parameter has no JSON schema: ``*args``, or a type that pydantic does not know. Or the function yields.
 
     Examples
     --------
@@ -95,6 +95,7 @@ class FunctionTool(Generic[P, R]):
     ) -> None:
         if not callable(function):
             raise RequestValidationError(f"@tool takes a function, got {function!r}")
+        refuse_generator(function)
         functools.update_wrapper(self, function)
         self._function = function
         self._options: dict[str, Any] = {"name": name, "description": description, "strict": strict, "names": names}

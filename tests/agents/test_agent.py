@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -320,6 +321,9 @@ async def test_what_the_builder_refuses() -> None:
     async def callback(function: CalledFunction) -> str:
         return ""
 
+    def letters(function: CalledFunction) -> Iterator[str]:
+        yield from function.arguments
+
     for wrong, message in (
         (lambda: AgentBuilder("a model"), "takes a Model or a BlockingModel"),
         (lambda: builder.with_tool(add), "two tools are named 'add'"),
@@ -327,6 +331,7 @@ async def test_what_the_builder_refuses() -> None:
         (lambda: builder.with_sync_tool(ECHO, callback), "with_async_tool takes it"),
         (lambda: builder.with_async_tool(ECHO, len), "takes an async function"),
         (lambda: builder.with_sync_tool(ECHO, "x"), "a tool callback is a function"),
+        (lambda: builder.with_sync_tool(ECHO, letters), "the tool 'letters' yields"),
         (lambda: builder.with_sync_tool("echo", len), "a tool must be a Tool"),
         (lambda: builder.with_sync_tool(add, len), "with_tool takes it"),
         (lambda: AgentBuilder(ModelBuilder("m")), "got a ModelBuilder; build it first"),

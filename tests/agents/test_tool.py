@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import AsyncIterator, Iterator
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -214,6 +215,18 @@ def test_functions_that_cannot_be_tools() -> None:
 
         @tool
         def lost(x: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    with pytest.raises(RequestValidationError, match=r"the tool 'lines' yields.*; return a list or a text instead"):
+
+        @tool
+        def lines(path: str) -> Iterator[str]:
+            yield path
+
+    with pytest.raises(RequestValidationError, match="the tool 'events' yields"):
+
+        @tool
+        async def events(path: str) -> AsyncIterator[str]:
+            yield path
 
     with pytest.raises(RequestValidationError, match="takes a function"):
         tool(3)  # type: ignore[call-overload]
