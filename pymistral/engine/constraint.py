@@ -84,9 +84,23 @@ class GrammarCompiler:
             matcher = LLMatcher(tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise RequestValidationError(f"the {kind} constraint cannot be used: {error}") from error
+        if not matcher.is_error():
+            matcher = self._tried(matcher)
         if matcher.is_error():
-            raise RequestValidationError(f"the {kind} constraint cannot be used: {first_lines(matcher.get_error())}")
+            raise RequestValidationError(f"the {kind} constraint cannot be used: {fault(matcher)}")
         return Grammar(self, matcher)
+
+    def _tried(self, matcher: LLMatcher) -> LLMatcher:
+        """The matcher, or a copy in which the first steps failed: some errors show only then, such as a rule that no text satisfies.
+
+        The mask comes first, since it is computed without the GIL, so that a regex that is too large holds up nobody until it has failed.
+        """
+        first = matcher.deep_copy()
+        bits = np.empty(-(-self.vocab_size // 32), np.int32)
+        first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if not first.is_error() and (forced := first.compute_ff_tokens()) and first.consume_tokens(forced):
+            first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return first if first.is_error() else matcher
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -188,7 +202,7 @@ class GrammarState:
 
     def _check(self, fine: bool) -> None:
         if not fine:
-            raise InferenceError(f"the constraint failed: {first_lines(self._matcher.get_error())}")
+            raise InferenceError(f"the constraint failed: {fault(self._matcher)}")
 
 
 class Trigger:
@@ -292,9 +306,10 @@ class TriggeredState:
             self.complete = self._rules.required
 
 
-def first_lines(message: str) -> str:
+def fault(matcher: LLMatcher) -> str:
     """What llguidance has to say, without the dump of its state."""
-    return message.split("\n<state>")[0].strip()
+    message = str(matcher.get_error()).split("\n<state>")[0].strip()
+    return "no text can satisfy it" if message == "NoExtensionBias" else message
 
 
 def bitmask(allowed: Iterable[int], vocab_size: int) -> I32:

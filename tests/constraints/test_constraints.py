@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import numpy as np
 import pytest
+from fake_model import make_model
 
 from pymistral import Constraint, RequestBuilder
 from pymistral.engine.constraint import GrammarCompiler, Trigger, Triggered, bitmask
@@ -79,12 +81,26 @@ def test_what_is_no_constraint(make: object, message: str) -> None:
         (Constraint.regex(r"(a)\1"), "backreferences"),
         (Constraint.lark("start: nothing"), 'unknown name: "nothing"'),
         (Constraint.llguidance({"grammars": [{"x": 1}]}), "lark_grammar or json_schema"),
+        # What shows only in the first steps.
+        (Constraint.lark("start: start"), "the lark constraint cannot be used: no text can satisfy it"),
+        (Constraint.lark('start: "a" rest\nrest: rest'), "no text can satisfy it"),
+        (Constraint.regex("(a{1000}){1000}"), "the regex constraint cannot be used: lexer error: too many expressions"),
+        (Constraint.lark('start: "a"{100000}'), "Too many items"),
     ],
     ids=str,
 )
 def test_grammars_with_errors(noise: tuple[EngineCore, GrammarCompiler], constraint: Constraint, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         noise[1].compile(constraint)
+
+
+async def test_a_request_with_such_a_grammar_is_refused() -> None:
+    async with make_model() as model:
+        other = asyncio.ensure_future(model.chat("Hello"))
+        for constraint in (Constraint.lark("start: start"), Constraint.regex("(a{1000}){1000}")):
+            with pytest.raises(RequestValidationError, match="constraint cannot be used"):
+                await model.send_chat_request(RequestBuilder().add_message("user", "Hi").set_constraint(constraint))
+        assert await other == "abcdefghijklmnopqrstuvwxyz"
 
 
 def test_a_grammar_is_compiled_once(noise: tuple[EngineCore, GrammarCompiler]) -> None:
