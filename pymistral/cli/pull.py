@@ -1,4 +1,4 @@
-"""``pymistral pull``: fetch a model and print where it is."""
+"""``pymistral pull``: fetch a model, see whether it can be loaded, and print where it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .terminal import status_line
 def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "pull", help="fetch a model into the cache", description="Fetch a model, unless it is there already, and print its path."
+        "pull", help="fetch a model into the cache", description="Fetch a model, unless it is there already, check it, and print its path."
     )
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=f"{MODEL_HELP} (default: {DEFAULT_MODEL})")
     parser.add_argument("-f", "--file", action="append", metavar="NAME", help="only this file of the repository; may be repeated")
@@ -38,5 +38,10 @@ def pull(args: argparse.Namespace) -> int:
     """Fetch the model."""
     with status_line():
         path = resolve(args.model, files=args.file, revision=args.revision, token=args.token_source, offline=args.offline)
+        if not args.file:  # which may be any part of a model
+            from ..builders.load import open_checkpoint
+
+            loader = open_checkpoint(path, None)
+            loader.checkpoint(*loader.config_and_weights())
     print(path)
     return 0

@@ -148,6 +148,7 @@ def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -
         if not files:
             if where["local_files_only"]:
                 return _snapshot(repo, where)
+            _check_config(repo, names, where)
             wanted = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in REPO_FILES)]
             if "model.safetensors" in names or "model.safetensors.index.json" in names:
                 wanted = [name for name in wanted if not name.startswith("consolidated")]  # the same weights once more
@@ -159,6 +160,22 @@ def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -
     if len(paths) == 1 or _SHARD.search(files[0]):
         return paths[0]
     return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _check_config(repo: str, names: Sequence[str], where: dict[str, Any]) -> None:
+    """Refuse a repository that no model here can load before its weights, gigabytes perhaps, are fetched."""
+    if "config.json" not in names:
+        raise ModelLoadError(f"{repo} holds no config.json: it is not a model folder of Hugging Face's form")
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    from .huggingface import FolderLoader
+
+    cached = try_to_load_from_cache(repo, "config.json", cache_dir=where["cache_dir"], revision=where["revision"])
+    path = Path(cached if isinstance(cached, str) else hf_hub_download(repo, "config.json", **where))
+    try:
+        FolderLoader(path.parent)
+    except ModelLoadError as error:
+        raise ModelLoadError(str(error).replace(str(path.parent), repo, 1)) from error
 
 
 def _escape(name: str) -> str:

@@ -58,6 +58,7 @@ class FolderLoader:
         self.folder = folder
         if not (folder / "config.json").is_file():
             raise ModelLoadError(f"{folder} holds no config.json: it is not a model folder of Hugging Face's form")
+        self.whole: str | None = None  # the type of a model of which text is a part only
         self.architecture, self.given = self._architecture(read_json(folder / "config.json"))
 
     def fail(self, message: str, remedy: str = "Fetch the folder again, or convert the model again with current tools.") -> NoReturn:
@@ -71,7 +72,7 @@ class FolderLoader:
         if model_type not in names.MODEL_TYPES and isinstance(text, dict):
             inner = str(text.get("model_type", f"{model_type}_text"))
             if inner in names.MODEL_TYPES:
-                logger.warning("%s: a %r model; only its text part is loaded", self.folder, model_type)
+                self.whole = model_type
                 shared = ("tie_word_embeddings", "quantization_config", "eos_token_id")
                 outer: dict[str, Any] = {key: config[key] for key in shared if key in config}
                 model_type, config = inner, {**outer, **text}
@@ -101,6 +102,8 @@ class FolderLoader:
     # config
 
     def config_and_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.whole is not None:
+            logger.warning("%s: a %r model; only its text part is loaded", self.folder, self.whole)
         stored = self._stored()
         config = self.config(len(stored))
         return config, self.weights(config, stored)

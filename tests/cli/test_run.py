@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,11 +171,31 @@ def test_ctrl_c(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("run", "Hi").code == 130
 
 
-def test_pull_prints_the_path(cli: Cli, tmp_path: Any) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUF")
-    outcome = cli("pull", str(path))
-    assert (outcome.code, outcome.out) == (0, f"{path}\n")
+def test_pull_prints_the_path(cli: Cli, smollm2_path: Path) -> None:
+    outcome = cli("pull", str(smollm2_path))
+    assert (outcome.code, outcome.out) == (0, f"{smollm2_path}\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"m.gguf": b"GGUF"}, "m.gguf: "),
+        ({"README.md": b""}, " holds neither safetensors nor GGUF files: it is not a model that pymistral can load"),
+        ({"model.safetensors": b""}, " holds no config.json"),
+        ({"model.safetensors": b"", "config.json": b'{"model_type": "mamba"}'}, ": the architecture 'mamba' is not supported. Supported: "),
+    ],
+)
+def test_pull_says_what_cannot_be_loaded(cli: Cli, tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    outcome = cli("pull", str(folder))
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    for name in files:
+        assert cli("pull", str(folder), "--file", name).code == 0
 
 
 def test_version_and_no_command(cli: Cli) -> None:

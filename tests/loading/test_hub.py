@@ -156,7 +156,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     files = {
-        "config.json": b"{}",
+        "config.json": b'{"model_type": "llama"}',
         "model.safetensors": b"weights" * 1000,
         "tokenizer.json": b"{}",
         "pytorch_model.bin": b"pickle",
@@ -249,6 +249,21 @@ def test_a_repository_of_safetensors(hub: Hub) -> None:
     assert hub.resolve("owner/name", {"HF_HUB_OFFLINE": "1"}) == str(folder)
     hub.down = True
     assert hub.resolve("owner/name") == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (b'{"model_type": "mamba"}', "error: owner/other: the architecture 'mamba' is not supported. Supported: gemma"),
+        (b"{", "error: "),
+        (None, "error: owner/other holds no config.json"),
+    ],
+)
+def test_what_no_model_can_load_is_not_fetched(hub: Hub, tmp_path: Path, config: bytes | None, message: str) -> None:
+    hub.repos["owner/other"] = {"model.safetensors": b"weights" * 1000} | ({} if config is None else {"config.json": config})
+    for _ in range(2):  # the second time config.json is in the cache
+        assert hub.resolve("owner/other").startswith(message)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_gguf_files(hub: Hub) -> None:
