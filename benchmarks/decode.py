@@ -39,11 +39,14 @@ FEWEST_PERCENT = 80
 
 
 def bytes_per_token(graph: Graph, context: float) -> float:
-    """What one token reads of weights, as they lie in memory, and of a KV cache of ``context`` tokens."""
+    """What one token reads of weights, as they lie in memory, and of a KV cache of ``context`` tokens, of which windows see a part."""
     matrices = multiplied(graph, {TOKENS, OUTPUTS}).matrices
-    return sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices) + context * cache_token_bytes(
-        graph, "auto", usual_cache_type()
-    )
+    total = sum(tile_format(tensor).nbytes(*tensor.shape) for tensor in matrices)
+    for node in graph.nodes:
+        if node.op == "attention":
+            seen = min(context, node.attributes["window"] or context)
+            total += seen * cache_token_bytes(Graph([node]), graph.cache_type(usual=usual_cache_type()))
+    return total
 
 
 def runs_of(graph: Graph, threads: int, tokens: int, runs: int, probe: Callable[[], float]) -> tuple[list[float], list[float]]:

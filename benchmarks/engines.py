@@ -8,7 +8,8 @@ processes a prompt of N tokens; tgN generates N tokens one by one, always the li
 tokens.
 
 Figures are medians, in tokens per second; a ratio is pymistral's median over the other's. An engine that needs longer
-than --patience for a test is measured once, without warm-up.
+than --patience for a test is measured once, without warm-up. "% of bound" is of the rate at which the memory, as it is just before and
+after each run, gives the bytes that the tokens need: the weights, and the KV cache as far as they look at it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Worker:
     version: str = ""
     note: str = ""
     samples: dict[str, list[float]] = field(default_factory=dict)
+    of_bound: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     patient: dict[str, bool] = field(default_factory=dict)
 
@@ -90,23 +92,25 @@ class Worker:
         if self.patient.get(test.name) is False or test.name in self.failures:
             return
         try:
-            rate, seconds = self._measure(test)
+            result = self._measure(test)
             if test.name not in self.patient:
-                self.patient[test.name] = seconds <= patience
-                if seconds <= patience:
-                    rate, _ = self._measure(test)
+                self.patient[test.name] = result["seconds"] <= patience
+                if result["seconds"] <= patience:
+                    result = self._measure(test)
         except EngineError as error:
             self.failures[test.name] = str(error)
             return
-        self.samples.setdefault(test.name, []).append(rate)
+        self.samples.setdefault(test.name, []).append(result["tokens"] / result["seconds"])
+        if "least_seconds" in result:
+            self.of_bound.setdefault(test.name, []).append(100 * result["least_seconds"] / result["seconds"])
 
-    def _measure(self, test: Test) -> tuple[float, float]:
+    def _measure(self, test: Test) -> dict[str, float]:
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended; reading says why
             self.process.stdin.write(json.dumps({"test": test.kind, "tokens": test.tokens, "context": test.context}) + "\n")
             self.process.stdin.flush()
-        result = self._read()
-        return result["tokens"] / result["seconds"], result["seconds"]
+        result: dict[str, float] = self._read()
+        return result
 
     def _read(self) -> Any:
         assert self.process.stdout is not None
@@ -171,6 +175,7 @@ def collect(report: Report, workers: list[Worker], tests: tuple[Test, ...], mode
                 high=max(samples),
                 runs=len(samples),
                 ratio=own / rate if own and worker.engine != "pymistral" else None,
+                percent=median(worker.of_bound[test.name]) if test.name in worker.of_bound else None,
             )
 
 
@@ -235,7 +240,8 @@ def main() -> None:
         "high": "highest",
         "runs": "runs",
     }
-    report = Report("engines", {**columns, "ratio": "pymistral is x times as fast"}, plot=plot_bars)
+    columns |= {"ratio": "pymistral is x times as fast", "percent": "% of bound"}
+    report = Report("engines", columns, plot=plot_bars)
     report.machine["threads"] = args.threads
     for model in args.model or [DEFAULT_MODEL]:
         path = resolve(model)

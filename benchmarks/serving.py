@@ -203,10 +203,10 @@ class Results:
 def compare(worker: Worker, sizes: Sizes, results: Results) -> None:
     """The same of another engine, where it can do it. Raises EngineError."""
     shared = sizes.prompt - TAIL
-    rate, _ = worker._measure(Test("decode", sizes.answer, 40))
-    results.add("decode", {"tokens_per_sec": rate}, engine=worker.engine)
+    decoded = worker._measure(Test("decode", sizes.answer, 40))
+    results.add("decode", {"tokens_per_sec": decoded["tokens"] / decoded["seconds"]}, engine=worker.engine)
     for test, context in (("first token, unknown prompt", 0), ("first token, cached prefix", shared)):
-        _, seconds = worker._measure(Test("first_token", sizes.prompt, context))
+        seconds = worker._measure(Test("first_token", sizes.prompt, context))["seconds"]
         results.add(test, {"first_token": 1e3 * seconds}, engine=worker.engine)
 
 

@@ -1,8 +1,8 @@
 """How `benchmarks.engines` talks to the process of an engine: one JSON object a line. Standard library only: any interpreter runs it.
 
 The first line out is ``{"version": ..., "note": ...}`` once the model is loaded; then each line in,
-``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is answered by ``{"tokens": N, "seconds": S}``. An engine may know further
-tests.
+``{"test": "prefill" | "decode", "tokens": N, "context": N}``, is answered by ``{"tokens": N, "seconds": S}``, and ``"least_seconds"`` from
+who knows what the machine allows. An engine may know further tests.
 """
 
 from __future__ import annotations
