@@ -16,10 +16,10 @@ from ..kernels.cpu.compiler import load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size
 from .memory import address, forget, madvise_address, mapping_of, zeros
-from .pool import EXECUTOR_KERNELS, ThreadPool
+from .pool import EXECUTOR_KERNELS, ThreadPool, thread_pool
 from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, rows_within, stored_blocks, tile_format
 
-BATCH_BYTES = 256 << 20  # of weights in one program: who gives up waits for it
+BATCH_BYTES = 32 << 20  # of weights in one program: steps of other models wait for it
 _CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
 
 
@@ -69,8 +69,10 @@ class TiledWeights:
             self._packing = Packing(self.pack, threads)
         return self._packing
 
-    def pack(self, pool: ThreadPool, check: Callable[[], None] = lambda: None) -> None:
-        """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together. ``check`` may end it with an error.
+    def pack(self, pool: Callable[[], ThreadPool], check: Callable[[], None] = lambda: None) -> None:
+        """Blocks to tiles, forgotten when done: the file and the tiles are never in memory together.
+
+        ``pool`` gives the threads for each batch; ``check`` may end it with an error.
 
         Raises
         ------
@@ -89,7 +91,7 @@ class TiledWeights:
             target = matrix.address
             for part in parts(tensor):
                 batch.make_room(part.data.nbytes, PART_BYTES)
-                blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool)
+                blocks = stored_blocks(part) if part.isq is None else blocks_of(part, kernels, pool())
                 # of a tensor in another order the part is a copy
                 source = part.data if tensor.order is None else tensor.data
                 slots, units = (address(blocks), target, *part.shape, matrix.tile_bytes, 0, 0), -(-part.shape[0] // ROWS)
@@ -99,31 +101,31 @@ class TiledWeights:
 
 
 class Packing:
-    """Work on weights in a thread of its own, to which the others come when somebody waits for it: until then Python has a core for itself.
+    """Work on weights in a thread of its own. It does not keep a process from ending."""
 
-    It does not keep a process from ending.
-    """
-
-    def __init__(self, work: Callable[[ThreadPool, Callable[[], None]], None], threads: int) -> None:
+    def __init__(self, work: Callable[[Callable[[], ThreadPool], Callable[[], None]], None], threads: int) -> None:
+        self._threads, self._fewer = threads, ThreadPool(max(1, threads - 1))
         self._done: Future[None] = Future()
-        self._stopped = False
-        self._pool = ThreadPool(threads, alone=True)
+        self._awaited = self._stopped = False
         threading.Thread(target=self._run, args=(work,), name="pymistral-pack", daemon=True).start()
 
-    def _run(self, work: Callable[[ThreadPool, Callable[[], None]], None]) -> None:
+    def _run(self, work: Callable[[Callable[[], ThreadPool], Callable[[], None]], None]) -> None:
         try:
-            work(self._pool, self.check)
+            work(self.pool, self.check)
         except BaseException as error:
             self._done.set_exception(error)
         else:
             self._done.set_result(None)
-        self._pool.close()
+        self._fewer.close()
+
+    def pool(self) -> ThreadPool:
+        """The threads that pack: until somebody waits, one less, because Python has enough to do for a core."""
+        return thread_pool(self._threads) if self._awaited else self._fewer
 
     def wait(self) -> None:
         """Return when it is done, or raise its error. Who is interrupted here wants it no more."""
+        self._awaited = True
         try:
-            if not self._done.done():
-                self._pool.join_in()
             self._done.result()
         except BaseException:
             self.stop()
@@ -166,7 +168,7 @@ def _add_stored(batch: _Batch, matrix: Matrix, repack: int) -> None:
 class _Batch:
     """Parts of tensors that one program packs."""
 
-    def __init__(self, pool: ThreadPool, check: Callable[[], None]) -> None:
+    def __init__(self, pool: Callable[[], ThreadPool], check: Callable[[], None]) -> None:
         self.pool = pool
         self.check = check
         self._clear()
@@ -191,7 +193,7 @@ class _Batch:
 
     def run(self) -> None:
         self.check()
-        launch_all(self.pool, self.launches)
+        launch_all(self.pool(), self.launches)
         for source in self.sources.values():
             forget(source)
         self._clear()

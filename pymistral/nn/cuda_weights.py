@@ -75,7 +75,7 @@ class GpuWeights:
             tiled = TiledWeights([tensor])
             tiles = tiled[tensor].tiles
             load_kernels(tiled.packers, self.progress)
-            tiled.pack(thread_pool(available_threads()))
+            tiled.pack(lambda: thread_pool(available_threads()))
             with ThreadPoolExecutor(available_threads()) as threads:
                 rows, columns = tensor.shape
                 planes = gpu_layout(tensor).pack(tiles, rows, columns, threads.map)

@@ -63,14 +63,10 @@ class Launches:
 
 
 class ThreadPool:
-    """``threads - 1`` threads beside the caller's. They spin between steps for about a millisecond and then sleep.
+    """``threads - 1`` threads beside the caller's. They spin between steps for about a millisecond and then sleep."""
 
-    With ``alone``, the caller's thread works without them until `join_in`.
-    """
-
-    def __init__(self, threads: int, progress: Progress | None = None, *, alone: bool = False) -> None:
+    def __init__(self, threads: int, progress: Progress | None = None) -> None:
         self.threads = threads
-        self._alone = alone
         self._sync: NDArray[Any] = zeros(FIRST_THREAD + (threads + 1) * LINE, np.uint8)
         self._sync_address = address(self._sync)
         words = self._sync.view(np.int64)
@@ -87,27 +83,17 @@ class ThreadPool:
     def _start(self) -> None:
         """Begin anew: with no step running, and no thread but those that are started here."""
         self._forked = False
-        self._lock, self._joining = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._step[0] |= 1  # idle
         for flags in (*self._sleeping, *self._inside):
             flags[0] = 0
         self._wake = [threading.Semaphore(0) for _ in range(self.threads)]
-        self._workers: list[threading.Thread] = []
-        if not self._alone:
-            self._start_workers()
-
-    def _start_workers(self) -> None:
-        for thread, wake in enumerate(self._wake[1:], 1):
-            worker = threading.Thread(target=self._serve, args=(thread, wake), name=f"pymistral-{thread}", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._serve, args=(thread, self._wake[thread]), name=f"pymistral-{thread}", daemon=True)
+            for thread in range(1, self.threads)
+        ]
+        for worker in self._workers:
             worker.start()
-            self._workers.append(worker)
-
-    def join_in(self) -> None:
-        """The other threads work from now on, also in the program that runs at the moment."""
-        with self._joining:
-            if self._alone:
-                self._alone = False
-                self._start_workers()
 
     def run(self, launches: Launches) -> None:
         """Run a program to its end. One at a time; the caller's thread works too."""

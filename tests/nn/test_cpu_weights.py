@@ -113,6 +113,6 @@ def test_tiles_are_those_of_each_tensor_alone(monkeypatch, part_bytes):
     tensors = [random_tensor(seed, rows, shuffled=seed % 2 == 1) for seed, rows in enumerate(ROWS)]
     weights = TiledWeights(tensors)
     matrices = [weights[tensor] for tensor in tensors]
-    weights.pack(thread_pool(2))
+    weights.pack(lambda: thread_pool(2))
     for matrix in matrices:
         np.testing.assert_array_equal(matrix.tiles, alone(matrix.tensor), err_msg=matrix.tensor.name)

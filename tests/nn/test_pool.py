@@ -108,27 +108,6 @@ def test_a_thread_that_falls_asleep_as_a_step_begins_is_not_lost(monkeypatch: py
         pool.close()
 
 
-def test_threads_that_join_in_later() -> None:
-    pool = ThreadPool(3, alone=True)
-    try:
-        scratch = zeros((pool.threads, COLUMNS))
-        few, _alive = norm_launches(pool, 100, scratch)
-        pool.run(few)
-        assert scratch.any(axis=1).tolist() == [True, False, False]
-        scratch[:] = 0
-        many, _alive_too = norm_launches(pool, 200_000, scratch)
-        running = threading.Thread(target=pool.run, args=(many,))
-        running.start()
-        pool.join_in()
-        running.join()
-        deadline = time.monotonic() + 20
-        while not scratch.any(axis=1).all():
-            assert time.monotonic() < deadline, f"threads that worked: {scratch.any(axis=1)}"
-            pool.run(many)
-    finally:
-        pool.close()
-
-
 def test_step_numbers_do_not_run_out() -> None:
     pool = ThreadPool(2)
     try:
