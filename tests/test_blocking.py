@@ -82,9 +82,17 @@ def test_with_and_close_cancel(endless: BlockingModel) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_ctrl_c_cancels(endless: BlockingModel, stream: bool) -> None:
-    threading.Timer(0.05, _thread.interrupt_main).start()
+    interrupted = []
+
+    def interrupt(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
+        if not interrupted:  # while the answer is waited for, however slow the machine is
+            interrupted.append(True)
+            _thread.interrupt_main()
+        return logits
+
+    request = RequestBuilder().add_message("user", "Hi").add_logits_processor(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(endless.stream_chat_request("Hi")) if stream else endless.chat("Hi")
+        list(endless.stream_chat_request(request)) if stream else endless.send_chat_request(request)
     wait_until_idle(endless.inner)
 
 
