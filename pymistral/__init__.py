@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .builders.speculative import SpeculativeConfig, TextSpeculativeBuilder
     from .builders.text import TextModelBuilder
     from .builders.token_source import TokenSource
-    from .model import ChatStream, Model
+    from .chat_stream import ChatStream
+    from .model import Model
     from .quantization.isq import IsqBits, IsqType
     from .quantization.topology import LayerTopology, Topology
     from .requests.constraint import Constraint
@@ -182,7 +183,8 @@ _HOMES = {
     "builders.speculative": ("SpeculativeConfig", "TextSpeculativeBuilder"),
     "builders.text": ("TextModelBuilder",),
     "builders.token_source": ("TokenSource",),
-    "model": ("ChatStream", "Model"),
+    "chat_stream": ("ChatStream",),
+    "model": ("Model",),
     "quantization.isq": ("IsqBits", "IsqType"),
     "quantization.topology": ("LayerTopology", "Topology"),
     "requests.constraint": ("Constraint",),

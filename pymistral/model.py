@@ -7,16 +7,15 @@ import copy
 import json
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Answer, Completion
+from .chat_stream import Alarm, ChatStream, Inbox
 from .engine.constraint import Grammar, GrammarCompiler, Trigger, Triggered
 from .engine.types import Constraint as EngineConstraint
-from .engine.types import EngineRequest, Event
+from .engine.types import EngineRequest
 from .errors import ModelError, ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
 from .model_group import ModelGroup
@@ -24,7 +23,7 @@ from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text, checked_tokens
 from .requests.structured import StructuredOutput
-from .responses import ChatCompletionChunkResponse, ChatCompletionResponse
+from .responses import ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
 from .tool_rounds import Toolbox, ToolRounds, cut_to_tokens
 
@@ -91,7 +90,7 @@ class Model(ModelGroup):
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
         self._generation_defaults = _generation_defaults(generation_config or {})
-        self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarm] = weakref.WeakKeyDictionary()
+        self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Alarm] = weakref.WeakKeyDictionary()
         self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
         self._start_group()
 
@@ -191,7 +190,7 @@ class Model(ModelGroup):
             The request is malformed. What only the model can tell, and the other errors of `send_chat_request`, come from the stream.
         """
         model = self._member(model_id)
-        return ChatStream(model, model._tool_rounds(RequestBuilder.of(request)))
+        return ChatStream(model._submit, model._tool_rounds(RequestBuilder.of(request)))
 
     async def tokenize(
         self,
@@ -369,15 +368,20 @@ class Model(ModelGroup):
             return self._prepare(rounds)
         return await asyncio.to_thread(self._prepare, rounds)
 
-    def _alarm(self, loop: asyncio.AbstractEventLoop) -> _Alarm:
-        return self._alarms.setdefault(loop, _Alarm(loop))
+    async def _submit(self, rounds: ToolRounds) -> tuple[Inbox, Answer, RequestHandle]:
+        """Send a turn, whose events this event loop will take from the inbox."""
+        prepared = await self._prepare_async(rounds)
+        loop = asyncio.get_running_loop()
+        alarm = self._alarms.setdefault(loop, Alarm(loop))
+        inbox = Inbox(alarm)
+        return inbox, prepared.answer, self._engine.submit(prepared.request, inbox.put, alarm.ring)
 
     def _tool_rounds(self, request: RequestBuilder) -> ToolRounds:
         return ToolRounds(request, self._toolbox, self._cut, self.max_sequence_length())
 
     def _stream_turn(self, request: RequestBuilder) -> ChatStream:
         """One turn, whatever it calls."""
-        return ChatStream(self, ToolRounds(request, Toolbox(), self._cut, self.max_sequence_length()))
+        return ChatStream(self._submit, ToolRounds(request, Toolbox(), self._cut, self.max_sequence_length()))
 
     def _cut(self, text: str, tokens: int) -> str:
         return cut_to_tokens(self._tokenizer, text, tokens)
@@ -450,144 +454,6 @@ class Prepared:
 
     request: EngineRequest
     answer: Answer
-
-
-class ChatStream:
-    """An answer as it is generated: an async iterator of chunks, and a context manager that cancels what is left.
-
-    The request is sent when the first chunk is asked for.
-    """
-
-    def __init__(self, model: Model, rounds: ToolRounds) -> None:
-        self._model = model
-        self._rounds = rounds
-        self._answer: Answer | None = None
-        self._inbox: _Inbox | None = None
-        self._handle: RequestHandle | None = None
-        self._chunks: deque[ChatCompletionChunkResponse] = deque()
-        self._reading = False
-        self._closed = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ChatCompletionChunkResponse:
-        if self._reading:
-            raise RuntimeError("two tasks wait for the same stream; give each its own")
-        self._reading = True
-        try:
-            while not self._chunks:
-                if self._closed:
-                    raise StopAsyncIteration
-                await self._next_event()
-        except BaseException:
-            self._cancel()
-            raise
-        finally:
-            self._reading = False
-        return self._chunks.popleft()
-
-    async def _next_event(self) -> None:
-        if self._inbox is None or self._answer is None:
-            self._inbox, self._answer = await self._start()
-        chunk = self._answer.chunk(await self._inbox.get())
-        if chunk is None:
-            return
-        if not self._answer.complete:
-            self._chunks.extend(self._rounds.shown(chunk))
-        elif self._rounds.goes_on(response := self._answer.whole()):
-            await self._rounds.run(response)
-            self._inbox = None  # the next turn has one of its own
-        else:
-            self._chunks.extend(self._rounds.last_shown(chunk))
-            self._closed = True
-
-    async def _start(self) -> tuple[_Inbox, Answer]:
-        prepared = await self._model._prepare_async(self._rounds)
-        alarm = self._model._alarm(asyncio.get_running_loop())
-        inbox = _Inbox(alarm)
-        self._handle = self._model._engine.submit(prepared.request, inbox.put, alarm.ring)
-        return inbox, prepared.answer.continuing(self._answer)
-
-    def whole(self) -> ChatCompletionResponse:
-        """The last turn as one response, once the stream has ended."""
-        if self._answer is None or not self._answer.complete:
-            raise RequestValidationError("the stream has not ended; read it to its end first")
-        return self._answer.whole()
-
-    async def aclose(self) -> None:
-        """Stop: cancel the request if it still runs."""
-        self._cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._cancel()
-
-    def __del__(self) -> None:
-        # ``break`` drops the last reference to a stream that only ``async for`` holds. The engine refers to the inbox alone.
-        self._cancel()
-
-    def _cancel(self) -> None:
-        self._closed = True
-        self._chunks.clear()
-        if self._handle is not None:
-            self._handle.cancel()
-
-
-class _Alarm:
-    """Wakes the tasks of an event loop that wait for events: all that a step has something for, at once."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self.sleepers: deque[_Inbox] = deque()
-
-    def ring(self) -> None:
-        """Called on the engine's thread."""
-        loop = self._loop()
-        if self.sleepers and loop is not None:
-            with suppress(RuntimeError):  # the loop was closed under the stream, whose end cancels the request
-                loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        while self.sleepers:
-            self.sleepers.popleft().wake()
-
-
-class _Inbox:
-    """Events on their way from the engine's thread to a task. The engine never waits; a wake-up is scheduled only if the task does."""
-
-    def __init__(self, alarm: _Alarm) -> None:
-        self._alarm = alarm
-        self._loop = asyncio.get_running_loop()
-        self._events: deque[Event] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._waiting = False
-
-    def put(self, event: Event) -> None:
-        """Called on the engine's thread."""
-        self._events.append(event)
-        if self._waiting:
-            self._waiting = False
-            self._alarm.sleepers.append(self)
-
-    async def get(self) -> Event:
-        """The next event. Only one task may wait."""
-        while not self._events:
-            self._waiter = self._loop.create_future()
-            self._waiting = True
-            try:
-                if not self._events:  # the engine may have put one before it could see that we wait
-                    await self._waiter
-            finally:
-                self._waiter = None
-        return self._events.popleft()
-
-    def wake(self) -> None:
-        """Called in the event loop."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 def _close(engine: Engine, toolbox: Toolbox) -> None:

@@ -14,7 +14,7 @@ FLOORS = [
     {"kernels", "responses", "errors", "threads", "garbage", "public_http"},
     {"nn", "requests", "quantization"},
     {"engine", "models", "loading", "tool_calls"},
-    {"model", "model_group", "answer", "tool_rounds"},
+    {"chat_stream", "model", "model_group", "answer", "tool_rounds"},
     {"builders", "agents", "blocking"},
     {"cli", "__main__"},
 ]
