@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ SPLIT_SEQUENCES = 8  # with more sequences than this in a step, none is split ov
 _COUNTS = ("tokens", "outputs", "items", "merges", "one")
 
 
-class Limits(NamedTuple):
+@dataclass(frozen=True)
+class Limits:
     """Sizes that a program is recorded for.
 
     Attributes
