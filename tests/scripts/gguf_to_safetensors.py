@@ -57,7 +57,11 @@ def tokenizer(loader: GgufLoader) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": token, "special": True, **flags} for i, token in enumerate(tokens) if types[i] == 3],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
         "decoder": level,
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": loader.metadata["tokenizer.ggml.merges"]},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": list(loader.metadata["tokenizer.ggml.merges"]),
+        },
     }
 
 
