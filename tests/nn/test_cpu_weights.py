@@ -100,6 +100,25 @@ def test_packing_that_nobody_wants_ends(monkeypatch):
     assert len(batches) == 1
 
 
+def test_all_threads_pack_once_somebody_waits(monkeypatch):
+    """Until then one less does: a core is left to Python."""
+    monkeypatch.setattr(cpu_weights, "BATCH_BYTES", 1)
+    threads, begun, go_on = [], threading.Event(), threading.Event()
+
+    def run(pool, launches):
+        threads.append(pool.threads)
+        begun.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(cpu_weights, "launch_all", run)
+    packing = TiledWeights([random_tensor(seed, 3000) for seed in range(6)]).begin(3)
+    begun.wait(10)
+    threading.Timer(0.1, go_on.set).start()
+    packing.wait()
+    assert threads[0] == 2
+    assert set(threads[1:]) == {3}
+
+
 @pytest.mark.parametrize("order", [[0, 1, 3], [0, 1, 4, 3], [-1, 1, 2, 3]])
 def test_orders_are_checked(order):
     """Kernels read the rows that an order names."""
