@@ -7,17 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .string_chains import joined
+from .string_chains import code_points, joined
+from .string_index import index_of
 
 Rank = Callable[[str, str], int | None]
-
-
-def index_of(items: Sequence[str]) -> dict[str, int]:
-    """The position of each string, the first of equals."""
-    index = dict(zip(items, range(len(items)), strict=True))
-    if len(index) < len(items):
-        index = {item: i for i, item in reversed(list(enumerate(items)))}
-    return index
 
 
 def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int]) -> Rank:
@@ -50,7 +43,7 @@ def ranker(merges: Sequence[str], tokens: Sequence[str], ids: Mapping[str, int])
 
 def _cuts(text: str, count: int) -> array[int]:
     """How long the left symbol of each merge is; nothing unless all of them are two symbols, of which the left is not empty."""
-    characters = np.array([text]).view(np.uint32)
+    characters = code_points(text)
     spaces = np.flatnonzero(characters == ord(" "))
     starts = np.flatnonzero(characters == 0) + 1
     if len(spaces) != count or len(starts) != count - 1 or (spaces[:-1] >= starts).any():

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mmap
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -20,15 +20,18 @@ _BLOCK = 1 << 16  # bytes that are looked at together: what is made of them stay
 
 
 class JoinedStrings(Sequence[str]):
-    """One string or more, none with a zero, in one ``text`` with zeros between them. They are cut when one is asked for."""
+    """One string or more, none with a zero: their ``utf8`` in one piece, with zeros between them. Each is cut when it is asked for."""
 
-    def __init__(self, text: str, count: int) -> None:
-        self.text = text
-        self._count = count
+    def __init__(self, utf8: bytes) -> None:
+        self.utf8 = utf8
+        zeros = np.flatnonzero(np.frombuffer(utf8, np.uint8) == 0)
+        # string i lies between the zeros at bounds[i] and bounds[i + 1], of which the outermost are thought
+        self.bounds = array("q", np.concatenate([[-1], zeros, [len(utf8)]]).astype(np.int64).tobytes())
 
-    @cached_property
-    def _strings(self) -> list[str]:
-        return self.text.split("\0")
+    @property
+    def text(self) -> str:
+        """All strings, with zeros between them."""
+        return self.utf8.decode()
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -37,26 +40,34 @@ class JoinedStrings(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        return self._strings[index]
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        return self.utf8[self.bounds[place] + 1 : self.bounds[place + 1]].decode()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._strings)
+        return iter(self.text.split("\0"))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.bounds) - 1
 
     def __eq__(self, other: object) -> bool:
-        return self._strings == (other._strings if isinstance(other, JoinedStrings) else other)
+        return self.utf8 == other.utf8 if isinstance(other, JoinedStrings) else list(self) == other
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return repr(self._strings)
+        return repr(list(self))
 
 
 def joined(strings: Sequence[str]) -> str:
     """The strings in one text, with zeros between them."""
     return strings.text if isinstance(strings, JoinedStrings) else "\0".join(strings)
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    """The characters of a text as numbers."""
+    return np.array([text]).view(np.uint32)
 
 
 def find_chain(buffer: bytes | mmap.mmap, start: int, count: int) -> tuple[int, NDArray[Any] | None]:
@@ -122,5 +133,6 @@ def _join(chain: bytes, starts: NDArray[Any]) -> JoinedStrings | None:
     for byte in range(1, _LENGTH.size):
         kept[starts + byte] = False
     text[starts] = 0
-    strings = text[kept][1:].tobytes()
-    return JoinedStrings(strings.decode(), len(starts)) if strings.count(0) == len(starts) - 1 else None
+    utf8 = text[kept][1:].tobytes()
+    utf8.decode()  # or the error that tells
+    return JoinedStrings(utf8) if utf8.count(0) == len(starts) - 1 else None

@@ -21,9 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ModelLoadError, RequestValidationError
 from .detokenizer import DecodeStream
-from .merges import index_of, ranker
+from .merges import ranker
 from .pre_tokenizers import KINDS
-from .string_chains import JoinedStrings
+from .string_chains import JoinedStrings, code_points, joined
+from .string_index import index_of
 
 logger = logging.getLogger(__name__)
 
@@ -353,18 +354,21 @@ SPACE = "▁"
 class SentencePieceBPE:
     """SentencePiece's scheme: "▁" for a space, any pair that is a token may merge, ranked by score; unknown characters as bytes."""
 
-    def __init__(self, ids: Mapping[str, int], scores: ArrayLike, *, unknown: int | None, space_prefix: bool) -> None:
+    def __init__(
+        self, tokens: Sequence[str], ids: Mapping[str, int], scores: ArrayLike, *, unknown: int | None, space_prefix: bool
+    ) -> None:
         self._ids = ids
         self._costs = array("f", (-np.asarray(scores, np.float32)).tobytes())
         self._unknown = [] if unknown is None else [unknown]
         self._space_prefix = space_prefix
-        self._split = self._word_pattern(ids).split
+        self._split = self._word_pattern(joined(tokens)).split
         self._words = WordCache(self._encode_word)
 
     @staticmethod
-    def _word_pattern(ids: Iterable[str]) -> re.Pattern[str]:
+    def _word_pattern(tokens: str) -> re.Pattern[str]:
         """Where text can be cut without changing its tokens: before a "▁", after a character that precedes "▁" in no token."""
-        glued = set(re.findall(f"([^\0]){SPACE}", "\0".join(ids)))
+        characters = code_points("\0" + tokens)
+        glued = set(map(chr, np.unique(characters[:-1][characters[1:] == ord(SPACE)]))) - {"\0"}
         return re.compile(f"(?<=[^{''.join(map(re.escape, sorted(glued)))}])(?={SPACE})" if glued else f"(?<=.)(?={SPACE})", re.DOTALL)
 
     def encode(self, text: str, *, after_special: bool) -> list[int]:
@@ -419,12 +423,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         types = _numbers(metadata, "token_type", len(tokens))
     llama = model == "llama"
     space_prefix = _field(metadata, "add_space_prefix", bool, default=llama) and llama
-    texts = list(tokens)
-    ids = index_of(texts)
+    ids = index_of(tokens)
     encoder: TextEncoder
     if llama:
         unknown = _token_id(metadata, "unknown", len(tokens), default=0)
-        encoder = SentencePieceBPE(ids, _numbers(metadata, "scores", len(tokens)), unknown=unknown, space_prefix=space_prefix)
+        encoder = SentencePieceBPE(tokens, ids, _numbers(metadata, "scores", len(tokens)), unknown=unknown, space_prefix=space_prefix)
         add_bos = True
     else:
         pre = _field(metadata, "pre", str, default="default")
@@ -435,7 +438,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         encoder = ByteLevelBPE(tokens, ids, _strings(metadata, "merges"), pre)
         add_bos = KINDS[pre].add_bos
     return Tokenizer(
-        texts,
+        tokens,
         ids,
         types,
         encoder,

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pymistral.loading import merges as module
-from pymistral.loading.merges import index_of, ranker
+from pymistral.loading.merges import ranker
+from pymistral.loading.string_index import index_of
 
 SYMBOLS = ["".join(letters) for count in (1, 2, 3) for letters in product("ab", repeat=count)]
 PAIR = st.tuples(st.sampled_from(SYMBOLS), st.sampled_from(SYMBOLS)).map(" ".join)

@@ -80,3 +80,7 @@ def test_ordinary_vocabularies_are_not_walked(strings: list[str]) -> None:
     assert isinstance(found, JoinedStrings)
     assert list(found) == strings
     assert found[-1] == strings[-1]
+    assert found[1:] == strings[1:]
+    assert found[::-2] == strings[::-2]
+    with pytest.raises(IndexError):
+        found[len(strings)]
