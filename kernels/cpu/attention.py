@@ -1,13 +1,11 @@
 """Attention over a paged KV cache, flash style (arXiv:2205.14135): softmax on line, chunk by chunk, nothing of size context kept.
 
 An item is up to `query_tile_tokens` consecutive tokens of one sequence. With the ``group`` query heads that share a key/value head they
-make up to
-``tokens * group`` query rows, which share every load of a key and a value. `rope` states the layout of the cache.
+make up to ``tokens * group`` query rows, which share every load of a key and a value. `rope` states the layout of the cache.
 
 A chunk of `CHUNK` positions, at multiples of `CHUNK`, gives each row a maximum, a sum and outputs of its own, and chunks are merged from
-first to
-last. So a token's result depends neither on the item that it is in nor on whether one thread took all chunks or several took one each
-(flash decoding): items of one token may name a single chunk and leave its result for `merge`.
+first to last. So a token's result depends neither on the item that it is in nor on whether one thread took all chunks or several took one
+each (flash decoding): items of one token may name a single chunk and leave its result for `merge`.
 """
 
 from __future__ import annotations

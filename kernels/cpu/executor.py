@@ -1,11 +1,10 @@
 """Running a program: every thread walks the same list of launches and claims work in chunks; a launch waits for those that it depends on.
 
-Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps
-the others
-with theirs. What a launch waits for is work that is done, not threads that have arrived: a thread that lost its core while it held no work
-holds up nobody. It may wake up when the step, or even the next, is over. So every counter carries the number of its step, is claimed by
-compare and
-exchange, and a thread that finds a newer number leaves. A counter with an older number stands for zero, so nothing has to be cleared.
+Each thread starts with its own contiguous share of an op's units (so it streams through its own stretch of the weights) and then helps the
+others with theirs. What a launch waits for is work that is done, not threads that have arrived: a thread that lost its core while it held
+no work holds up nobody. It may wake up when the step, or even the next, is over. So every counter carries the number of its step, is
+claimed by compare and exchange, and a thread that finds a newer number leaves. A counter with an older number stands for zero, so nothing
+has to be cleared.
 
 While a thread waits, it fetches its share of the weights that come next into its cache.
 

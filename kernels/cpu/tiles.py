@@ -2,18 +2,16 @@
 
 Weights
 -------
-A matrix ``[rows, columns]`` becomes tiles of 16 rows, one after the other; a tile is a run of records, one for each 32 columns
-(or for 256, where the format has scales of scales). Lane ``r`` of every vector belongs to row ``r`` of the tile, so a dot product ends
-with no
+A matrix ``[rows, columns]`` becomes tiles of 16 rows, one after the other; a tile is a run of records, one for each 32 columns (or for 256,
+where the format has scales of scales). Lane ``r`` of every vector belongs to row ``r`` of the tile, so a dot product ends with no
 horizontal sum. The 32 columns are 8 *groups* of 4: byte ``4 r + i`` of a group's 64 bytes is row ``r``, column ``4 group + i``, as
 ``vpdpbusd`` wants it.
 
 A record is, in this order:
 
 - for 256-column formats: ``f16[16]`` super-scale and, with minimums, ``f16[16]`` super-minimum; then 8 times what follows
-- quants, the low bits: 8 bits: 8 vectors of 64 bytes, vector ``g`` is group ``g``; 4 bits: 4 vectors, vector ``v`` has group ``2 v`` in
-  the low nibbles and
-  ``2 v + 1`` in the high ones; 2 bits: 2 vectors, group ``4 v + i`` in bits ``2 i`` and ``2 i + 1`` of vector ``v``
+- quants, the low bits: 8 bits: 8 vectors of 64 bytes, vector ``g`` is group ``g``; 4 bits: 4 vectors, vector ``v`` has group ``2 v`` in the
+  low nibbles and ``2 v + 1`` in the high ones; 2 bits: 2 vectors, group ``4 v + i`` in bits ``2 i`` and ``2 i + 1`` of vector ``v``
 - the plane of high bits, if any: 1 bit: 1 vector, group ``g`` in bit ``g``; 2 bits: 2 vectors, as the 2-bit quants
 - scales, one for 32 columns or one for each half: ``f16[16]``, or ``u8[16]`` / ``i8[16]`` that multiply the super-scale, or ``e8m0[16]``
 - minimums alike; `scale="nibbles"` keeps scale (low) and minimum (high) in one byte

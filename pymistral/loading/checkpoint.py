@@ -41,8 +41,8 @@ class Checkpoint:
         Keys and meanings of Hugging Face's ``config.json``.
     weights
         Canonical name (Hugging Face's, without the leading ``model.``) to tensor. ``lm_head.weight`` is absent when it is tied to
-        the embedding; the experts of a layer are one tensor
-        ``mlp.experts.up_proj.weight`` ``(experts, out, in)`` from GGUF, and one each, ``mlp.experts.0.up_proj.weight``, from Hugging Face.
+        the embedding; the experts of a layer are one tensor, ``mlp.experts.up_proj.weight`` ``(experts, out, in)``, from GGUF, and one
+        each, ``mlp.experts.0.up_proj.weight``, from Hugging Face.
     tokenizer
         Text to tokens and back.
     chat_template
