@@ -164,16 +164,16 @@ def _fetch_repo(repo: str, part: str, files: list[str], where: dict[str, Any]) -
 
 def _check_config(repo: str, names: Sequence[str], where: dict[str, Any]) -> None:
     """Refuse a repository that no model here can load before its weights, gigabytes perhaps, are fetched."""
-    if "config.json" not in names:
-        raise ModelLoadError(f"{repo} holds no config.json: it is not a model folder of Hugging Face's form")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    from .huggingface import FolderLoader
+    from .huggingface import FolderLoader, no_config
 
+    if "config.json" not in names:
+        raise no_config(repo)
     cached = try_to_load_from_cache(repo, "config.json", cache_dir=where["cache_dir"], revision=where["revision"])
     path = Path(cached if isinstance(cached, str) else hf_hub_download(repo, "config.json", **where))
     try:
-        FolderLoader(path.parent)
+        FolderLoader(path.parent).check_config()
     except ModelLoadError as error:
         raise ModelLoadError(str(error).replace(str(path.parent), repo, 1)) from error
 
@@ -229,8 +229,8 @@ def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
     if part:
         found = [name for name in ggufs if name == part] or [name for name in ggufs if part.lower() in name.lower()]
-    elif any(name.endswith(".safetensors") for name in names):
-        return []
+    elif any(name.endswith(".safetensors") for name in names) and ("config.json" in names or not ggufs):
+        return []  # without config.json they are what lies beside GGUF files, such as an adapter
     else:
         found = ggufs
     models = {_SHARD.sub("", name) for name in found}

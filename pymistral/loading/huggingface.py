@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
+from ..nn.rope import frequencies
 from ..quantization.floats import float_values
 from ..quantization.types import GgmlType, SafetensorsType, Tensor
 from . import names
@@ -35,6 +36,9 @@ SIZES = (
     "max_position_embeddings",
 )
 FP8_SCALES = ("weight_scale_inv", "weight_scale")
+FP8_METHODS = (None, "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark")  # quant_method of checkpoints that may be in FP8
+MAX_HEAD_DIM = 1024
+MOST_TENSORS = 1_000_000  # that a checkpoint is believed to have before its files are there
 # buffers that old checkpoints carry along, and the scales of quantised ones
 NO_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$|\.(input|activation|weight|[kv])_scale(_inv)?$")
 
@@ -57,9 +61,10 @@ class FolderLoader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            raise ModelLoadError(f"{folder} holds no config.json: it is not a model folder of Hugging Face's form")
+            raise no_config(folder)
         self.whole: str | None = None  # the type of a model of which text is a part only
         self.architecture, self.given = self._architecture(read_json(folder / "config.json"))
+        self._check_quantization()
 
     def fail(self, message: str, remedy: str = "Fetch the folder again, or convert the model again with current tools.") -> NoReturn:
         raise ModelLoadError(f"{self.folder}: {message}. {remedy}")
@@ -84,6 +89,31 @@ class FolderLoader:
             remedy = f"Supported: {known}. What is missing: {missing} (see docs/adding-a-model.md)."
             self.fail(f"the architecture {model_type!r:.80}{called:.80} is not supported", remedy)
         return names.MODEL_TYPES[model_type], config
+
+    def _check_quantization(self) -> None:
+        """FP8 is read as it is stored; what other methods store are no matrices of the shapes that the architecture asks for."""
+        if how := self._other_quantization():
+            remedy = "Of such checkpoints those in FP8 are supported: take one of these, the model in floats, or a GGUF file."
+            self.fail(
+                f"config.json: quantization_config says that the weights are quantised as {how!r:.80}, which is not supported", remedy
+            )
+
+    def _other_quantization(self) -> str | None:
+        """The method or the type of weights that are quantised, but not in FP8."""
+        given = self._quantization()
+        if given.get("quant_method") not in FP8_METHODS:
+            return str(given["quant_method"])
+        for weights in self._quantized_groups():  # compressed-tensors knows integers, too
+            kind = f"{weights.get('type', 'float')}{weights.get('num_bits', 8)}"
+            if kind != "float8":
+                return kind
+        if "FP8" not in (algorithm := str(given.get("quant_algo", "FP8"))):  # of modelopt: NVFP4, for instance
+            return algorithm
+        return f"{given['bits']} bits" if "quant_method" not in given and "bits" in given else None  # MLX names no method
+
+    def check_config(self) -> None:
+        """Refuse what ``config.json`` alone rules out: the weights need not be there."""
+        self.config(MOST_TENSORS)
 
     def checkpoint(self, config: dict[str, Any], weights: dict[str, Tensor], tokenizer_json: Path | None = None) -> Checkpoint:
         """All of it, given `config_and_weights`, with the folder's own tokenizer or that of a ``tokenizer.json``."""
@@ -117,12 +147,12 @@ class FolderLoader:
         for name in SIZES:
             self.size(config, name)
         if config["num_hidden_layers"] > tensors:  # before anything is listed for each layer
-            self.fail(f"num_hidden_layers is {config['num_hidden_layers']}, more than the {tensors} tensors there are")
+            self.fail(f"num_hidden_layers is {config['num_hidden_layers']}, more than {tensors} tensors allow")
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         if heads % kv_heads:
             self.fail(f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
-        if config["head_dim"] % 2:
-            self.fail(f"head_dim={config['head_dim']} is odd")
+        if config["head_dim"] % 16 or config["head_dim"] > MAX_HEAD_DIM:
+            self.fail(f"config.json: head_dim is {config['head_dim']}, not a multiple of 16 up to {MAX_HEAD_DIM}", "Use another model.")
         self.positive(config, "rms_norm_eps")
         self._rope(config)
         self._activation(config)
@@ -190,6 +220,10 @@ class FolderLoader:
                 self.positive(config, name)
         if config.get("partial_rotary_factor", 1) > 1:
             self.fail(f"config.json: partial_rotary_factor is {config['partial_rotary_factor']}, above 1")
+        try:
+            frequencies(config, config["head_dim"])
+        except ModelLoadError as error:
+            self.fail(f"config.json: {error}")
 
     def _activation(self, config: dict[str, Any]) -> None:
         expected = self.architecture.config.get("hidden_act") or "gelu_pytorch_tanh"
@@ -216,7 +250,7 @@ class FolderLoader:
         layers = range(config["num_hidden_layers"])
         config["mlp_only_layers"] = [layer for layer in layers if layer in dense or (layer + 1) % step != 0]
         if (len(layers) - len(config["mlp_only_layers"])) * experts > tensors:
-            self.fail(f"config.json: num_experts is {experts}, more than the {tensors} tensors there are allow")
+            self.fail(f"config.json: num_experts is {experts}, more than {tensors} tensors allow")
         if "blk.*.ffn_gate_shexp.weight" in self.architecture.tensors:
             self.size(config, "shared_expert_intermediate_size")
 
@@ -272,12 +306,7 @@ class FolderLoader:
             elif required:
                 missing.append(name)
         if missing:
-            problem = f"the safetensors lack {some(missing)} of a {config['model_type']!r} model"
-            method = self._quantization().get("quant_method")
-            if method is None:
-                self.fail(problem)
-            remedy = "Of such checkpoints those in FP8 are supported: take one of these, the model in floats, or a GGUF file."
-            self.fail(f"{problem}; config.json says that its weights are quantised by {method!r:.40}", remedy)
+            self.fail(f"the safetensors lack {some(missing)} of a {config['model_type']!r} model")
         unexpected = [name for name in stored if name not in known and not NO_WEIGHTS.search(name)]
         if unexpected:
             model_type = config["model_type"]
@@ -357,10 +386,7 @@ class FolderLoader:
 
     def _scale_block(self) -> tuple[int, int]:
         """Rows and columns that share a scale, as ``quantization_config`` says in transformers' words or in compressed-tensors'."""
-        given = self._quantization()
-        groups = given.get("config_groups")
-        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-        blocks = [given.get("weight_block_size"), *(entry.get("block_structure") for entry in weights if isinstance(entry, dict))]
+        blocks = [self._quantization().get("weight_block_size"), *(group.get("block_structure") for group in self._quantized_groups())]
         block = next((block for block in blocks if block is not None), [128, 128])
         if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
             self.fail(f"config.json: the blocks of quantization_config are {block!r:.80}, not two whole numbers above 0")
@@ -370,6 +396,12 @@ class FolderLoader:
         given = self.given.get("quantization_config")
         return given if isinstance(given, dict) else {}
 
+    def _quantized_groups(self) -> list[dict[str, Any]]:
+        """What compressed-tensors and modelopt say of the weights of each group of layers."""
+        groups = self._quantization().get("config_groups")
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+        return [entry for entry in weights if isinstance(entry, dict)]
+
     def _scales(self, tensor: StoredTensor, scale: StoredTensor) -> NDArray[np.float32]:
         if len(scale.shape) > 2 or math.prod(scale.shape) < 1 or scale.dtype not in TYPES:
             found = f"{scale.dtype} {scale.shape}"
@@ -378,6 +410,11 @@ class FolderLoader:
         if not np.isfinite(values).all():
             self.fail(f"{scale.path.name}: the scale {scale.name!r} has values that are not finite")
         return values.reshape(scale.shape if len(scale.shape) == 2 else (-1, 1))
+
+
+def no_config(where: str | Path) -> ModelLoadError:
+    """What is said of a folder, or of a repository before it is fetched."""
+    return ModelLoadError(f"{where} holds no config.json: it is not a model folder of Hugging Face's form")
 
 
 def _has_experts(architecture: names.Architecture) -> bool:

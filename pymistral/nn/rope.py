@@ -68,27 +68,40 @@ class Rope:
         ModelLoadError
             If a value cannot be, or the scaling's type is unknown or lacks a parameter.
         """
-        partial = float(config.get("partial_rotary_factor", 1.0))
-        if not 0 < partial <= 1:
-            raise ModelLoadError(f"partial_rotary_factor={partial}: expected a number above 0, and 1 at most")
-        dims = int(head_dim * partial)
-        base = float(theta if theta is not None else config.get("rope_theta", 10000.0))
-        if not 0 < base < math.inf:
-            raise ModelLoadError(f"rope_theta={base}: expected a finite number above 0")
-        inverse = base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
-        max_positions = int(config["max_position_embeddings"])
-        factor = 1.0
-        scaling = config.get("rope_scaling") if scaling is None else scaling
-        if factors is not None:
-            if factors.shape != inverse.shape or not (np.isfinite(factors) & (factors > 0)).all():
-                raise ModelLoadError(f"the divisors of the rotary frequencies must be {len(inverse)} numbers above 0")
-            inverse = inverse / factors
-        elif scaling:
-            with np.errstate(all="ignore"):
-                inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
-            if not (np.isfinite(inverse).all() and math.isfinite(factor)):
-                raise ModelLoadError(f"rope_scaling gives frequencies that are not finite: {str(dict(scaling))[:200]}")
-        return cls(inverse, max_positions, factor)
+        inverse, factor = frequencies(config, head_dim, theta=theta, scaling=scaling, factors=factors)
+        return cls(inverse, int(config["max_position_embeddings"]), factor)
+
+
+def frequencies(
+    config: Mapping[str, Any],
+    head_dim: int,
+    *,
+    theta: float | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    factors: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.float64], float]:
+    """Inverse frequencies and attention factor of a rotation, given and checked as in `Rope.from_config`."""
+    partial = float(config.get("partial_rotary_factor", 1.0))
+    if not 0 < partial <= 1:
+        raise ModelLoadError(f"partial_rotary_factor={partial}: expected a number above 0, and 1 at most")
+    dims = int(head_dim * partial)
+    base = float(theta if theta is not None else config.get("rope_theta", 10000.0))
+    if not 0 < base < math.inf:
+        raise ModelLoadError(f"rope_theta={base}: expected a finite number above 0")
+    inverse = base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+    max_positions = int(config["max_position_embeddings"])
+    factor = 1.0
+    scaling = config.get("rope_scaling") if scaling is None else scaling
+    if factors is not None:
+        if factors.shape != inverse.shape or not (np.isfinite(factors) & (factors > 0)).all():
+            raise ModelLoadError(f"the divisors of the rotary frequencies must be {len(inverse)} numbers above 0")
+        inverse = inverse / factors
+    elif scaling:
+        with np.errstate(all="ignore"):
+            inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
+        if not (np.isfinite(inverse).all() and math.isfinite(factor)):
+            raise ModelLoadError(f"rope_scaling gives frequencies that are not finite: {str(dict(scaling))[:200]}")
+    return inverse, factor
 
 
 def _scale(

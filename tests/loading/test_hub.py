@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,8 +19,19 @@ import pytest
 
 from pymistral.errors import ModelLoadError
 from pymistral.loading.hub import cache_folder, choose_gguf, resolve, token_from
+from pymistral.loading.huggingface import FolderLoader
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
 
 
 # ---- local ----------------------------------------------------------------------------------------
@@ -83,6 +95,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"], "", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]),
         (["model.safetensors", "config.json", "m.gguf"], "", []),
         (["model.safetensors", "m.gguf"], "m", ["m.gguf"]),
+        (["adapter_model.safetensors", "m.gguf"], "", ["m.gguf"]),
     ],
 )
 def test_choose_gguf(names: list[str], part: str, found: list[str]) -> None:
@@ -156,7 +169,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     files = {
-        "config.json": b'{"model_type": "llama"}',
+        "config.json": json.dumps(CONFIG).encode(),
         "model.safetensors": b"weights" * 1000,
         "tokenizer.json": b"{}",
         "pytorch_model.bin": b"pickle",
@@ -254,16 +267,38 @@ def test_a_repository_of_safetensors(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (b'{"model_type": "mamba"}', "error: owner/other: the architecture 'mamba' is not supported. Supported: gemma"),
-        (b"{", "error: "),
-        (None, "error: owner/other holds no config.json"),
+        ({"model_type": "mamba"}, "the architecture 'mamba' is not supported. Supported: gemma"),
+        (CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "config.json: quantization_config says that "),
+        ({key: value for key, value in CONFIG.items() if key != "rms_norm_eps"}, "config.json lacks rms_norm_eps. "),
+        (CONFIG | {"rope_scaling": 2}, "config.json: rope_scaling is 2, not an object. "),
+        (CONFIG | {"rope_scaling": {"rope_type": "spiral"}}, "config.json: rope_scaling: type 'spiral' is not supported ("),
+        (CONFIG | {"rope_scaling": {"rope_type": "linear"}}, "config.json: rope_scaling of type 'linear' lacks 'factor'"),
+        (CONFIG | {"head_dim": 100}, "config.json: head_dim is 100, not a multiple of 16 up to 1024. "),
+        (CONFIG | {"head_dim": 1 << 30}, "config.json: head_dim is 1073741824, not a multiple of 16 up to 1024. "),
+        (CONFIG | {"num_hidden_layers": 1 << 30}, "num_hidden_layers is 1073741824, more than 1000000 tensors allow. "),
     ],
 )
-def test_what_no_model_can_load_is_not_fetched(hub: Hub, tmp_path: Path, config: bytes | None, message: str) -> None:
-    hub.repos["owner/other"] = {"model.safetensors": b"weights" * 1000} | ({} if config is None else {"config.json": config})
+def test_what_no_model_can_load_is_not_fetched(hub: Hub, tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    """What config.json rules out is said as of a folder, and no weights are asked for."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.repos["owner/other"] = {"model.safetensors": b"weights" * 1000, "config.json": json.dumps(config).encode()}
+    with pytest.raises(ModelLoadError, match=f"^{re.escape(f'{folder}: {message}')}") as of_a_folder:
+        FolderLoader(folder).check_config()
     for _ in range(2):  # the second time config.json is in the cache
-        assert hub.resolve("owner/other").startswith(message)
-    assert not list(tmp_path.rglob("*.safetensors"))
+        assert hub.resolve("owner/other") == "error: " + str(of_a_folder.value).replace(str(folder), "owner/other")
+    assert not [request for request in hub.requests if ".safetensors" in request]
+
+
+def test_a_repository_without_a_readable_configuration_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["owner/other"] = {"model.safetensors": b"weights" * 1000}
+    with pytest.raises(ModelLoadError, match="holds no ") as of_a_folder:
+        FolderLoader(tmp_path)
+    assert hub.resolve("owner/other") == "error: " + str(of_a_folder.value).replace(str(tmp_path), "owner/other")
+    hub.repos["owner/other"]["config.json"] = b"{"
+    assert hub.resolve("owner/other").startswith("error: owner/other/config.json: the file is not valid JSON")
+    assert not [request for request in hub.requests if ".safetensors" in request]
 
 
 def test_gguf_files(hub: Hub) -> None:
