@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from pydantic import BaseModel
+from pymistral.kernels.cpu import elementwise
 
 import pymistral
 from pymistral import (
@@ -121,6 +122,18 @@ def test_adding_a_model_shows_what_is_there() -> None:
             node.returns = None
     there = [ast.dump(node) for node in real.body]
     assert [ast.unparse(node) for node in shown if ast.dump(node) not in there] == []
+
+
+def test_the_blocks_of_kernels(tmp_path: Path) -> None:
+    """The kernel is one of ours, with the slots in its docstring; the others run."""
+    kernel, *others = blocks("docs/kernels.md", "python")
+    (shown,) = ast.parse(kernel).body
+    real = {node.name: node for node in ast.parse(Path(elementwise.__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert isinstance(shown, ast.FunctionDef)
+    assert ast.dump(ast.Module(shown.body[1:], [])) == ast.dump(ast.Module(real[shown.name].body[1:], []))
+    for block in others:
+        exec(block.replace("/tmp", str(tmp_path)), {})
+    assert (tmp_path / "matmul.o").read_bytes()[1:4] in (b"ELF", b"\xfa\xed\xfe")
 
 
 @pytest_asyncio.fixture
