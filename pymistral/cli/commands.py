@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -36,6 +38,7 @@ def _prepare_streams() -> None:
 
     Where the locale is C, which names no encoding, text is UTF-8, as it is in what is piped in.
     """
+    codecs.register_error("pymistral", _as_it_came)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -44,10 +47,19 @@ def _prepare_streams() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if not isinstance(stream, TextIOWrapper):
             continue
+        errors = "replace" if stream is sys.stdin else "pymistral"
         if in_c_locale:
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
         elif stream.errors == "strict" and stream is not sys.stdin:
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
+
+
+def _as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes that the locale could not read, of a path mostly, go out as they came in; what else cannot be written is a question mark."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.replace_errors(error)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -71,6 +83,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _message(error: Exception) -> str:
     text = " ".join(str(error).split())
+    # where repr() escaped a byte that the locale could not read
+    text = re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), text)
     if isinstance(error, (PymistralError, UsageError)):
         return text
     if isinstance(error, OSError):

