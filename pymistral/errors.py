@@ -9,7 +9,17 @@ if TYPE_CHECKING:
 
 
 class PymistralError(Exception):
-    """The base of all errors below: catch it to catch anything pymistral reports."""
+    """The base of all errors below: catch it to catch anything pymistral reports.
+
+    Attributes
+    ----------
+    problem
+        The message without its end that names a remedy of the Python API. The command line, which has other remedies or none, shows this.
+    """
+
+    def __init__(self, problem: str = "", in_python: str = "") -> None:
+        super().__init__(problem + in_python)
+        self.problem = problem
 
 
 class ModelLoadError(PymistralError):

@@ -441,7 +441,8 @@ class Model(ModelGroup):
 
     def _prompt(self, request: RequestBuilder, *, add_generation_prompt: bool = True) -> str:
         if self._chat_template is None or self._dialect is None:
-            raise RequestValidationError(f"{self._model_id} has no chat template; give its builder one with with_chat_template(...)")
+            problem = f"{self._model_id} has no chat template, which makes a prompt of messages; take a model that was made for chats"
+            raise RequestValidationError(problem, ", or give its builder a template with with_chat_template(...)")
         messages, tools = self._dialect.adapt(request.template_messages(), request.template_tools())
         return self._chat_template.render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, enable_thinking=request.thinking
@@ -517,4 +518,4 @@ def _recommended(sampling: SamplingParams, values: dict[str, Any]) -> SamplingPa
     try:
         return replace(sampling, **values)
     except RequestValidationError as error:
-        raise ModelLoadError(f"the model's generation config recommends what cannot be: {error}") from error
+        raise ModelLoadError(f"the model's generation config recommends what cannot be: {error.problem}") from error

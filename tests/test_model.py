@@ -183,8 +183,9 @@ async def test_failure_before_any_text_has_no_partial_response(model: Model) -> 
 
 async def test_prompt_over_the_context(model: Model) -> None:
     request = RequestBuilder().add_message("user", "x" * 2000)
-    with pytest.raises(RequestValidationError, match=r"1024|truncate"):
+    with pytest.raises(RequestValidationError, match=r"holds 1024; shorten it, or let it be cut with truncate_sequence$") as caught:
         await model.send_chat_request(request)
+    assert caught.value.problem.endswith("shorten it")
     with pytest.raises(RequestValidationError):
         async for _ in model.stream_chat_request(request):
             pass

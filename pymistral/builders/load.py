@@ -160,8 +160,9 @@ def load_runner(builder: Builder) -> Loaded:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         raise ModelLoadError(
-            f"{model_id}: the system has not so much memory as the weights, the KV cache and {builder.max_num_seqs} sequences take. "
-            "with_paged_attn sets the size of the cache, with_max_num_seqs how many sequences run at once"
+            f"{model_id}: the system has not so much memory as the weights, the KV cache and {builder.max_num_seqs} sequences take; "
+            "take a smaller model",
+            ". with_paged_attn sets the size of the cache, with_max_num_seqs how many sequences run at once",
         ) from error
     packing = runner.packing if isinstance(runner, CpuRunner) else None
     try:

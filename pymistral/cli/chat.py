@@ -113,7 +113,7 @@ class Chat:
             note = "stopped"
         except PymistralError as error:
             _end_line(reply)
-            print(f"error: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"error: {harmless(' '.join(error.problem.split()))}", file=sys.stderr)
             if self.messages:
                 self._note("/clear starts afresh")
             return

@@ -82,7 +82,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join((error.problem if isinstance(error, PymistralError) else str(error)).split())
     # where repr() escaped a byte that the locale could not read
     text = re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), text)
     if isinstance(error, (PymistralError, UsageError)):

@@ -243,7 +243,7 @@ def cuda() -> dict[str, Any]:
     try:
         device = cuda_device(0)
     except ModelLoadError as error:
-        return {"device": None, "reason": str(error)}
+        return {"device": None, "reason": error.problem}
     return {"device": device.name, "reason": None}
 
 

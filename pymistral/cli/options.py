@@ -68,16 +68,14 @@ def utf8(argument: str) -> str:
 
 
 def checked(read: Callable[[str], T], check: Callable[[T], object], name: str) -> Callable[[str], T]:
-    """What ``read`` makes of the text, if ``check`` finds no fault with it. The field is ``name`` in Python, which its error begins with;
-    what follows a semicolon is a remedy in Python.
-    """
+    """What ``read`` makes of the text, if ``check`` finds no fault with it. Its error begins with ``name``, the field in Python."""
 
     def value(text: str) -> T:
         result = read(text)
         try:
             check(result)
         except PymistralError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ").partition("; ")[0]) from None
+            raise argparse.ArgumentTypeError(error.problem.removeprefix(f"{name} ")) from None
         return result
 
     return value

@@ -138,11 +138,11 @@ class EngineCore:
             return prompt
         if request.truncate:
             return prompt[-max(1, limit - min(request.sampling.max_len or 1, limit)) :]
-        room, remedy = f"the model's context holds {limit}", "shorten the prompt, or let it be cut with truncate_sequence"
+        room, in_python = f"the model's context holds {limit}", ", or let it be cut with truncate_sequence"
         if limit < self.runner.max_sequence_length:
             room = f"the KV cache holds {limit} ({self.runner.num_blocks} blocks of {self.runner.block_size})"
-            remedy += ", or give the cache more memory"
-        raise RequestValidationError(f"the prompt has {len(prompt)} tokens, but {room}; {remedy}")
+            in_python += ", or give the cache more memory with with_paged_attn"
+        raise RequestValidationError(f"the prompt has {len(prompt)} tokens, but {room}; shorten it", in_python)
 
     def _breakers(self, sampling: Sampling) -> frozenset[int]:
         if sampling.dry_params is None:

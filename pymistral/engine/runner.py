@@ -318,6 +318,7 @@ def _suggested_cache(max_position_embeddings: int, token_bytes: int) -> int:
     tokens = min(max(max_position_embeddings, _DEFAULT_CONTEXT), affordable)
     if tokens < 256:
         raise ModelLoadError(
-            f"a KV cache of {tokens} tokens is all that a quarter of this machine's memory holds; set its size with with_paged_attn"
+            f"a KV cache of {tokens} tokens is all that a quarter of this machine's memory holds; take a smaller model",
+            ", or set the cache's size with with_paged_attn",
         )
     return tokens

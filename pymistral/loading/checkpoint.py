@@ -157,7 +157,8 @@ class GgufLoader:
         try:
             return tokenizer_from_gguf(self.metadata)
         except ModelLoadError as error:
-            raise ModelLoadError(f"{self.path}: {error}. A tokenizer.json for it can be given with with_tokenizer_json.") from error
+            problem, in_python = f"{self.path}: {error}", ". A tokenizer.json for it can be given with with_tokenizer_json."
+            raise ModelLoadError(problem, in_python) from error
 
     # config
 

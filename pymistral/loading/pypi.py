@@ -338,7 +338,7 @@ def _choose_member(infos: list[zipfile.ZipInfo], wanted: str) -> zipfile.ZipInfo
     if not found:
         raise ValueError(f"it holds no {wanted or '.gguf file'} (it holds {_names(infos)})")
     if len(found) > 1:
-        raise ValueError(f"it holds {len(found)} such files ({_names(found)}); name one with files=[...]")
+        raise ValueError(f"it holds {len(found)} such files ({_names(found)}); name one with files=[...] or `pymistral pull --file`")
     info = found[0]
     if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
         raise ValueError(f"its member {info.filename!r} is a folder, a link or encrypted")

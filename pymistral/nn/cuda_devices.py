@@ -44,7 +44,8 @@ def cuda_driver() -> CudaDriver:
     try:
         library = _library()
     except OSError:
-        raise ModelLoadError("CUDA needs NVIDIA's driver, and libcuda.so.1 is not installed; without a GPU, use Device.cpu()") from None
+        problem = "CUDA needs NVIDIA's driver, and libcuda.so.1 is not installed"
+        raise ModelLoadError(problem, "; without a GPU, use Device.cpu()") from None
 
     def ask(function: str, *arguments: Any) -> None:
         code = getattr(library, function)(*arguments)

@@ -170,14 +170,15 @@ def _number(
         return
     limits = [f"at least {at_least:g}"] if at_least > -math.inf else [f"above {above:g}"] if above > -math.inf else []
     limits += [f"at most {at_most:g}"] if at_most < math.inf else []
-    raise RequestValidationError(f"{name} must be a finite number {' and '.join(limits)}".rstrip() + f", got {value!r}; {remedy}")
+    problem = f"{name} must be a finite number {' and '.join(limits)}".rstrip()
+    raise RequestValidationError(f"{problem}, got {value!r}", f"; {remedy}")
 
 
 def _integer(name: str, value: object, *, remedy: str, at_least: int, at_most: int | None = None) -> None:
     if isinstance(value, Integral) and not isinstance(value, bool) and at_least <= int(value) <= (at_most or math.inf):
         return
     limits = f"of at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
-    raise RequestValidationError(f"{name} must be a whole number {limits}, got {value!r}; {remedy}")
+    raise RequestValidationError(f"{name} must be a whole number {limits}, got {value!r}", f"; {remedy}")
 
 
 def _stop_tokens(stop: StopTokens) -> tuple[str | int, ...]:

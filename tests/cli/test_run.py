@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model import SCRIPT_TEMPLATE, scripted_model
+from fake_model import SCRIPT_TEMPLATE, make_model, scripted_model
 
 from pymistral.blocking import BlockingModel
 from pymistral.cli import main
@@ -119,7 +119,11 @@ def test_reasoning_is_dim_on_a_terminal_and_kept_out_of_pipes(cli: Cli, thinker:
         (["run", "Hi", "--top-p", "2"], 2, "error: argument --top-p: must be a finite number above 0 and at most 1, got 2.0 (see "),
         (["run", "Hi", "--max-len", "0"], 2, "error: argument --max-len: must be a whole number of at least 1, got 0 (see "),
         (["run", "Hi", "--seed", "-1"], 2, "error: argument --seed: must be a whole number of at least 0 and at most 18446744073709551615"),
-        (["run", "Hi", "--stop", ""], 2, "error: argument --stop: holds an empty string, which would end every answer at once (see "),
+        (
+            ["run", "Hi", "--stop", ""],
+            2,
+            "error: argument --stop: holds an empty string, which would end every answer at once; leave it out (see ",
+        ),
         (["run", "Hi", "-t", "0"], 2, "error: argument -t/--threads: 0 is less than 1"),
         (["run", "Hi", "-t", "two"], 2, "error: argument -t/--threads: 'two' is not a whole number"),
         (["run", "Hi", "-t", "2000"], 2, "error: argument -t/--threads: must be a whole number from 1 to 1024, got 2000 (see "),
@@ -130,7 +134,7 @@ def test_reasoning_is_dim_on_a_terminal_and_kept_out_of_pipes(cli: Cli, thinker:
         ),
         (["run", "Hi", "--stream"], 2, "error: --stream goes with --json"),
         (["run", "Hi", "there"], 2, "error: unrecognized arguments: there (see `pymistral --help`)\n"),
-        (["run", "x" * 2000], 2, "error: "),
+        (["run", "x" * 2000], 2, "error: the prompt has 2085 tokens, but the model's context holds 1024; shorten it\n"),
         (["run", "a\udcff"], 2, "error: argument PROMPT: it is not UTF-8 (see `pymistral run --help`)\n"),
         (["run", "Hi", "-s", "a\udcff"], 2, "error: argument -s/--system: it is not UTF-8"),
         (["run", "Hi", "--stop", "a\udcff"], 2, "error: argument --stop: it is not UTF-8"),
@@ -151,6 +155,14 @@ def test_errors_are_one_line(cli: Cli, arguments: list[str], code: int, message:
 def test_piped_bytes_that_are_no_text(cli: Cli) -> None:
     outcome = cli("run", piped=b"abc\xff")
     assert (outcome.code, outcome.err) == (2, "error: the piped text is not UTF-8: byte 3 cannot be read\n")
+
+
+def test_remedies_of_python_are_left_out(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockingModel, "from_builder", lambda builder: BlockingModel(make_model(chat_template=None)))
+    assert (
+        cli("run", "Hi").err
+        == "error: alphabet has no chat template, which makes a prompt of messages; take a model that was made for chats\n"
+    )
 
 
 def test_a_bug_is_reported_as_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
