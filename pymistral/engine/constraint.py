@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InferenceError, RequestValidationError
+from .lark import endless
 from .types import ConstraintState
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class GrammarCompiler:
         except ValueError as error:
             raise RequestValidationError(f"the {kind} constraint cannot be used: {error}") from error
         if not matcher.is_error():
+            if problem := endless(kind, text):
+                raise RequestValidationError(f"the {kind} constraint cannot be used: {problem}")
             matcher = self._tried(matcher)
         if matcher.is_error():
             raise RequestValidationError(f"the {kind} constraint cannot be used: {fault(matcher)}")
@@ -307,8 +310,8 @@ class TriggeredState:
 
 
 def fault(matcher: LLMatcher) -> str:
-    """What llguidance has to say, without the dump of its state."""
-    message = str(matcher.get_error()).split("\n<state>")[0].strip()
+    """What llguidance has to say, without the dump of its state or its stack."""
+    message = re.split("\n<(?:state|backtrace)>", str(matcher.get_error()))[0].strip()
     return "no text can satisfy it" if message == "NoExtensionBias" else message
 
 

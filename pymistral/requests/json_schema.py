@@ -60,6 +60,11 @@ def prepared_schema(schema: Any) -> Any:
     return prepared
 
 
+def can_end(schema: Any) -> bool:
+    """Whether some finite value can satisfy the schema, as far as its required parts tell."""
+    return not isinstance(schema, dict) or _Schema(schema)._can_end(schema, frozenset())
+
+
 class _Schema:
     """One document, in which references point."""
 

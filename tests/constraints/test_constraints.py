@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_model import make_model
+from llguidance import LLMatcher, LLTokenizer
 
 from pymistral import Constraint, RequestBuilder
 from pymistral.engine.constraint import GrammarCompiler, Trigger, Triggered, bitmask
 from pymistral.engine.core import EngineCore
+from pymistral.engine.lark import endless
 from pymistral.engine.types import EngineRequest
 from pymistral.errors import InferenceError, RequestValidationError
 from pymistral.requests import SamplingParams
@@ -82,8 +88,7 @@ def test_what_is_no_constraint(make: object, message: str) -> None:
         (Constraint.lark("start: nothing"), 'unknown name: "nothing"'),
         (Constraint.llguidance({"grammars": [{"x": 1}]}), "lark_grammar or json_schema"),
         # What shows only in the first steps.
-        (Constraint.lark("start: start"), "the lark constraint cannot be used: no text can satisfy it"),
-        (Constraint.lark('start: "a" rest\nrest: rest'), "no text can satisfy it"),
+        (Constraint.regex(r"a[^\s\S]"), "no text can satisfy it"),
         (Constraint.regex("(a{1000}){1000}"), "the regex constraint cannot be used: lexer error: too many expressions"),
         (Constraint.lark('start: "a"{100000}'), "Too many items"),
     ],
@@ -92,6 +97,67 @@ def test_what_is_no_constraint(make: object, message: str) -> None:
 def test_grammars_with_errors(noise: tuple[EngineCore, GrammarCompiler], constraint: Constraint, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         noise[1].compile(constraint)
+
+
+ENDLESS = [
+    ("start: start", "start"),
+    ("start: /a+/ x\nx: x", "x"),
+    ('start: "a" x | "b"\n?x: y "c"\n\n!y: x', "x"),
+    ('start: x?\nx: "a" (x | y)\ny: x // "b"', "x"),
+    ('start: x\nx: "a" x ~ 2..3 -> alias\n  | x{2} "b" /[|]"/', "x"),
+    ('start[capture="start:"]: /[a]+/ y\ny: %json {"$ref": "#", "title": "}"}\n%ignore / /', "y"),
+    ('start: /a+/ %lark {\nstart: "b" z\nz: [z] z\n}', "z"),
+    ('start: x::0\nx::_: "b" x::incr(_) %if lt(_, 7)\n  | /a/ x::_ %if ge(_, 7)', "x"),
+]
+ENDING = [
+    "start: x\nx: start?",
+    'start: x\nx: "a" x\n  | "b"  # x: x',
+    'start: x*\nx: [x] "a" ~ 2 x~0..3 x{,2}',
+    'start: x::0\nx::_: "b" x::incr(_) %if lt(_, 7)\n  | /a/ %if ge(_, 7)',
+    'start: A y\nA: "x"\n  | A_B & ~/c/\nA_B: "b"\nunused: unused\ny[stop="x: y"]: /(.|\\n)*/',
+    '%import common.INT\nstart: "a".."z" INT %json {"anyOf": [{"type": "null"}, {"$ref": "#"}]} <|eos|> %regex {"substring_chars": "ab|"}',
+]
+
+
+@pytest.mark.parametrize(("grammar", "rule"), ENDLESS)
+def test_a_rule_that_never_ends_is_named(noise: tuple[EngineCore, GrammarCompiler], grammar: str, rule: str) -> None:
+    for constraint in (Constraint.lark(grammar), Constraint.llguidance({"grammars": [{"lark_grammar": grammar}]})):
+        with pytest.raises(RequestValidationError, match=f"cannot be used: no text can satisfy the rule '{rule}', which never ends"):
+            noise[1].compile(constraint)
+
+
+def test_a_terminal_without_a_text_is_named(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    grammar = 'start: WORD NONE\nNONE: LONG\n  | "a" & ~"a"\n%import common.WORD\nLONG: /b{3}/ & /b{2}/ & %regex {"substring_chars": "bbb"}'
+    with pytest.raises(RequestValidationError, match=r"no text can satisfy the terminal 'NONE': change it"):
+        noise[1].compile(Constraint.lark(grammar))
+
+
+def test_grammars_that_lead_to_each_other_without_end(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    first = {"name": "first", "lark_grammar": "start: /a+/ @second"}
+    for second in ({"lark_grammar": "start: @first"}, {"json_schema": {"$ref": "#"}}):
+        with pytest.raises(RequestValidationError, match="no text can satisfy the rule 'start'"):
+            noise[1].compile(Constraint.llguidance({"grammars": [first, {"name": "second", **second}]}))
+
+
+@pytest.mark.parametrize("grammar", ENDING)
+def test_rules_that_end(grammar: str) -> None:
+    """llguidance accepts the grammar, too: what is tested is its language."""
+    tokenizer = LLTokenizer("byte")
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar.replace("<|eos|>", '"e"')), tokenizer) == ""
+    assert endless("lark", grammar) is None
+
+
+def test_a_grammar_without_end_does_not_hang() -> None:
+    """llguidance would take "a" for ever, with the interpreter's lock held; so this is tried in another process."""
+    code = (
+        "from fake_model import make_model\nfrom pymistral import Constraint, RequestBuilder\n"
+        "from pymistral.blocking import BlockingModel\n"
+        "request = RequestBuilder().add_message('user', 'Hi').set_constraint(Constraint.lark('start: /a+/ x\\nx: x'))\n"
+        "try: BlockingModel(make_model()).send_chat_request(request)\nexcept ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "the rule 'x', which never ends" in done.stdout, done.stderr
 
 
 async def test_a_request_with_such_a_grammar_is_refused() -> None:
