@@ -57,18 +57,17 @@ def soft_cap(s, cap):
 def mask_scores(line, width, first, limit, cap):
     """Cap a row of scores, if ``cap`` is not 0, and mask those before ``first`` and from ``limit`` on; returns the largest."""
     peak = splat_f32(LOWEST)
-    if first <= 0 and limit >= width and cap == 0.0:
-        for at in range(0, 4 * width, 64):
-            peak = maximum(peak, load_f32x16(line + at))
-    else:
-        for at in range(0, width, 16):
-            lanes = lane_numbers() + splat_i32(at)
-            s = load_f32x16(line + 4 * at)
-            if cap > 0.0:
-                s = soft_cap(s, cap)
-            s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(LOWEST))
-            store_f32x16(line + 4 * at, s)
-            peak = maximum(peak, s)
+    plain = min(width, limit // 16 * 16) if first <= 0 and cap == 0.0 else 0  # positions that need neither
+    for at in range(0, 4 * plain, 64):
+        peak = maximum(peak, load_f32x16(line + at))
+    for at in range(plain, width, 16):
+        lanes = lane_numbers() + splat_i32(at)
+        s = load_f32x16(line + 4 * at)
+        if cap > 0.0:
+            s = soft_cap(s, cap)
+        s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(LOWEST))
+        store_f32x16(line + 4 * at, s)
+        peak = maximum(peak, s)
     return max_lanes(peak)
 
 

@@ -37,6 +37,7 @@ from .simd import (
     store_f32,
     store_f32x16,
     store_i32x16,
+    store_i64,
     sum_lanes,
 )
 from .small_floats import load_bf16x16
@@ -234,13 +235,17 @@ def attention(*, head_dim: int, group: int) -> Any:
                 score_for_many(k, queries + row * query_bytes, query_scales + 4 * row, key_scales + (at - start) * 4, target, 0)
         width = (stop - start + 15) // 16 * 16
         softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps)
+        places = key_scales  # these have been used: where the values of 32 positions lie, since dividing by the block's size takes long
+        for at in range(0, width, 32):
+            block = place(values, table, block_size, kv_heads, head, start + at)
+            store_i64(places + at // 4, block + (start + at) % block_size * 32)
         for i in range(0, head_dim, 16):
             for row in range(0, rows, tile_rows):
                 tile = zero_words(tile_rows)
-                for at in range(start, start + width, 32):
-                    v = place(values, table, block_size, kv_heads, head, at) + (i // 16 * block_size + at % block_size) * 32
-                    p = scores + row * LINE + (at - start) * 2
-                    for some in range(0, min(16, (start + width - at) // 2), 4):
+                for at in range(0, width, 32):
+                    v = load_i64(places + at // 4) + i // 16 * block_size * 32
+                    p = scores + row * LINE + at * 2
+                    for some in range(0, min(16, (width - at) // 2), 4):
                         for j in range(some, some + 4):
                             tile = add_words(tile, load_i32x16(v + 64 * j), p + 4 * j, LINE)
                 store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)

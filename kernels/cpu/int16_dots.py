@@ -51,7 +51,12 @@ def add_words(typing_context, tile, words, address, stride):
         def add(t, total):
             return _dot(b, total, b.bitcast(values[1], WORDS), b.bitcast(scalar_row(b, values[2], step, t, I32), WORDS))
 
-        return each(b, values[0], add)
+        tile = each(b, values[0], add)
+        if current_isa().name != "avx2":
+            return tile
+        # LLVM would else add products to each other before it adds them to the sums, and have no registers left for that.
+        sums = settled(b, [halves(b, b.extract_value(tile, t)) for t in range(tile.type.count)])
+        return each(b, tile, lambda t, _: join(b, sums[t]))
 
     return tile(tile, i32x16, types.intp, stride), codegen
 

@@ -44,6 +44,14 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
 class _Lower(Lower):  # type: ignore[misc]
     """Without the places of variables for debuggers: to know a variable's size, Numba has LLVM read a module."""
 
+    def setup_function(self, fndesc: Any) -> None:
+        """Vectors that registers have no room for shall lie in one line of the cache each: the stack that a thread brings is aligned to 16
+        bytes, and LLVM makes the best of that.
+        """
+        super().setup_function(fndesc)
+        self.function.attributes.add("nounwind")  # with this set empty, llvmlite forgets the alignment
+        self.function.attributes.alignstack = 64
+
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
         return cgutils.alloca_once(self.builder, lltype, name=name, zfill=False)
 
