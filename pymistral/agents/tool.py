@@ -13,7 +13,6 @@ from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_or
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ..errors import RequestValidationError, ToolArgumentsError
 from ..requests import Function, Tool
@@ -140,8 +139,8 @@ class FunctionTool(Generic[P, R]):
         except ValidationError as error:
             raise ToolArgumentsError(self._complaint(error)) from error
         bound = self._signature.bind_partial()
-        for index, name in enumerate(self._signature.parameters):
-            if f"argument_{index}" in values.model_fields_set:
+        for index, (name, parameter) in enumerate(self._signature.parameters.items()):
+            if f"argument_{index}" in values.model_fields_set or _leaves_default_to_pydantic(parameter):
                 bound.arguments[name] = getattr(values, f"argument_{index}")
         bound.apply_defaults()
         return bound
@@ -193,21 +192,22 @@ class FunctionTool(Generic[P, R]):
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
                 raise RequestValidationError(f"the tool {self.name!r} takes {stars}{name}, which has no schema; give each parameter a name")
-            fields[f"argument_{index}"] = (hints.get(name, Any), self._field(name, hints.get(name, Any), parameter.default))
+            hint = hints.get(name, Any)
+            if isinstance(parameter.default, FieldInfo):
+                hint = Annotated[hint, parameter.default]
+            fields[f"argument_{index}"] = (hint, self._field(name, hint, parameter))
         try:
             return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
         except (PydanticSchemaGenerationError, PydanticUserError) as error:
             raise RequestValidationError(f"the tool {self.name!r} has a parameter of a type without a schema: {error}") from error
 
-    def _field(self, name: str, hint: Any, default: Any) -> Any:
+    def _field(self, name: str, hint: Any, parameter: inspect.Parameter) -> Any:
         metadata = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
         said = next((item.description for item in metadata if isinstance(item, FieldInfo) and item.description), None)
         said = said or next((item for item in metadata if isinstance(item, str)), None) or self._documentation[1].get(name)
-        if isinstance(default, FieldInfo):
-            default.alias = name
-            default.description = default.description or said
-            return default
-        return Field(default=PydanticUndefined if default is inspect.Parameter.empty else default, alias=name, description=said)
+        if _leaves_default_to_pydantic(parameter):
+            return Field(alias=name, description=said)
+        return Field(default=parameter.default, alias=name, description=said)
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
@@ -234,6 +234,11 @@ def _is_method(function: Callable[..., Any]) -> bool:
     where = getattr(function, "__qualname__", "").rpartition(".")[0]
     names = list(inspect.signature(function).parameters)
     return bool(where) and not where.endswith("<locals>") and not inspect.ismethod(function) and names[:1] == ["self"]
+
+
+def _leaves_default_to_pydantic(parameter: inspect.Parameter) -> bool:
+    """Whether only pydantic knows a default: that of ``= Field(...)``, or of a ``Field`` among the hints."""
+    return parameter.default is inspect.Parameter.empty or isinstance(parameter.default, FieldInfo)
 
 
 def _untitled(schema: Any, place: str) -> Any:

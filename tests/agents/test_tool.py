@@ -100,6 +100,32 @@ def test_all_kinds_of_parameters() -> None:
     assert result == {"place": arguments["place"], "unit": "mi", "route": {"stops": ["a"]}, "schema": None, "n": 3, "tags": ["a", "b"]}
 
 
+def test_a_field_as_a_default() -> None:
+    @tool
+    def search(
+        query: str = Field(description="What to look for", min_length=2),
+        limit: int = Field(3, ge=1),
+        tags: list[str] = Field(default_factory=list),  # noqa: B008
+        *,
+        page: Annotated[int, Field(default_factory=lambda: 7)],
+    ) -> list[Any]:
+        return [query, limit, tags, page]
+
+    parameters = search.tool.function.parameters
+    assert parameters is not None
+    assert parameters["required"] == ["query"]
+    assert parameters["properties"] == {
+        "query": {"type": "string", "minLength": 2, "description": "What to look for"},
+        "limit": {"type": "integer", "minimum": 1, "default": 3},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "page": {"type": "integer"},
+    }
+    assert search.call('{"query": "cats"}') == '["cats",3,[],7]'
+    assert search.call('{"query": "cats", "limit": 1, "tags": ["a"], "page": 2}') == '["cats",1,["a"],2]'
+    with pytest.raises(ToolArgumentsError, match="limit: Input should be greater than or equal to 1, got 0"):
+        search.call('{"query": "cats", "limit": 0}')
+
+
 def test_positional_only_parameters_and_no_parameters() -> None:
     @tool
     def power(base: int, exponent: int = 2, /) -> int:
