@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answer import Answer, Completion
@@ -208,21 +209,26 @@ class BlockingChatStream:
         self._inbox: SimpleQueue[Event] | None = None
         self._handle: RequestHandle | None = None
         self._chunks: deque[ChatCompletionChunkResponse] = deque()
+        self._reading = Lock()
         self._closed = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> ChatCompletionChunkResponse:
+        if not self._reading.acquire(blocking=False):
+            raise RuntimeError("two threads read the same stream; give each its own")
         try:
             while not self._chunks:
                 if self._closed:
                     raise StopIteration
                 self._next_event()
+            return self._chunks.popleft()
         except BaseException:
             self.close()
             raise
-        return self._chunks.popleft()
+        finally:
+            self._reading.release()
 
     def _next_event(self) -> None:
         if self._inbox is None or self._answer is None:

@@ -94,12 +94,15 @@ class Pumped(Iterator[T]):
         self._items: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] | None = None
         self._thread: threading.Thread | None = None
+        self._reading = threading.Lock()
         self._ended = False
 
     def __next__(self) -> T:
-        if self._ended:
-            raise StopIteration
+        if not self._reading.acquire(blocking=False):
+            raise RuntimeError("two threads read the same stream; give each its own")
         try:
+            if self._ended:
+                raise StopIteration
             if self._thread is None:
                 self._start()
             item, error = self._items.get()
@@ -108,6 +111,8 @@ class Pumped(Iterator[T]):
         except BaseException:
             self.close()
             raise
+        finally:
+            self._reading.release()
         return item  # type: ignore[return-value]
 
     def close(self) -> None:

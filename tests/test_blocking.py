@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from pymistral import Model, ModelBuilder, RequestBuilder
 from pymistral.blocking import BlockingModel
 from pymistral.builders import common
 from pymistral.errors import EngineClosedError, ModelError, ModelLoadError, RequestValidationError
+from pymistral.threads import Pumped
 
 
 @pytest.fixture
@@ -78,6 +81,35 @@ def test_with_and_close_cancel(endless: BlockingModel) -> None:
     next(stream)
     stream.close()
     wait_until_idle(endless.inner)
+
+
+def test_a_second_thread_that_reads_a_stream_is_told(endless: BlockingModel) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
+        entered.set()
+        go_on.wait(60)
+        return logits
+
+    async def events() -> AsyncIterator[str]:
+        entered.set()
+        await asyncio.to_thread(go_on.wait, 60)
+        yield "a"
+        yield "b"
+
+    request = RequestBuilder().add_message("user", "Hi").add_logits_processor(hold)
+    for stream in (endless.stream_chat_request(request), Pumped(events)):  # that of an agent is Pumped
+        entered.clear()
+        go_on.clear()
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, stream)
+            assert entered.wait(60)
+            with pytest.raises(RuntimeError, match="two threads"):
+                next(stream)
+            go_on.set()
+            assert first.result(60)
+        assert next(stream)
+        stream.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
