@@ -66,7 +66,7 @@ class TextSpeculativeBuilder(Buildable):
     Raises
     ------
     ModelLoadError
-        There is no draft model and no prompt lookup, or both.
+        There is no draft model and no prompt lookup, or both; or one of them is no builder of a single model.
 
     Examples
     --------
@@ -74,6 +74,11 @@ class TextSpeculativeBuilder(Buildable):
     """
 
     def __init__(self, target: Builder, draft: Builder | None = None, config: SpeculativeConfig | None = None) -> None:
+        _check_builder("target", target)
+        if draft is not None:
+            _check_builder("draft", draft)
+        if config is not None and not isinstance(config, SpeculativeConfig):
+            raise ModelLoadError(f"config must be a SpeculativeConfig, got {config!r}")
         self.target, self.draft = target, draft
         self.config = config or SpeculativeConfig()
         if draft is None and self.config.ngram is None:
@@ -96,6 +101,11 @@ class TextSpeculativeBuilder(Buildable):
         checkpoint, draft, _ = load_runner(self.draft)
         check_same_tokens(target, checkpoint, self.draft._source()[0])
         return Speculation(DraftModel(draft, runner.vocab_size), self.config.gamma)
+
+
+def _check_builder(role: str, builder: object) -> None:
+    if not isinstance(builder, Builder):
+        raise ModelLoadError(f"the {role} must be the builder of one model, such as ModelBuilder(...), got {builder!r}")
 
 
 def check_same_tokens(target: Checkpoint, draft: Checkpoint, name: str) -> None:

@@ -51,6 +51,12 @@ def test_what_cannot_be_is_refused() -> None:
         TextSpeculativeBuilder(target)
     with pytest.raises(ModelLoadError, match="not both"):
         TextSpeculativeBuilder(target, target, SpeculativeConfig.prompt_lookup(3))
+    with pytest.raises(ModelLoadError, match=r"the target must be the builder of one model, .* got 'm\.gguf'"):
+        TextSpeculativeBuilder("m.gguf", target)  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match="the draft must be the builder of one model"):
+        TextSpeculativeBuilder(target, TextSpeculativeBuilder(target, target))  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match="config must be a SpeculativeConfig, got 3"):
+        TextSpeculativeBuilder(target, target, 3)  # type: ignore[arg-type]
     for gamma in (0, 49, 1.5, True):
         with pytest.raises(ModelLoadError, match="gamma must be a whole number from 1 to 48"):
             SpeculativeConfig(gamma=gamma)  # type: ignore[arg-type]
