@@ -40,6 +40,12 @@ class Entry:
         self.lock = threading.Lock()
 
 
+def check_model_id(model_id: object) -> None:
+    """Raises ModelManagementError if no call could name a model so: None means the default one."""
+    if not isinstance(model_id, str) or not model_id:
+        raise ModelManagementError(f"a model's id is a non-empty string, got {model_id!r}")
+
+
 class ModelGroup:
     """The part of `Model` that manages several: each method may be called from any thread or task.
 
@@ -141,8 +147,7 @@ class ModelGroup:
         return ModelManagementError(f"the model {model_id!r} is not loaded; call reload_model({model_id!r}) first (loaded: {loaded})")
 
     def _add_model(self, model_id: str, builder: ModelSource) -> None:
-        if not isinstance(model_id, str) or not model_id:  # None would be taken for the default model
-            raise ModelManagementError(f"a model's id is a non-empty string, got {model_id!r}")
+        check_model_id(model_id)
         if not hasattr(builder, "load"):
             raise ModelManagementError(f"add_model takes a builder, such as ModelBuilder(...), got {builder!r}")
         entry = Entry(builder, None)

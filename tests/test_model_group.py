@@ -68,6 +68,8 @@ async def test_unknown_and_taken_ids_are_named() -> None:
         for model_id in (None, "", 5):
             with pytest.raises(ModelManagementError, match="id is a non-empty string"):
                 await model.add_model(model_id, FakeBuilder("x"))  # type: ignore[arg-type]
+            with pytest.raises(ModelManagementError, match="id is a non-empty string"):
+                MultiModelBuilder().add_model_with_alias(model_id, FakeBuilder("x"))  # type: ignore[arg-type]
         with pytest.raises(ModelManagementError, match="takes a builder"):
             await model.add_model("three", "model.gguf")  # type: ignore[arg-type]
         assert model.list_models() == ["one", "two"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ModelManagementError
+from ..model_group import check_model_id
 from .common import Buildable
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ class MultiModelBuilder(Buildable):
         Raises
         ------
         ModelManagementError
-            The id is taken, or what is to be added is no builder.
+            The id is taken or no string, or what is to be added is no builder.
         """
+        check_model_id(model_id)
         _check_builder(builder)
         if model_id in self.models:
             raise ModelManagementError(f"there is a model {model_id!r} already; give one of them another id with add_model_with_alias")
