@@ -102,6 +102,8 @@ class FunctionTool(Generic[P, R]):
         self.is_async = is_async(function)
         if not _is_method(function):
             _ = self.tool  # a function that cannot be a tool is an error where it is defined
+        if not _in_class(function):
+            self._options["names"] = None  # read by now; they would keep all variables of the function around it alive
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._function(*args, **kwargs)
@@ -229,11 +231,15 @@ class FunctionTool(Generic[P, R]):
         return f"The arguments of {self.name} are not valid. {'; '.join(problems)}. Call it again with arguments that follow its schema."
 
 
-def _is_method(function: Callable[..., Any]) -> bool:
-    """Whether a function stands in a class body, so that its first parameter is yet to be bound."""
+def _in_class(function: Callable[..., Any]) -> bool:
+    """Whether a function stands in a class body."""
     where = getattr(function, "__qualname__", "").rpartition(".")[0]
-    names = list(inspect.signature(function).parameters)
-    return bool(where) and not where.endswith("<locals>") and not inspect.ismethod(function) and names[:1] == ["self"]
+    return bool(where) and not where.endswith("<locals>")
+
+
+def _is_method(function: Callable[..., Any]) -> bool:
+    """Whether a function's first parameter is yet to be bound."""
+    return _in_class(function) and not inspect.ismethod(function) and list(inspect.signature(function).parameters)[:1] == ["self"]
 
 
 def _leaves_default_to_pydantic(parameter: inspect.Parameter) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -205,6 +207,23 @@ def test_methods() -> None:
     assert counter.add.call({"n": 3}) == "5"
     assert list(counter.add.tool.function.parameters["properties"]) == ["n"]  # type: ignore[index]
     assert other.total == 0
+
+
+def test_it_keeps_no_variables_of_the_function_around_it() -> None:
+    def define() -> tuple[FunctionTool[..., int], weakref.ref[Place]]:
+        place = Place(name="Rome", latitude=41.9)
+        Count = Annotated[int, Field(ge=1)]
+
+        @tool
+        def count(number: Count) -> int:
+            return number
+
+        return count, weakref.ref(place)
+
+    function, place = define()
+    gc.collect()
+    assert place() is None
+    assert function.call('{"number": 3}') == "3"
 
 
 def test_results() -> None:
