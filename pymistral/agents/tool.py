@@ -170,6 +170,10 @@ class FunctionTool(Generic[P, R]):
                 result = await result
         return result_text(result)
 
+    def __reduce__(self) -> str:
+        """Pickled and copied as functions are: by its name."""
+        return str(getattr(self, "__qualname__", self.name))
+
     def __repr__(self) -> str:
         return f"<tool {self.name}>"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import gc
 import json
+import pickle
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from enum import Enum
@@ -46,6 +48,19 @@ def test_it_stays_callable() -> None:
     assert get_weather(city="Rome", unit="F") == "Sunny, 72F in Rome (F)"
     assert get_weather.__name__ == "get_weather"
     assert isinstance(get_weather, FunctionTool)
+
+
+def test_it_is_pickled_and_copied_as_functions_are() -> None:
+    assert pickle.loads(pickle.dumps(get_weather)) is get_weather
+    assert copy.deepcopy([get_weather]) == [get_weather]
+
+    @tool
+    def local() -> str:
+        return "here"
+
+    assert copy.copy(local) is local
+    with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
+        pickle.dumps(local)
 
 
 def test_its_tool() -> None:
