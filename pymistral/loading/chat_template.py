@@ -111,17 +111,19 @@ class ChatTemplate:
         """
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
-        values = {
-            **self._variables,
-            "messages": [self._style.adapt(_plain(message)) for message in messages],
-            "tools": _plain(tools),
-            "documents": _plain(documents),
-            "add_generation_prompt": add_generation_prompt,
-            **variables,
-        }
-        self._budget.begin()
         try:
+            values = {
+                **self._variables,
+                "messages": [self._style.adapt(_plain(message)) for message in messages],
+                "tools": _plain(tools),
+                "documents": _plain(documents),
+                "add_generation_prompt": add_generation_prompt,
+                **variables,
+            }
+            self._budget.begin()
             return self._template.render(values)
+        except RequestValidationError:
+            raise
         except TemplateRefusal as error:
             raise RequestValidationError(f"the chat template refuses these messages: {error}") from error
         except BudgetExceeded as error:
@@ -129,7 +131,7 @@ class ChatTemplate:
         except SecurityError as error:
             raise RequestValidationError(f"the chat template tried something that is not allowed: {error}") from error
         except RecursionError as error:
-            raise RequestValidationError("the chat template was stopped: it recurses too deeply") from error
+            raise RequestValidationError("the chat template was stopped: it recurses too deeply, or the messages are nested so") from error
         except Exception as error:  # templates are programs: whatever they raise is theirs
             raise RequestValidationError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from error
 
@@ -482,7 +484,7 @@ class MessageStyle:
         if self.parsed_arguments and isinstance(arguments, str):
             try:
                 return json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return arguments
         if self.written_arguments and not isinstance(arguments, str):
             return json.dumps(arguments, ensure_ascii=False)

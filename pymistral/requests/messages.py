@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,10 @@ def _checked_call(call: object) -> dict[str, Any]:
         or not isinstance(function.get("arguments"), str | Mapping)
     ):
         raise RequestValidationError(f'a tool call is {{"id": ..., "function": {{"name": ..., "arguments": "JSON text"}}}}, got {call!r}')
+    try:
+        json.dumps(function["arguments"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestValidationError(f"the arguments of a call of {function['name']!r} must have a JSON form: {error}") from error
     return dict(call)
 
 

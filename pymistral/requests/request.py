@@ -324,6 +324,6 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call)
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}}

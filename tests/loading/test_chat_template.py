@@ -76,6 +76,19 @@ def test_arguments_of_a_call_may_be_an_object_or_json(name):
     assert '{"x": 1, "y": "é"}' in render({"x": 1, "y": "é"})
 
 
+def test_arguments_that_are_nested_too_deeply():
+    def render(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return template("qwen2.5").render([*HELLO, {"role": "assistant", "content": "", "tool_calls": [call]}])
+
+    assert "[" * 100_000 in render("[" * 100_000)  # as a model may write them
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(RequestValidationError, match="nested"):
+        render({"x": deep})
+
+
 def test_the_callers_messages_are_left_alone():
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     template("chatml").render(messages)

@@ -64,6 +64,8 @@ def test_calls_that_are_none() -> None:
     for call in CALLS_THAT_ARE_NONE:
         with pytest.raises(RequestValidationError, match="a tool call is"):
             RequestBuilder().add_message_with_tool_call("assistant", "", [call])  # type: ignore[list-item]
+    with pytest.raises(RequestValidationError, match="the arguments of a call of 'f' must have a JSON form"):
+        RequestBuilder().add_message_with_tool_call("assistant", "", [{"function": {"name": "f", "arguments": {"x": object()}}}])
     with pytest.raises(RequestValidationError, match="tool_calls must be a list"):
         RequestBuilder().add_message_with_tool_call("assistant", "", None)  # type: ignore[arg-type]
 
@@ -196,7 +198,8 @@ def test_tool_calls_reach_templates_with_parsed_arguments() -> None:
     assert assistant["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Oslo"}}
     assert tool == {"role": "tool", "content": "Yes.", "tool_call_id": "call-1"}
     assert request.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
-    broken = {"id": "1", "function": {"name": "f", "arguments": "{"}}
-    assert RequestBuilder().add_message_with_tool_call("assistant", "", [broken]).template_messages()[0]["tool_calls"] == [broken]
+    for unreadable in ("{", "[" * 100_000):
+        broken = {"id": "1", "function": {"name": "f", "arguments": unreadable}}
+        assert RequestBuilder().add_message_with_tool_call("assistant", "", [broken]).template_messages()[0]["tool_calls"] == [broken]
     openai = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[]"}}]}]
     assert RequestBuilder.of(openai).template_messages()[0]["tool_calls"][0]["function"]["arguments"] == []
