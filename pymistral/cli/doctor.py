@@ -23,9 +23,8 @@ PACKAGES = ("pymistral", "numba", "llvmlite", "numpy", "tokenizers", "huggingfac
 EXTRAS = {
     "cuda12": ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"),
     "cuda13": ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"),
-    "vision": ("pillow",),
-    "audio": ("soundfile",),
-    "mcp": ("mcp",),
+    "mcp": ("mcp", "websockets"),
+    "search": ("ddgs", "lxml_html_clean", "trafilatura"),
 }
 FEATURES = ("amx-int8", "amx-bf16", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx2", "fma", "f16c", "dotprod", "i8mm", "sve")
 GIB = 2**30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert report["memory"]["read_gb_per_sec"] == 42.0
     assert report["caches"]["models"]["path"] == str(tmp_path / "models")
     assert report["packages"]["numba"]
+
+
+def test_doctor_knows_the_extras() -> None:
+    assert {*doctor.EXTRAS, "bench", "test"} == set(metadata("pymistral").get_all("Provides-Extra", []))
 
 
 def test_doctor_shows_what_is_broken(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
