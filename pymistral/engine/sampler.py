@@ -272,16 +272,21 @@ class Sampler:
 
 def run_processor(processor: LogitsProcessor, logits: F32, tokens: Sequence[int]) -> F32:
     """Call a user's function on the logits, and check what it returns."""
+    name = getattr(processor, "__name__", type(processor).__name__)
     try:
         result = processor(logits, tokens)
     except BaseException as error:  # SystemExit, too: the thread is that of all requests
-        name = getattr(processor, "__name__", type(processor).__name__)
         raise InferenceError(f"the logits processor {name} raised {type(error).__name__}: {error}") from error
     if result is None:
         return logits
-    row = np.asarray(result, np.float32)
+    try:
+        row = np.asarray(result, np.float32)
+    except (TypeError, ValueError) as error:
+        what = f"a {type(result).__name__} that is no array of numbers"
+        raise InferenceError(f"the logits processor {name} returned {what}; return one of shape {logits.shape}, or None") from error
     if row.shape != logits.shape:
-        raise InferenceError(f"a logits processor returned an array of shape {row.shape}; return one of shape {logits.shape}, or None")
+        what = f"an array of shape {row.shape}"
+        raise InferenceError(f"the logits processor {name} returned {what}; return one of shape {logits.shape}, or None")
     return row
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..responses import ToolCallResponse
 
-    CustomLogitsProcessor = Callable[[NDArray[np.float32], Sequence[int]], NDArray[np.float32]]
+    CustomLogitsProcessor = Callable[[NDArray[np.float32], Sequence[int]], NDArray[np.float32] | None]
 
 ChatRequest = Union[str, TextMessages, "RequestBuilder", Sequence[Mapping[str, Any]]]
 """What the chat methods take: one user message, messages, message dicts, or a request."""
@@ -105,8 +105,9 @@ class RequestBuilder(TextMessages):
     def add_logits_processor(self, processor: CustomLogitsProcessor) -> Self:
         """Append a function ``(logits, tokens) -> logits`` that sees every row of logits before sampling.
 
-        `logits` is float32 ``[vocab_size]``, `tokens` holds the prompt and what was generated so far. It runs on the engine's
-        thread; if it raises, this request alone ends with `ModelError`.
+        `logits` is float32 ``[vocab_size]``, `tokens` holds the prompt and what was generated so far and is not to be changed. A function
+        that changes `logits` in place may return None. It runs on the engine's thread; if it raises, this request alone ends with
+        `ModelError`.
         """
         if not callable(processor):
             raise RequestValidationError(f"a logits processor is a function (logits, tokens) -> logits, got {processor!r}")

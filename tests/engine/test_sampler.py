@@ -197,3 +197,9 @@ def test_processors_see_a_copy_and_the_context() -> None:
     assert sample(Sampler(Params(temperature=0.0), [1], 4, seed=1, processors=[in_place, returns]), logits).id == 0
     with pytest.raises(InferenceError, match=r"shape \(2,\)"):
         sample(Sampler(Params(temperature=0.0), [1], 4, seed=1, processors=[lambda row, context: row[:2]]), logits)
+
+    def text(row: np.ndarray, context: Any) -> str:
+        return "warmer"
+
+    with pytest.raises(InferenceError, match=r"processor text returned a str that is no array of numbers; return one of shape \(4,\)"):
+        sample(Sampler(Params(temperature=0.0), [1], 4, seed=1, processors=[text]), logits)  # type: ignore[list-item]
