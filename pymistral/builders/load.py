@@ -156,7 +156,7 @@ def load_runner(builder: Builder) -> Loaded:
     try:
         with counting_bar("compiling kernels for this CPU (once)") as progress:
             runner = make_runner(builder, graph, device, int(config["max_position_embeddings"]), threads, progress)
-    except (MemoryError, OSError) as error:
+    except (MemoryError, OverflowError, OSError) as error:  # a size beyond all addresses overflows
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         raise ModelLoadError(

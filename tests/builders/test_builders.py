@@ -276,9 +276,13 @@ async def test_what_is_no_model_id(model_id: Any) -> None:
             await make(model_id).build()
 
 
-async def test_too_little_memory(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOMEM, "Cannot allocate memory"), OverflowError("Python int too large to convert to C ssize_t")],
+)
+async def test_too_little_memory(chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        raise error
 
     monkeypatch.setattr(load, "make_runner", refuse)
     with pytest.raises(ModelLoadError, match=r"has not so much memory as .* 10000 sequences take.*with_paged_attn"):
