@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PymistralError
-from .run import Reply, show_on_terminal, stream_reply
+from .run import Reply, end_line, show_on_terminal, stream_reply
 from .terminal import dim, harmless, no_echo
 
 if TYPE_CHECKING:
@@ -112,23 +112,18 @@ class Chat:
         except KeyboardInterrupt:
             note = "stopped"
         except PymistralError as error:
-            _end_line(reply)
+            end_line(reply)
             print(f"error: {harmless(' '.join(error.problem.split()))}", file=sys.stderr)
             if self.messages:
                 self._note("/clear starts afresh")
             return
-        _end_line(reply)
+        end_line(reply)
         self._note(note + "\n")
         if reply.text:
             self.messages += [question, {"role": "assistant", "content": reply.text}]
 
     def _note(self, text: str) -> None:
         print(dim(text, sys.stdout), flush=True)
-
-
-def _end_line(reply: Reply) -> None:
-    if (reply.text or reply.reasoning) and not reply.text.endswith("\n"):
-        print()
 
 
 # ---- what is typed --------------------------------------------------------------------------------

@@ -195,6 +195,12 @@ def show_on_terminal(reply: Reply) -> tuple[Callable[[str], None], Callable[[str
     return write, think
 
 
+def end_line(reply: Reply) -> None:
+    """End the line that an answer, or the beginning of one, stands on."""
+    if (reply.text or reply.reasoning) and not reply.text.endswith("\n"):
+        print(flush=True)
+
+
 def _answer_text(model: BlockingModel, messages: Sequence[Mapping[str, str]], sampling: SamplingParams) -> int:
     reply = Reply()
     if terminal := sys.stdout.isatty():
@@ -204,8 +210,7 @@ def _answer_text(model: BlockingModel, messages: Sequence[Mapping[str, str]], sa
     try:
         stream_reply(model, messages, sampling, write, think, reply)
     finally:
-        if not reply.text.endswith("\n"):
-            print(flush=True)
+        end_line(reply)
     if terminal and sys.stderr.isatty():
         print(dim(reply.summary(), sys.stderr), file=sys.stderr)
     return 0

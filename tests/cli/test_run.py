@@ -146,7 +146,7 @@ def test_reasoning_is_dim_on_a_terminal_and_kept_out_of_pipes(cli: Cli, thinker:
 def test_errors_are_one_line(cli: Cli, arguments: list[str], code: int, message: str) -> None:
     outcome = cli(*arguments)
     assert outcome.code == code
-    assert outcome.out.strip() == ""
+    assert outcome.out == ""
     assert outcome.err.startswith(message)
     assert outcome.err.count("\n") == 1
     assert "Traceback" not in outcome.err
