@@ -233,6 +233,8 @@ class BlockingChatStream:
     def _next_event(self) -> None:
         if self._inbox is None or self._answer is None:
             self._inbox, self._answer = self._start()
+        if self._handle is not None:
+            self._handle.check_process()
         chunk = self._answer.chunk(self._inbox.get())
         if chunk is None:
             return

@@ -3,6 +3,8 @@ from __future__ import annotations
 import _thread
 import asyncio
 import inspect
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -157,6 +159,26 @@ def test_close_from_another_thread(endless: BlockingModel) -> None:
     thread.join()
     with pytest.raises(EngineClosedError):
         next(endless.stream_chat_request("Hi"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_that_its_stream_has_no_engine(endless: BlockingModel) -> None:
+    stream = endless.stream_chat_request("Hi")
+    next(stream)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends it, should it hang
+        status = 1
+        try:
+            with pytest.raises(EngineClosedError, match="forked from"):
+                next(stream)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert next(stream)
+    stream.close()
 
 
 def test_what_a_model_knows(model: BlockingModel) -> None:

@@ -41,6 +41,10 @@ class RequestHandle:
         if not self._job.done:
             self._engine._post(lambda: self._engine._core.cancel(self._job))
 
+    def check_process(self) -> None:
+        """Raises EngineClosedError in a child that was forked since: no event would ever come."""
+        self._engine._check_process()
+
 
 class Engine:
     """Serves any number of requests at once with one runner. All methods may be called from any thread.
@@ -180,6 +184,9 @@ class Engine:
     def _check_open(self) -> None:
         if self._closing:
             raise self._closed_error()
+        self._check_process()
+
+    def _check_process(self) -> None:
         if self._left_behind:
             raise EngineClosedError(f"the engine of {self.name} runs in the process that this one was forked from; build the model here")
 
