@@ -83,9 +83,11 @@ def _message_from_dict(index: int, message: Mapping[str, Any]) -> Message:
         raise RequestValidationError(f"messages[{index}] has no 'role', only {sorted(map(str, message))}")
     if "content" not in message and not message.get("tool_calls"):
         raise RequestValidationError(f"messages[{index}] has no 'content', only {sorted(map(str, message))}")
-    content = message.get("content")
-    checked = {**message, "role": role_name(message["role"]), "content": "" if content is None else _content_text(index, content)}
-    return {**checked, "tool_calls": checked_calls(message["tool_calls"])} if message.get("tool_calls") else checked
+    content, calls = message.get("content"), message.get("tool_calls")
+    # What is null, as in the message of a response, is left out: templates ask whether it is there, not whether it is null.
+    checked = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    checked |= {"role": role_name(message["role"]), "content": "" if content is None else _content_text(index, content)}
+    return {**checked, "tool_calls": checked_calls(calls)} if calls else checked
 
 
 def _content_text(index: int, content: object) -> str:

@@ -8,7 +8,7 @@ from pymistral import Function, RequestBuilder, SamplingParams, TextMessageRole,
 from pymistral.errors import RequestValidationError
 from pymistral.requests.constraint import Constraint
 from pymistral.requests.request import ChatRequest
-from pymistral.responses import CalledFunction, ToolCallResponse
+from pymistral.responses import CalledFunction, ResponseMessage, ToolCallResponse
 
 CALLS_THAT_ARE_NONE = (5, {}, {"function": "f"}, {"function": {"name": "f"}}, {"function": {"name": 5, "arguments": "{}"}})
 
@@ -58,6 +58,15 @@ def test_everything_that_can_be_a_request() -> None:
 def test_what_cannot_be_a_request(request_: object, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         RequestBuilder.of(request_)  # type: ignore[arg-type]
+
+
+def test_a_message_of_a_response_goes_back_without_what_is_null() -> None:
+    answer = {"role": "assistant", "content": "Hello"}
+    assert messages_of([ResponseMessage(content="Hello").model_dump()]) == [answer]
+    assert messages_of([{**answer, "tool_calls": [], "name": None}]) == [answer]
+    call = ToolCallResponse(id="call-1", function=CalledFunction(name="f", arguments="{}"))
+    (message,) = messages_of([ResponseMessage(tool_calls=[call]).model_dump()])
+    assert message == {"role": "assistant", "content": "", "tool_calls": [call.model_dump()]}
 
 
 def test_calls_that_are_none() -> None:
