@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .answer import Answer, Completion
 from .chat_stream import Alarm, ChatStream, Inbox
@@ -336,6 +336,9 @@ class Model(ModelGroup):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._model_id!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} can be neither pickled nor copied: its engine is this process's; build the model in each process")
 
     def _prepare(self, rounds: ToolRounds) -> Prepared:
         """The next turn, ready for the engine."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ import pytest_asyncio
 from fake_model import ALPHABET, BOS, VOCAB_SIZE, make_model, wait_until_idle
 
 from pymistral import Function, Model, RequestBuilder, SamplingParams, TextMessages, Tool
+from pymistral.blocking import BlockingModel
 from pymistral.errors import EngineClosedError, InferenceError, ModelError, ModelLoadError, RequestValidationError
 
 
@@ -57,6 +59,12 @@ async def test_response_has_openais_shape(model: Model, request_: object) -> Non
     assert usage.avg_compl_tok_per_sec > 0
     assert usage.avg_prompt_tok_per_sec > 0
     assert response.model_dump()["usage"]["prompt_tokens_details"] == {"cached_tokens": usage.prompt_tokens_details.cached_tokens}
+
+
+async def test_what_a_pool_of_processes_is_told(model: Model) -> None:
+    for whole in (model, BlockingModel(model), model.chat):
+        with pytest.raises(TypeError, match=r"can be neither pickled nor copied: .*; build the model in each process"):
+            pickle.dumps(whole)
 
 
 async def test_two_requests_have_different_ids(model: Model) -> None:
