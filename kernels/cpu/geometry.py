@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .isa import current_isa
-from .tiles import panel_bytes
+from .tiles import TILE_FORMATS, panel_bytes
 
 ATTENTION_CHUNK = 256
 _FLOAT_ROWS = 48  # query rows in an item of `float_attention`
@@ -26,9 +26,21 @@ def panels_bytes(tokens: int, columns: int, item: int = 1) -> int:
     return -(-tokens // panel) * panel_bytes(panel, columns, item)
 
 
-def gated_scratch_bytes() -> int:
-    """Scratch of one thread in `matmul.gated_matmul`: gate and up, float32 [tokens][32] each."""
-    return 2 * current_isa().tokens * 128
+UNPACKED_BLOCK = 512  # bytes of 16 rows by 32 columns
+
+
+def unpacked_bytes(layout: str, columns: int) -> int:
+    """Scratch of one thread in `matmul.matmul`, for a tile whose quants are unpacked once for all panels.
+
+    None but for types that take more than a mask or a shift, on AVX2: what a panel of six tokens shares there took a fifth of its time.
+    """
+    format = TILE_FORMATS[layout]
+    return 16 * columns if current_isa().name == "avx2" and (format.high_bits or format.codebook) else 0
+
+
+def gated_scratch_bytes(layout: str, columns: int) -> int:
+    """Scratch of one thread in `matmul.gated_matmul`: gate and up, float32 [tokens][32] each, and four tiles that may be unpacked."""
+    return 2 * current_isa().tokens * 128 + 4 * unpacked_bytes(layout, columns)
 
 
 _CACHE_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "bf16 pairs": 2, "int16": 2, "f8e4m3": 1, "int8": 1}
@@ -125,7 +137,12 @@ def gathered_rows(choices: int, experts: int) -> int:
     return choices + min(choices, experts) * (panel_tokens() - 1)
 
 
-EXPERTS_SCRATCH_BYTES = 128  # of one thread in `moe.experts`: the slots of a matrix kernel
+DENSE_SLOTS = 16  # of a matrix kernel, at the start of the slots of `moe.experts`
+
+
+def experts_scratch_bytes(layout: str, columns: int) -> int:
+    """Scratch of one thread in `moe.experts`: the slots of a matrix kernel, and its scratch."""
+    return 8 * DENSE_SLOTS + (unpacked_bytes(layout, columns) if layout in TILE_FORMATS else 0)
 
 
 def wide_panels_bytes(tokens: int, columns: int) -> int:

@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import register_tiles, vectors
+from .geometry import UNPACKED_BLOCK, unpacked_bytes
 from .helpers import inline
 from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
@@ -31,21 +32,24 @@ _AHEAD = 1792  # bytes: so much before their use weights are asked for, which Ze
 
 
 @intrinsic(prefer_literal=True)
-def dot_groups(typing_context, tile, layout, block, activations, item, first, last):
+def dot_groups(typing_context, tile, layout, block, activations, item, first, last, unpacked):
     """Add the products of groups ``first`` to ``last - 1`` of the block of 32 columns at ``block``; all but the addresses are literals.
 
-    ``item`` is the bytes of an activation, 1 or 2.
+    ``item`` is the bytes of an activation, 1 or 2; ``unpacked`` is 1 if `unpack_block` wrote what is at ``block``, else 0.
     """
     format = TILE_FORMATS[layout.literal_value]
     word = ir.IntType(32)
 
     def codegen(context, b, sig, values):
-        total, _, address, x, _, _, _ = values
-        size, begin, end = (sig.args[i].literal_value for i in (4, 5, 6))
+        total, _, address, x, *_ = values
+        size, begin, end, ready = (sig.args[i].literal_value for i in (4, 5, 6, 7))
         signed = takes_signed(format.zero, size)
 
         def quants(group):
-            weights = group_of(b, format, address, group)
+            if ready:
+                weights = vectors.load(b, vectors.row_address(b, address, 64, group), vectors.i8x64.llvm)
+            else:
+                weights = group_of(b, format, address, group)
             return b.xor(weights, vectors.constant(weights.type, 0x80)) if signed else weights
 
         def activations(at, t, vector):
@@ -67,17 +71,32 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
         starts = [start(t) for t in range(total.type.count)] if centre else None
         return add_groups(b, total, range(begin, end), quants, four, largest=largest, signed=signed, starts=starts)
 
-    return tile(tile, layout, types.intp, types.intp, item, first, last), codegen
+    return tile(tile, layout, types.intp, types.intp, item, first, last, unpacked), codegen
+
+
+@intrinsic(prefer_literal=True)
+def unpack_block(typing_context, layout, block, target):
+    """The quants of a block, as unsigned bytes: eight groups of 64."""
+    format = TILE_FORMATS[layout.literal_value]
+
+    def codegen(context, b, sig, values):
+        for group in range(8):
+            vectors.store(b, vectors.row_address(b, values[2], 64, group), group_of(b, format, values[1], group))
+        return context.get_dummy_value()
+
+    return types.void(layout, types.intp, types.intp), codegen
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _tile_product(layout: str, tokens: int, item: int) -> Any:
-    """A function ``(weights, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16 (``item=2``).
+def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any:
+    """A function ``(weights, quants, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16
+    (``item=2``).
 
-    ``ahead`` is `_AHEAD` where the weights come from memory, and 0 where a panel before has brought them.
+    ``quants`` is where the tile was unpacked to, if it was. ``ahead`` is `_AHEAD` where the weights come from memory, and 0 where a panel
+    before has brought them.
     """
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens
@@ -88,21 +107,23 @@ def _tile_product(layout: str, tokens: int, item: int) -> Any:
     halves, minimum = format.scales == 2, format.minimum
     # what the sums of quants have too much
     zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
-    asks = not current_isa().has_avx512
+    asks = not current_isa().has_avx512 and not unpacked
 
     @inline
-    def tile_product(weights, x, blocks, ahead):
+    def tile_product(weights, quants, x, blocks, ahead):
         tile = zero_tile(tokens)
         header = weights
         block = weights + header_bytes
         left = blocks_per_record
         for _ in range(blocks):
+            if not unpacked:
+                quants = block
             if halves:
                 dots = start_dot_tile(tokens, zero, x + first_at, 4)
-                dots = dot_groups(dots, layout, block, x, item, 0, 4)
+                dots = dot_groups(dots, layout, quants, x, item, 0, 4, unpacked)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
                 dots = start_dot_tile(tokens, zero, x + last_at, 4)
-                dots = dot_groups(dots, layout, block, x, item, 4, 8)
+                dots = dot_groups(dots, layout, quants, x, item, 4, 8, unpacked)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
                 if minimum:
                     sums = sum_tile(tokens, x + first_at, 4)
@@ -111,7 +132,7 @@ def _tile_product(layout: str, tokens: int, item: int) -> Any:
                     tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
             else:
                 dots = start_dot_tile(tokens, zero, x + sums_at, 4)
-                dots = dot_groups(dots, layout, block, x, item, 0, 8)
+                dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
                 tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
                 if minimum:
                     tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
@@ -119,6 +140,7 @@ def _tile_product(layout: str, tokens: int, item: int) -> Any:
                 for line in range(0, block_bytes, 64):
                     prefetch(block + ahead + line)
             x += record
+            quants += UNPACKED_BLOCK
             block += block_bytes
             if blocks_per_record > 1:
                 left -= 1
@@ -131,15 +153,44 @@ def _tile_product(layout: str, tokens: int, item: int) -> Any:
     return tile_product
 
 
+@cache
+def _unpack_tile(layout: str) -> Any:
+    """A function ``(weights, blocks, target)`` that unpacks the quants of a tile, which come from memory."""
+    format = TILE_FORMATS[layout]
+    blocks_per_record = format.columns // 32
+    header_bytes, block_bytes = format.header_bytes, format.block_bytes
+
+    @inline
+    def unpack_tile(weights, blocks, target):
+        block = weights + header_bytes
+        left = blocks_per_record
+        for _ in range(blocks):
+            unpack_block(layout, block, target)
+            for line in range(0, block_bytes, 64):
+                prefetch(block + _AHEAD + line)
+            target += UNPACKED_BLOCK
+            block += block_bytes
+            if blocks_per_record > 1:
+                left -= 1
+                if left == 0:
+                    left = blocks_per_record
+                    block += header_bytes
+
+    return unpack_tile
+
+
 def matmul(*, layout: str, item: int = 1) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
     Activations are of int8, or of int16 if ``item`` is 2. Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile,
-    5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds.
+    5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds, 8 scratch, 9 bytes of scratch for a thread
+    (`geometry.unpacked_bytes`; where these are 0, neither is read).
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32, item)
     one, four, full = (_tile_product(layout, tokens, item) for tokens in (1, min(4, panel), panel))
+    unpacks = item == 1 and unpacked_bytes(layout, 32) > 0
+    full_unpacked, unpack_tile = _tile_product(layout, panel, item, 1), _unpack_tile(layout)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -150,7 +201,20 @@ def matmul(*, layout: str, item: int = 1) -> Any:
         row_bytes = load_i64(slots + 40)
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
-        for start in range(0, tokens, panel):
+        whole = 0  # tokens of panels that share what is unpacked
+        if unpacks and tokens >= 2 * panel:
+            whole = tokens // panel * panel
+            quants = load_i64(slots + 64) + thread * load_i64(slots + 72)
+            for unit in range(begin, end):
+                w = weights + unit * tile_bytes
+                unpack_tile(w, blocks, quants)
+                for start in range(0, whole, panel):
+                    many = full_unpacked(w, quants, panels + start // panel * blocks * record, blocks, 0)
+                    target = out + start * row_bytes + unit * 64
+                    if accumulate:
+                        many = add_to_tile(many, target, row_bytes)
+                    store_tile(many, target, row_bytes)
+        for start in range(whole, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
             ahead = _AHEAD if start == 0 else 0
@@ -158,17 +222,17 @@ def matmul(*, layout: str, item: int = 1) -> Any:
                 w = weights + unit * tile_bytes
                 target = out + start * row_bytes + unit * 64
                 if left == 1:
-                    result = one(w, x, blocks, ahead)
+                    result = one(w, 0, x, blocks, ahead)
                     if accumulate:
                         result = add_to_tile(result, target, row_bytes)
                     store_tile(result, target, row_bytes)
                 elif left <= 4:
-                    few = four(w, x, blocks, ahead)
+                    few = four(w, 0, x, blocks, ahead)
                     if accumulate:
                         few = add_to_tile(few, target, row_bytes)
                     store_tile(few, target, row_bytes)
                 else:
-                    many = full(w, x, blocks, ahead)
+                    many = full(w, 0, x, blocks, ahead)
                     if accumulate:
                         many = add_to_tile(many, target, row_bytes)
                     store_tile(many, target, row_bytes)
@@ -200,22 +264,36 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
 
     Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
-    panels,
-    7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
+    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
     one, four, full = (_tile_product(layout, tokens, 1) for tokens in (1, min(4, panel), panel))
+    unpacks = unpacked_bytes(layout, 32) > 0
+    full_unpacked, unpack_tile = _tile_product(layout, panel, 1, 1), _unpack_tile(layout)
     activate = activation_function(activation)
+
+    @inline
+    def tile_of(slots, unit, part, tile_bytes):
+        """Parts 0 and 2 are of the gate, 1 and 3 of up."""
+        return load_i64(slots + 8 * (part % 2)) + (2 * unit + part // 2) * tile_bytes
+
+    @inline
+    def combine(gate, up, tokens, target):
+        for token in range(tokens):
+            at = 128 * token
+            low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
+            high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
+            quantize_block(low, high, target, token)
 
     @inline
     def product(w, x, blocks, left, target, ahead):
         if left == 1:
-            store_tile(one(w, x, blocks, ahead), target, 128)
+            store_tile(one(w, 0, x, blocks, ahead), target, 128)
         elif left <= 4:
-            store_tile(four(w, x, blocks, ahead), target, 128)
+            store_tile(four(w, 0, x, blocks, ahead), target, 128)
         else:
-            store_tile(full(w, x, blocks, ahead), target, 128)
+            store_tile(full(w, 0, x, blocks, ahead), target, 128)
 
     def kernel(slots, begin, end, thread):
         panels = load_i64(slots + 16)
@@ -226,21 +304,28 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         out_blocks = load_i64(slots + 56)
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + panel * 128
-        for start in range(0, tokens, panel):
+        whole = 0  # tokens of panels that share what is unpacked
+        if unpacks and tokens >= 2 * panel:
+            whole = tokens // panel * panel
+            quants = up + panel * 128
+            for unit in range(begin, end):
+                for part in range(hidden(4)):
+                    unpack_tile(tile_of(slots, unit, part, tile_bytes), blocks, quants + part * blocks * UNPACKED_BLOCK)
+                for start in range(0, whole, panel):
+                    x = panels + start // panel * blocks * record
+                    for part in range(hidden(4)):  # `full_unpacked` is long
+                        w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
+                        store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, 0), target, 128)
+                    combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record)
+        for start in range(whole, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
             ahead = _AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 for part in range(hidden(4)):  # `product` is long
-                    half, of_up = part // 2, part % 2
-                    weights = load_i64(slots + 8 * of_up) + (2 * unit + half) * tile_bytes
-                    product(weights, x, blocks, left, gate + of_up * (up - gate) + 64 * half, ahead)
-                target = out + (start // panel * out_blocks + unit) * record
-                for token in range(left):
-                    at = 128 * token
-                    low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
-                    high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
-                    quantize_block(low, high, target, token)
+                    w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
+                    product(w, x, blocks, left, target, ahead)
+                combine(gate, up, left, out + (start // panel * out_blocks + unit) * record)
 
     return kernel
 

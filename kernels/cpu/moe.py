@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import matmul
+from .geometry import DENSE_SLOTS, unpacked_bytes
 from .helpers import inline
 from .quantize import quantize_row
 from .simd import (
@@ -26,8 +27,6 @@ from .simd import (
     store_i64,
 )
 from .tiles import FLOAT_FORMATS
-
-DENSE_SLOTS = 16  # of a matrix kernel, at the start of `experts`' slots
 
 
 def route() -> Any:
@@ -161,6 +160,7 @@ def experts(*, layout: str) -> Any:
     22 scratch, 23 bytes of scratch for a thread, 24 address of the number of experts that have rows, 25 pieces.
     """
     product = inline(matmul.float_matmul(layout=layout) if layout in FLOAT_FORMATS else matmul.matmul(layout=layout))
+    unpacks = layout not in FLOAT_FORMATS and unpacked_bytes(layout, 32) > 0
 
     def kernel(slots, begin, end, thread):
         active, counts, firsts = load_i64(slots + 128), load_i64(slots + 136), load_i64(slots + 144)
@@ -168,6 +168,8 @@ def experts(*, layout: str) -> Any:
         own = load_i64(slots + 176) + thread * load_i64(slots + 184)
         for slot in range(DENSE_SLOTS):
             store_i64(own + 8 * slot, load_i64(slots + 8 * slot))
+        if unpacks:
+            store_i64(own + 64, own + 8 * DENSE_SLOTS)
         total, pieces = load_i64(load_i64(slots + 192)) * tiles, load_i64(slots + 200)
         unit, last = begin * total // pieces, end * total // pieces
         while unit < last:

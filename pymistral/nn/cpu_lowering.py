@@ -57,11 +57,13 @@ class CpuLowering(CpuLaunching):
             slots = [matrix.address, source.address, *common, self._row_bytes(x)]
             slots[3] = x.columns
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
+            unpacked = 0
         else:
             source = self._panels(x)
-            slots = [matrix.address, source.address, *common]
+            slots = [matrix.address, source.address, *common, 0, 0]
             slots[3] = x.columns // 32
             kernel = spec("matmul.matmul", layout=matrix.format.name, item=self._item(x))
+            unpacked = geometry.unpacked_bytes(matrix.format.name, x.columns)
         reads = (source, out) if accumulate else (source,)
         self._launch(
             kernel,
@@ -71,6 +73,7 @@ class CpuLowering(CpuLaunching):
             chunk=self._chunk(matrix),
             reads=reads,
             writes=(out,),
+            scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
         )
 
@@ -148,6 +151,7 @@ class CpuLowering(CpuLaunching):
                 0,
                 geometry.wide_tokens(self._max_rows(x)),
             )
+            scratch = geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes(gate.format.name, x.columns)
             self._launch(
                 spec("amx.gated_matmul" if wide else "matmul.gated_matmul", layout=gate.format.name, activation=activation),
                 slots,
@@ -156,7 +160,7 @@ class CpuLowering(CpuLaunching):
                 chunk=self._wide_chunk(columns // 32) if wide else max(1, self._chunk(gate) // 4),
                 reads=(source,),
                 writes=(out,),
-                scratch=(8, geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes()),
+                scratch=(8, scratch),
                 weights=(gate.address, gate.tiles.nbytes),
             )
             return
@@ -425,7 +429,7 @@ class CpuLowering(CpuLaunching):
                 units=pieces,
                 reads=(source, *routing[2:]),
                 writes=(out,),
-                scratch=(22, geometry.EXPERTS_SCRATCH_BYTES),
+                scratch=(22, geometry.experts_scratch_bytes(first.format.name, columns)),
             )
             return out
 
