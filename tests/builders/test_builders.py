@@ -76,7 +76,7 @@ def test_each_option_is_a_keyword_and_a_method_of_the_same_type() -> None:
         assert method.__annotations__[option].removesuffix(" | None") == str(field.type).removesuffix(" | None")
         assert method.__annotations__["return"] == "Self"
         assert method.__doc__
-        assert f"\n    {option}\n" in (common.ModelOptions.__doc__ or "")
+        assert f"\n{option}\n" in (inspect.getdoc(common.ModelOptions) or "")
 
 
 @pytest.mark.parametrize("make", BUILDERS)
