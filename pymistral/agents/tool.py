@@ -8,11 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_origin, get_type_hints, overload
+from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_origin, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError, PydanticUserError
 from pydantic.fields import FieldInfo
+from typing_extensions import get_type_hints  # in Python 3.10 typing's hides an Annotated whose default is None
 
 from ..errors import RequestValidationError, ToolArgumentsError
 from ..requests import Function, Tool

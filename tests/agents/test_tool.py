@@ -353,6 +353,13 @@ def test_a_docstring_describes_the_parameters() -> None:
     assert [properties[name]["description"] for name in ("city", "days", "hours")] == ["The city: its name.", "said here", "How long."]
 
 
+def test_a_default_of_none_hides_no_description() -> None:
+    @tool
+    def function(unit: Annotated[str | None, "The unit"] = None) -> None: ...
+
+    assert (function.tool.function.parameters or {})["properties"]["unit"]["description"] == "The unit"
+
+
 @pytest.mark.parametrize("docstring", [None, "", "One line.", "Note: this is text.\n\nArgs are not described."])
 def test_docstrings_without_parameters(docstring: str | None) -> None:
     description, parameters = read_docstring(docstring)
