@@ -227,7 +227,7 @@ class Sampler:
         if self.constraint is not None:
             self._set_mask(self.constraint.allowed())
         if self.in_python:
-            self._logits = np.empty(at.whole_blocks(self.vocab_size), np.float32)
+            self._logits: F32 = np.empty(at.whole_blocks(self.vocab_size), np.float32)
             words[at.MODE], words[at.OUT] = at.ADJUST, address(self._logits)
 
     def guess(self, logits: int, position: int) -> None:

@@ -117,7 +117,7 @@ class GgufLoader:
         value = self._uniform(key)
         if value is None:
             return None
-        if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool) or not abs(value) < 1e30:
+        if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool) or not -1e30 < value < 1e30:
             self.fail(f"{key} is {value!r:.80}, not a finite number")
         return float(str(np.float32(value)))  # float32's shortest decimal: the 1e-05 that the author wrote, not 9.99999974e-06
 

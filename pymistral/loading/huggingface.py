@@ -382,7 +382,8 @@ class FolderLoader:
                 f"and blocks of {block_rows} by {block_columns}"
             )
         share = math.gcd(block_columns, columns)  # a last block may be narrower
-        return scales[np.arange(rows)[:, None] // block_rows, np.arange(0, columns, share) // block_columns]
+        chosen: NDArray[np.float32] = scales[np.arange(rows)[:, None] // block_rows, np.arange(0, columns, share) // block_columns]
+        return chosen
 
     def _scale_block(self) -> tuple[int, int]:
         """Rows and columns that share a scale, as ``quantization_config`` says in transformers' words or in compressed-tensors'."""

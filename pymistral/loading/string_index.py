@@ -32,7 +32,7 @@ class StringIndex(Mapping[str, int]):
         self._strings = strings
         self._longest = max(1, int(np.diff(np.array(strings.bounds)).max()))
         self._shift = 32 - bits
-        self._places = array("I", places.tobytes())
+        self._places: array[int] = array("I", places.tobytes())
         self._slots = array("I", np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32).tobytes())
         self._place = lru_cache(1 << 14)(self._find)
         same = np.flatnonzero(hashes[1:] == hashes[:-1])

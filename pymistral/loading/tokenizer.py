@@ -418,7 +418,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens = _strings(metadata, "tokens")
     if not tokens:
         raise ModelLoadError("tokenizer.ggml.tokens is empty")
-    types = np.full(len(tokens), TokenType.NORMAL)
+    types: NDArray[Any] = np.full(len(tokens), TokenType.NORMAL)
     if "tokenizer.ggml.token_type" in metadata:
         types = _numbers(metadata, "token_type", len(tokens))
     llama = model == "llama"

@@ -54,7 +54,7 @@ def evaluate(
     state = program.state
     if tokens is not None:
         limit = min(node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding")
-        if count and not 0 <= tokens.min() <= tokens.max() < limit:
+        if count and not 0 <= np.min(tokens) <= np.max(tokens) < limit:
             raise ValueError(f"token ids must be 0 to {limit - 1}")
         state.tokens[:count] = tokens
     for array in (state.positions, state.cache_slots[0], state.output_rows):

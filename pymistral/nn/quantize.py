@@ -75,7 +75,7 @@ def stored_blocks(tensor: Tensor) -> NDArray[np.uint8]:
     if tensor.scales is None:
         return tensor.data
     rows = tensor.data.reshape(tensor.shape)
-    if rows.size and (rows.max() == 0xFF or rows.view(np.int8).max() == 0x7F):
+    if rows.size and (np.max(rows) == 0xFF or np.max(rows.view(np.int8)) == 0x7F):
         raise ModelLoadError(f"tensor {tensor.name!r} has weights that are not numbers (FP8 0x7F or 0xFF)")
     return np.concatenate([np.ascontiguousarray(tensor.scales).view(np.uint8), rows], axis=1).reshape(-1)
 

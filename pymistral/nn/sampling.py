@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
 from ..kernels.cpu.sampling_layout import ROW_WORDS, scratch_bytes
@@ -29,9 +28,9 @@ class SamplingRow:
     __slots__ = ("address", "numbers", "words")
 
     def __init__(self) -> None:
-        memory: NDArray[Any] = zeros(ROW_WORDS, np.int64)
+        memory: Any = zeros(ROW_WORDS, np.int64)
         self.address = address(memory)
-        self.words = memoryview(memory)  # type: ignore[arg-type]
+        self.words = memoryview(memory)
         self.numbers = self.words.cast("B").cast("d")
 
 
