@@ -141,7 +141,8 @@ def _read(reply: http.client.HTTPResponse, sock: socket.socket, host: str, max_b
         body += piece
         if len(body) > max_bytes:
             raise OSError(f"{host} sent more than {max_bytes} bytes")
-        sock.settimeout(_left(end))
+        if not reply.isclosed():  # newer Pythons close it, and the socket with it, at the last byte that Content-Length announces
+            sock.settimeout(_left(end))
     return body
 
 
