@@ -226,12 +226,10 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
 def attention(*, head_dim: int, group: int) -> Any:
     """``out = softmax(q . k) . v`` for each query row; q comes scaled. Units are (item, key/value head).
 
-    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7
-    key/value heads,
-    8 positions (int32), 9 items (int32 [first token, tokens, row of the block table, chunk or -1 for all, index of the partial result]),
-    10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of scratch
-    for a thread,
-    16 partial results (`geometry.partial_floats` for each index and key/value head).
+    Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7 key/value
+    heads, 8 positions (int32), 9 items (int32 [first token, tokens, row of the block table, chunk or -1 for all, index of the partial
+    result]), 10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of
+    scratch for a thread, 16 partial results (`geometry.partial_floats` for each index and key/value head).
     """
     full = query_tile_tokens("attention", group) * group
     one_token, all_tokens = _chunk_attention(head_dim, group, group), _chunk_attention(head_dim, group, full)
@@ -360,9 +358,8 @@ def item_kernel(
 def merge(*, head_dim: int, group: int) -> Any:
     """The results of items that took one chunk each, merged in order. Units are (token, key/value head).
 
-    Slots: 0 merges (int32 [token, index of the first partial result, how many]), 1 partial results, 2 key/value heads, 3 out, 4 bytes of
-    an out row,
-    5 scratch, 6 bytes of scratch for a thread.
+    Slots: 0 merges (int32 [token, index of the first partial result, how many]), 1 partial results, 2 key/value heads, 3 out, 4 bytes of an
+    out row, 5 scratch, 6 bytes of scratch for a thread.
     """
     partial_bytes = partial_floats(group, head_dim) * 4
 

@@ -156,16 +156,14 @@ def rope_and_cache(*, head_dim: int, cache: str) -> Any:
 
     A layer's cache has, for each block of ``B`` positions and each key/value head, keys ``[B / 16][head_dim][16 positions]`` and values
     ``[B][head_dim]``, so that either way 16 items are a vector. In the types of 8 bits 32 dimensions share a scale (16 where heads are no
-    multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16 and lie behind the items,
-    ``[head_dim / 32][B]``. In ``bf16 pairs``, for CPUs that
-    multiply such, the order is keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and values ``[B / 2][head_dim][2 positions]``.
-    ``int16`` has such keys, values ``[head_dim / 16][B / 2][16 dimensions][2 positions]``, and behind them a scale for each position, with
-    which the largest becomes about 32,600.
+    multiple of 32), with which the largest of them becomes 127, or 448. The scales are bfloat16 and lie behind the items, ``[head_dim /
+    32][B]``. In ``bf16 pairs``, for CPUs that multiply such, the order is keys ``[B / 16][head_dim / 2][16 positions][2 dimensions]`` and
+    values ``[B / 2][head_dim][2 positions]``. ``int16`` has such keys, values ``[head_dim / 16][B / 2][16 dimensions][2 positions]``, and
+    behind them a scale for each position, with which the largest becomes about 32,600.
 
-    Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9
-    k norm weight or 0,
-    10 epsilon (f32 bits), 11 rotation table (f32 [position][cosines, sines]) or 0, 12 pairs to rotate, 13 q scale (f32 bits),
-    14 positions (int32), 15 cache slots (int32: block * B + offset), 16 key cache, 17 value cache, 18 B.
+    Slots: 0 q, 1 bytes of a q row, 2 k, 3 bytes of a k row, 4 v, 5 bytes of a v row, 6 heads, 7 key/value heads, 8 q norm weight or 0, 9 k
+    norm weight or 0, 10 epsilon (f32 bits), 11 rotation table (f32 [position][cosines, sines]) or 0, 12 pairs to rotate, 13 q scale (f32
+    bits), 14 positions (int32), 15 cache slots (int32: block * B + offset), 16 key cache, 17 value cache, 18 B.
     """
     write = _writer(cache, head_dim)
     position_bytes = cache_row_bytes(cache, head_dim)
