@@ -225,7 +225,7 @@ def _snapshot(repo: str, where: dict[str, Any]) -> Path:
 
 
 def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:
-    """The GGUF file to take, with all its shards; empty for a repository of safetensors."""
+    """The GGUF file to take, with all its shards; empty for a repository, or a folder, of safetensors."""
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
     if part:
         found = [name for name in ggufs if name == part] or [name for name in ggufs if part.lower() in name.lower()]
@@ -240,8 +240,9 @@ def choose_gguf(repo: str, names: Sequence[str], part: str = "") -> list[str]:
         pickles = " (pickled weights are refused, because loading a pickle runs whatever code it holds)" * any(map(is_pickle, names))
         raise ModelLoadError(f"{repo} holds neither safetensors nor GGUF files: it is not a model that pymistral can load{pickles}")
     problem = f"{len(models) or 'no'} GGUF models{f' with {part!r} in the name' if part else ''}"
+    remedy = "give the path of one of them" if looks_local(repo) else f"choose one with {repo}:PART, such as {repo}:Q4_K_M"
     listed = ", ".join((found or ggufs)[:12]) or "none"
-    raise ModelLoadError(f"{repo} holds {problem}; choose one with {repo}:PART, such as {repo}:Q4_K_M (files: {listed})")
+    raise ModelLoadError(f"{repo} holds {problem}; {remedy} (files: {listed})")
 
 
 @contextmanager

@@ -117,6 +117,12 @@ def test_choose_gguf_needs_help(names: list[str], part: str, message: str) -> No
         choose_gguf("owner/name", names, part)
 
 
+def test_several_models_in_a_folder() -> None:
+    """Which a PART could not choose from."""
+    with pytest.raises(ModelLoadError, match=r"^/models holds 2 GGUF models; give the path of one of them \(files: a\.gguf, b\.gguf\)$"):
+        choose_gguf("/models", ["a.gguf", "b.gguf"])
+
+
 def test_token_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setenv("MY_TOKEN", "secret")
