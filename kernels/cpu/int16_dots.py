@@ -90,7 +90,7 @@ def _words(b: Any, quants: Any) -> tuple[Any, Any]:
 
 
 def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
-    """For AVX2, whose sixteen registers hold the sums of three tokens beside a group's words.
+    """For AVX2, whose sixteen registers hold the sums of three tokens beside a group's words, or just those of four.
 
     `settled` keeps them there: LLVM would take all groups of a token before the next one's, and the words through memory.
     """
@@ -101,7 +101,8 @@ def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any
 
     count = tile.type.count
     totals = [halves(b, b.extract_value(tile, t)) for t in range(count)]
-    for few in (range(start, min(start + 3, count)) for start in range(0, count, 3)):
+    together = 4 if count == 4 else 3
+    for few in (range(start, min(start + together, count)) for start in range(0, count, together)):
         for group in groups:
             both = [_words(b, half) for half in halves(b, quants(group))]
             for t in few:
