@@ -55,9 +55,9 @@ async def ask(toolbox: Toolbox, name: str, /, **arguments: Any) -> str:
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z" if sys.platform == "linux" else True
+    except (ProcessLookupError, FileNotFoundError):  # the second if it goes between the two looks
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z" if sys.platform == "linux" else True
 
 
 def gone(pid: int, seconds: float = 20) -> bool:
