@@ -116,6 +116,7 @@ def load_runner(builder: Builder) -> Loaded:
     from ..loading.progress import counting_bar
     from ..models.registry import build_model
     from ..nn import record
+    from ..nn.memory import give_back
     from ..nn.pool import EXECUTOR_KERNELS, available_threads
     from ..nn.sampling import SAMPLING_KERNEL
     from ..quantization.floats import matrices_as
@@ -167,6 +168,7 @@ def load_runner(builder: Builder) -> Loaded:
     packing = runner.packing if isinstance(runner, CpuRunner) else None
     try:
         checkpoint = loader.checkpoint(config, weights, tokenizer_json)  # while the weights are packed
+        give_back()
         if packing:
             packing.wait()
     except BaseException:

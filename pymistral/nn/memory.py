@@ -57,6 +57,12 @@ def forget(array: NDArray[np.generic]) -> None:
         mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
+def give_back() -> None:
+    """Have the C library give the system what has been freed: glibc may keep many megabytes of it, others have no such call."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 @functools.cache
 def madvise_address() -> int:
     """Where the C library's ``madvise`` is, for kernels that call it."""
