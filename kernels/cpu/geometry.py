@@ -32,7 +32,7 @@ UNPACKED_BLOCK = 512  # bytes of 16 rows by 32 columns
 def unpacked_bytes(layout: str, columns: int) -> int:
     """Scratch of one thread in `matmul.matmul`, for a tile whose quants are unpacked once for all panels.
 
-    None but for types that take more than a mask or a shift, on AVX2: what a panel of six tokens shares there took a fifth of its time.
+    None but for types that take more than a mask or a shift, on AVX2: unpacking took a fifth of the time of a panel of six tokens there.
     """
     format = TILE_FORMATS[layout]
     return 16 * columns if current_isa().name == "avx2" and (format.high_bits or format.codebook) else 0

@@ -95,8 +95,8 @@ def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any
     """A function ``(weights, quants, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16
     (``item=2``).
 
-    ``quants`` is where the tile was unpacked to, if it was. ``ahead`` is `_AHEAD` where the weights come from memory, and 0 where a panel
-    before has brought them.
+    ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `_AHEAD` where
+    the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there.
     """
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens
@@ -107,7 +107,7 @@ def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any
     halves, minimum = format.scales == 2, format.minimum
     # what the sums of quants have too much
     zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
-    asks = not current_isa().has_avx512 and not unpacked
+    asks = not current_isa().has_avx512
 
     @inline
     def tile_product(weights, quants, x, blocks, ahead):
@@ -202,14 +202,15 @@ def matmul(*, layout: str, item: int = 1) -> Any:
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
         whole = 0  # tokens of panels that share what is unpacked
-        if unpacks and tokens >= 2 * panel:
+        if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
             quants = load_i64(slots + 64) + thread * load_i64(slots + 72)
             for unit in range(begin, end):
                 w = weights + unit * tile_bytes
                 unpack_tile(w, blocks, quants)
                 for start in range(0, whole, panel):
-                    many = full_unpacked(w, quants, panels + start // panel * blocks * record, blocks, 0)
+                    ahead = tile_bytes if start == 0 else 0
+                    many = full_unpacked(w, quants, panels + start // panel * blocks * record, blocks, ahead)
                     target = out + start * row_bytes + unit * 64
                     if accumulate:
                         many = add_to_tile(many, target, row_bytes)
@@ -305,7 +306,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + panel * 128
         whole = 0  # tokens of panels that share what is unpacked
-        if unpacks and tokens >= 2 * panel:
+        if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
             quants = up + panel * 128
             for unit in range(begin, end):
@@ -313,9 +314,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     unpack_tile(tile_of(slots, unit, part, tile_bytes), blocks, quants + part * blocks * UNPACKED_BLOCK)
                 for start in range(0, whole, panel):
                     x = panels + start // panel * blocks * record
+                    ahead = 2 * tile_bytes if start == 0 else 0
                     for part in range(hidden(4)):  # `full_unpacked` is long
                         w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
-                        store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, 0), target, 128)
+                        store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, ahead), target, 128)
                     combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record)
         for start in range(whole, tokens, panel):
             x = panels + start // panel * blocks * record
