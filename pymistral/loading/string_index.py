@@ -26,11 +26,11 @@ class StringIndex(Mapping[str, int]):
     def __init__(self, strings: JoinedStrings) -> None:
         count = len(strings)
         bits = count.bit_length()
-        keys = np.sort(_hashes(strings) << np.uint64(32) | np.arange(count, dtype=np.uint64))
+        self._longest = int(np.diff(np.array(strings.bounds)).max())  # bytes, with the zero behind them
+        keys = np.sort(_hashes(strings, self._longest) << np.uint64(32) | np.arange(count, dtype=np.uint64))
         hashes, places = (keys >> np.uint64(32)).astype(np.int64), keys.astype(np.uint32)
         sizes = np.bincount(hashes >> 32 - bits, minlength=1 << bits)
         self._strings = strings
-        self._longest = max(1, int(np.diff(np.array(strings.bounds)).max()))
         self._shift = 32 - bits
         self._places: array[int] = array("I", places.tobytes())
         self._slots = array("I", np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32).tobytes())
@@ -79,10 +79,9 @@ def index_of(strings: Sequence[str]) -> Mapping[str, int]:
     return {string: place for place, string in reversed(list(enumerate(strings)))}
 
 
-def _hashes(strings: JoinedStrings) -> NDArray[np.uint64]:
+def _hashes(strings: JoinedStrings, longest: int) -> NDArray[np.uint64]:
     bounds = np.array(strings.bounds)
     utf8 = np.frombuffer(strings.utf8 + b"\0", np.uint8)[: bounds[-1] + 1]
-    longest = int(np.diff(bounds).max())
     powers = np.array([FACTOR * pow(256, place, PRIME) % PRIME for place in range(longest)], np.uint64)
     found = np.empty(len(strings), np.uint64)
     for first in range(0, len(strings), _TOGETHER):
