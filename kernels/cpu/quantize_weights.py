@@ -1,8 +1,6 @@
 """Float weights to GGUF's blocks, 16 rows at a time: lane ``r`` of every vector is row ``r``, so that a search runs in all lanes at once.
 
-The block layouts are ggml's (ggml-common.h), and so is the way to look for scales: for each group of weights some twenty scales around the
-one that just covers its range are tried, the best offset goes with each by least squares, and what leaves the smallest weighted error
-stays. Weights are rounded last, to the scales as they are stored.
+The block layouts are ggml's (ggml-common.h). `scale_search` finds the scales; weights are rounded last, to the scales as they are stored.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .helpers import inline
+from .scale_search import TINY, affine_search, as_half, inverse, of_largest_magnitude, rounded, symmetric_search
 from .simd import (
     absolute,
     as_f32,
@@ -32,7 +31,6 @@ from .simd import (
     select,
     splat_f32,
     splat_i32,
-    sqrt,
     store_f32,
     store_f32x16,
     store_i8x16,
@@ -41,11 +39,9 @@ from .simd import (
     store_u8,
     to_f32,
 )
-from .small_floats import load_bf16x16, load_f16, load_f16x16, store_f16, store_f16x16
+from .small_floats import load_bf16x16, load_f16, load_f16x16, store_f16
 from .tiles import FP8_LARGEST
 from .weight_layout import LARGEST_FINITE, LARGEST_HALF, NOT_FINITE, Q_BYTES, TOO_LARGE, X_BYTES
-
-_TINY = 1e-30  # a range that would make its inverse overflow
 
 
 def _loader(source: str) -> tuple[int, Any]:
@@ -64,138 +60,6 @@ def _loader(source: str) -> tuple[int, Any]:
         return bits_to_f32(load_u16(at) << 16)
 
     return (4 if source == "f32" else 2), {"f32": f32, "f16": f16, "bf16": bf16}[source]
-
-
-# ---- looking for scales ---------------------------------------------------------------------------------------------
-
-
-@inline
-def inverse(x):
-    """1 / x, and 0 for 0."""
-    return select(greater(absolute(x), splat_f32(0.0)), splat_f32(1.0) / x, splat_f32(0.0))
-
-
-@inline
-def as_half(x, scratch):
-    """The value that is left when it is stored as a half."""
-    store_f16x16(scratch, x)
-    return load_f16x16(scratch)
-
-
-@inline
-def rounded(x, low, high):
-    return to_f32(round_to_i32(minimum(maximum(x, splat_f32(low)), splat_f32(high))))
-
-
-@inline
-def of_largest_magnitude(x, count):
-    """Of each lane's ``count`` values the one furthest from 0, with its sign."""
-    largest = load_f32x16(x)
-    for i in range(1, count):
-        value = load_f32x16(x + 64 * i)
-        largest = select(greater(absolute(value), absolute(largest)), value, largest)
-    return largest
-
-
-def _symmetric(half: int) -> Any:
-    """A function ``(x, count) -> scale``: x is about scale times -half ... half - 1. Large weights count more, by their size."""
-    low, high = float(-half), float(half - 1)
-
-    @inline
-    def symmetric(x, count):
-        peak = of_largest_magnitude(x, count)
-        one = select(greater(absolute(peak), splat_f32(_TINY)), splat_f32(-1.0) / peak, splat_f32(0.0))
-        scale = splat_f32(0.0)
-        best = splat_f32(0.0)
-        for step in range(-9, 10):
-            factor = one * splat_f32(half + 0.1 * step)
-            products = splat_f32(0.0)
-            squares = splat_f32(0.0)
-            for i in range(count):
-                value = load_f32x16(x + 64 * i)
-                quant = rounded(value * factor, low, high)
-                weighted = absolute(value) * quant
-                products = fma(weighted, value, products)
-                squares = fma(weighted, quant, squares)
-            fit = products * inverse(squares)
-            gain = fit * products
-            better = greater(gain, best)
-            best = select(better, gain, best)
-            scale = select(better, fit, scale)
-        return scale
-
-    return symmetric
-
-
-def _affine(levels: int, first: float, steps: int, below_zero: bool) -> Any:
-    """A function ``(x, count) -> (scale, minimum)``: x is about scale times 0 ... levels plus the minimum.
-
-    ``steps`` scales are tried, for ranges of ``levels + first`` on in tenths; ``below_zero`` keeps the minimum at 0 or less.
-    """
-    high = float(levels)
-
-    @inline
-    def affine(x, count):
-        least = load_f32x16(x)
-        most = least
-        square_sum = least * least
-        for i in range(1, count):
-            value = load_f32x16(x + 64 * i)
-            least = minimum(least, value)
-            most = maximum(most, value)
-            square_sum = fma(value, value, square_sum)
-        rms = sqrt(square_sum * splat_f32(1.0 / count))
-        if below_zero:
-            least = minimum(least, splat_f32(0.0))
-        weight_sum = splat_f32(0.0)
-        value_sum = splat_f32(0.0)
-        error = splat_f32(0.0)
-        extent = most - least
-        one = splat_f32(1.0) / maximum(extent, splat_f32(_TINY))
-        scale = extent * splat_f32(1.0 / levels)
-        for i in range(count):
-            value = load_f32x16(x + 64 * i)
-            weight = rms + absolute(value)
-            weight_sum = weight_sum + weight
-            value_sum = fma(weight, value, value_sum)
-            quant = rounded((value - least) * one * splat_f32(high), 0.0, high)
-            difference = fma(scale, quant, least - value)
-            error = fma(weight * difference, difference, error)
-        offset = least
-        for step in range(steps):
-            factor = one * splat_f32(high + first + 0.1 * step)
-            quant_sum = splat_f32(0.0)
-            squares = splat_f32(0.0)
-            products = splat_f32(0.0)
-            for i in range(count):
-                value = load_f32x16(x + 64 * i)
-                quant = rounded((value - offset) * factor, 0.0, high)
-                weighted = (rms + absolute(value)) * quant
-                quant_sum = quant_sum + weighted
-                squares = fma(weighted, quant, squares)
-                products = fma(weighted, value, products)
-            determinant = weight_sum * squares - quant_sum * quant_sum
-            divisor = inverse(determinant)
-            fit = (weight_sum * products - value_sum * quant_sum) * divisor
-            fit_offset = (squares * value_sum - quant_sum * products) * divisor
-            if below_zero:
-                positive = greater(fit_offset, splat_f32(0.0))
-                fit = select(positive, products * inverse(squares), fit)
-                fit_offset = select(positive, splat_f32(0.0), fit_offset)
-            fit_error = splat_f32(0.0)
-            for i in range(count):
-                value = load_f32x16(x + 64 * i)
-                quant = rounded((value - offset) * factor, 0.0, high)
-                difference = fma(fit, quant, fit_offset - value)
-                fit_error = fma((rms + absolute(value)) * difference, difference, fit_error)
-            fit_error = select(greater(determinant, splat_f32(0.0)), fit_error, error)
-            better = greater(error, fit_error)
-            error = select(better, fit_error, error)
-            scale = select(better, fit, scale)
-            offset = select(better, fit_offset, offset)
-        return scale, offset
-
-    return affine
 
 
 @inline
@@ -217,10 +81,10 @@ def _encoder(layout: str) -> Any:
     group.
     """
     half = {"q4_0": 8, "q5_0": 16, "q3_k": 4, "q6_k": 32}.get(layout, 1)
-    symmetric = _symmetric(half)
+    symmetric = symmetric_search(half)
     levels = {"q4_1": 15, "q5_1": 31, "q2_k": 3, "q4_k": 15, "q5_k": 31}.get(layout, 1)
     first, steps = {"q2_k": (-0.5, 16), "q4_k": (-1.0, 21), "q5_k": (-0.5, 16)}.get(layout, (-0.5, 16))
-    affine = _affine(levels, first, steps, layout.endswith("k"))
+    affine = affine_search(levels, first, steps, layout.endswith("k"))
     count = 16 if layout in ("q2_k", "q3_k", "q6_k") else 32
     groups = 256 // count
     top = {"q2_k": 15.0, "q4_k": 63.0, "q5_k": 63.0, "q3_k": 32.0, "q6_k": 128.0}.get(layout, 1.0)
@@ -527,7 +391,7 @@ def _quantize_fp8(source: str) -> Any:
             if not peak <= LARGEST_FINITE:
                 store_i64(flags + NOT_FINITE, row + 1)
                 continue
-            scale = peak / FP8_LARGEST if peak > _TINY else 0.0
+            scale = peak / FP8_LARGEST if peak > TINY else 0.0
             factor = splat_f32(1.0 / scale if scale > 0.0 else 0.0)
             store_f32(block, scale)
             for column in range(0, columns, 16):
