@@ -1,4 +1,4 @@
-// Products of weights and the rows of a batch's decoding step, 2 to some 64, on tensor cores (sm_80 and later): every weight is read once for
+// Products of weights and the rows of a batch's decoding step, up to `FEW_ROWS` of linear.py, on tensor cores (sm_80 and later): every weight is read once for
 // 8, 16 or 32 rows, from global memory to the registers that a fragment takes it from.
 // Macros: those of weights.cuh, TOKENS (8, 16, 32: rows of x for each block), MATRIX_TILES (of 16 rows of weights, for a warp of matmul_few),
 // ROW_WARPS (1, 2, 4: warps with other rows of weights, which share x; the rest of eight deal out the columns).

@@ -1,4 +1,4 @@
-// Rows of weights as floats: embeddings, and whole matrices for matmul_bf16. Macros: those of weights.cuh.
+// Rows of weights as floats: embeddings, and whole matrices for products in bfloat16. Macros: those of weights.cuh.
 // A lane decodes a block of 32 columns. Lanes exchange them in shared memory, so that a warp writes 512 consecutive bytes at a time.
 #include "weights.cuh"
 
