@@ -8,6 +8,7 @@ from .cpu_lowering import CpuLowering
 from .cpu_program import CpuProgram
 from .cpu_weights import TiledWeights
 from .graph import Graph
+from .output_rows import take_rows_early
 from .state import Limits
 
 
@@ -16,7 +17,7 @@ def compile_graph(graph: Graph, limits: Limits, *, threads: int, progress: Progr
 
     Raises ModelLoadError if a weight's type or shape cannot be used.
     """
-    return CpuLowering(graph, limits, threads, _begin_packing(graph, threads)).finish(progress)
+    return CpuLowering(take_rows_early(graph), limits, threads, _begin_packing(graph, threads)).finish(progress)
 
 
 def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress: Progress | None = None) -> tuple[CpuProgram, CpuProgram]:
@@ -26,6 +27,7 @@ def compile_for_prompts(graph: Graph, limits: Limits, *, threads: int, progress:
     multiplied in bfloat16, what is generated in int8 as everywhere.
     """
     weights = _begin_packing(graph, threads)
+    graph = take_rows_early(graph)
     generated = CpuLowering(graph, limits, threads, weights)
     if graph.exact or not current_isa().has_amx:
         program = generated.finish(progress)

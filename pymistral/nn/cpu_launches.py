@@ -52,6 +52,8 @@ class CpuLaunching(Lowering):
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
         self.panels_of: dict[Array, Buffer] = {}
         self.forms.append(self.panels_of)
+        products = [node.inputs[0] for node in graph.nodes if node.op == "linear"]
+        self.makes_logits = products[-1] if products and products[-1].rows == OUTPUTS else None
 
     # ---- buffers ----------------------------------------------------------------------------------------------------
 
@@ -85,8 +87,8 @@ class CpuLaunching(Lowering):
         return not isinstance(format, FloatFormat) or (self._is_wide(array) and format.name == "bf16" and array.columns % 32 == 0)
 
     def _item(self, array: Array) -> int:
-        """Bytes of an activation in panels. Logits come straight from those of outputs: they are few, and worth 16 bits instead of 8."""
-        return 2 if array.rows == OUTPUTS else 1
+        """Bytes of an activation in panels. Those that logits come straight from are few, and worth 16 bits instead of 8."""
+        return 2 if array is self.makes_logits else 1
 
     def _new_panels(self, array: Array) -> Buffer:
         if self._is_wide(array):

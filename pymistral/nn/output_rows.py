@@ -1,0 +1,53 @@
+"""Taking the rows whose logits are wanted as early as a graph allows: behind the last attention, a prompt's other tokens are of no use."""
+
+from __future__ import annotations
+
+from .graph import OUTPUTS, Array, Graph, Node
+
+# What makes a row of the same rows of its inputs, and of no others.
+_BY_ROW = {
+    "activate",
+    "add",
+    "add_vector",
+    "gated_linear",
+    "linear",
+    "mixture_of_experts",
+    "multiply",
+    "rms_norm",
+    "scale",
+    "sigmoid_gate",
+    "soft_cap",
+}
+
+
+def take_rows_early(graph: Graph) -> Graph:
+    """A graph of the same logits, in which what nothing but ``take_rows`` depends on is made for the rows that it takes alone."""
+    users: dict[Array, list[Node]] = {}
+    for node in graph.nodes:
+        for array in node.inputs:
+            users.setdefault(array, []).append(node)
+    narrow: set[int] = set()  # the nodes that are to work on those rows, and take_rows itself
+    for node in reversed(graph.nodes):
+        of_use = users.get(node.output)
+        if node.op == "take_rows" or (node.op in _BY_ROW and of_use and all(id(user) in narrow for user in of_use)):
+            narrow.add(id(node))
+    taken: dict[Array, Array] = {}  # the rows of an array that are wanted
+    result = Graph()
+
+    def take(array: Array) -> Array:
+        if array not in taken:
+            taken[array] = Array(OUTPUTS, array.columns)
+            result.nodes.append(Node("take_rows", (array,), {}, taken[array]))
+        return taken[array]
+
+    for node in graph.nodes:
+        if node.op == "take_rows":
+            taken[node.output] = take(node.inputs[0])
+        elif id(node) in narrow:
+            inputs = tuple(take(array) for array in node.inputs)
+            taken[node.output] = Array(OUTPUTS, node.output.columns)
+            result.nodes.append(Node(node.op, inputs, node.attributes, taken[node.output]))
+        else:
+            inputs = tuple(taken[array] if array.rows == OUTPUTS and array in taken else array for array in node.inputs)
+            result.nodes.append(Node(node.op, inputs, node.attributes, node.output))
+    return result
