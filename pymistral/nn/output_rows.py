@@ -31,23 +31,24 @@ def take_rows_early(graph: Graph) -> Graph:
         of_use = users.get(node.output)
         if node.op == "take_rows" or (node.op in _BY_ROW and of_use and all(id(user) in narrow for user in of_use)):
             narrow.add(id(node))
+    wanted = dict.fromkeys(array for node in graph.nodes if id(node) in narrow for array in node.inputs)
     taken: dict[Array, Array] = {}  # the rows of an array that are wanted
+    made: set[Array] = set()
     result = Graph()
-
-    def take(array: Array) -> Array:
-        if array not in taken:
-            taken[array] = Array(OUTPUTS, array.columns)
-            result.nodes.append(Node("take_rows", (array,), {}, taken[array]))
-        return taken[array]
-
     for node in graph.nodes:
-        if node.op == "take_rows":
-            taken[node.output] = take(node.inputs[0])
-        elif id(node) in narrow:
-            inputs = tuple(take(array) for array in node.inputs)
-            taken[node.output] = Array(OUTPUTS, node.output.columns)
-            result.nodes.append(Node(node.op, inputs, node.attributes, taken[node.output]))
-        else:
+        if id(node) not in narrow:
             inputs = tuple(taken[array] if array.rows == OUTPUTS and array in taken else array for array in node.inputs)
             result.nodes.append(Node(node.op, inputs, node.attributes, node.output))
+            made.add(node.output)
+            continue
+        for array in wanted:  # all at once, so that what a product is added to is there before the product
+            if array in made and array not in taken:
+                taken[array] = Array(OUTPUTS, array.columns)
+                result.nodes.append(Node("take_rows", (array,), {}, taken[array]))
+        inputs = tuple(taken[array] for array in node.inputs)
+        if node.op == "take_rows":
+            taken[node.output] = inputs[0]
+        else:
+            taken[node.output] = Array(OUTPUTS, node.output.columns)
+            result.nodes.append(Node(node.op, inputs, node.attributes, taken[node.output]))
     return result
