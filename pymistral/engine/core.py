@@ -195,6 +195,7 @@ class EngineCore:
         if self._next_deadline < inf:
             self._check_deadlines()
         batch = self.scheduler.schedule()
+        self.wake()  # whoever got the last step's tokens takes them while this one is computed, not while it waits for Python
         if not batch:
             return
         begin = perf_counter()

@@ -238,11 +238,12 @@ class Engine:
     def _loop(self) -> None:
         core, posted, log = self._core, self._posted, self._log
         while not self._closing:
+            if posted:
+                core.wake()  # it may take long
             while posted:
                 posted.popleft()()
             if core.jobs:
                 core.step()
-                core.wake()
                 if log is not None:
                     log.update()
                 continue
