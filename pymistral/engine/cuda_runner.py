@@ -125,7 +125,7 @@ class CudaRunner(PagedRunner):
         few = min(rows, _FEW_OUTPUTS) if prefill and outputs <= _FEW_OUTPUTS else rows
         return Size(rows, min(few, self.max_output_rows), prefill)
 
-    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles for the attention of prompts, and the sequence of each token for that of single tokens."""
         tokens = items = 0
         tile = self.model.query_tile
@@ -137,7 +137,7 @@ class CudaRunner(PagedRunner):
                 state.items[item] = (tokens + first, min(tile, count - first), row)
             items += len(firsts)
             tokens += count
-        return items, 0
+        return items, 0, items
 
     def _fetch(self, rows: Sequence[int]) -> None:
         """Copy these rows of the last step's logits to the host."""

@@ -102,12 +102,12 @@ class PagedRunner(ABC):
                 outputs += segment.outputs
         for rope in state.ropes:
             rope.prepare(longest)
-        state.counts[:4] = (tokens, outputs, *self._divide(state, segments))
+        state.counts[:5] = (tokens, outputs, *self._divide(state, segments))
         return outputs
 
     @abstractmethod
-    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
-        """Write how attention is dealt out; returns the numbers of items and merges."""
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
+        """Write how attention is dealt out; returns the numbers of items, of merges, and of the first items that hold all output rows."""
 
     def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
         """Write one segment's tokens, positions, cache slots and block tables into the state."""
@@ -269,9 +269,10 @@ class CpuRunner(PagedRunner):
         program.run()
         return program.logits[:outputs]
 
-    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int]:
+    def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. If the sequences are few, the positions of a single token are dealt out in chunks."""
         tokens = items = merges = partials = 0
+        others: list[tuple[int, ...]] = []  # without output rows
         split = len(segments) <= SPLIT_SEQUENCES
         for row, segment in enumerate(segments):
             count = len(segment.tokens)
@@ -285,10 +286,16 @@ class CpuRunner(PagedRunner):
                 partials += chunks
             else:
                 for first in range(0, count, state.query_tile):
-                    state.items[items] = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
-                    items += 1
+                    item = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
+                    if first + state.query_tile <= count - segment.outputs:
+                        others.append(item)
+                    else:
+                        state.items[items] = item
+                        items += 1
             tokens += count
-        return items, merges
+        if others:
+            state.items[items : items + len(others)] = others
+        return items + len(others), merges, items
 
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""

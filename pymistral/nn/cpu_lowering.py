@@ -361,7 +361,7 @@ class CpuLowering(CpuLaunching):
         self._launch(
             spec(f"{module}.attention", head_dim=head_dim, group=group, **constants),
             slots,
-            "items",
+            "output_items" if options.get("for_outputs") else "items",
             units=kv_heads,
             reads=(q_rows, keys, values),
             writes=(out, partials),

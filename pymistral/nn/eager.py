@@ -63,7 +63,7 @@ def evaluate(
     tiles = range(0, count, state.query_tile)
     for item, first in enumerate(tiles):
         state.items[item] = (first, min(state.query_tile, count - first), 0, -1, 0)
-    state.counts[:3] = (count, count, len(tiles))
+    state.counts[:5] = (count, count, len(tiles), 0, len(tiles))
     for rope in state.ropes:
         rope.prepare(count)
     program.run()

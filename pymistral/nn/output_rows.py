@@ -38,7 +38,10 @@ def take_rows_early(graph: Graph) -> Graph:
     for node in graph.nodes:
         if id(node) not in narrow:
             inputs = tuple(taken[array] if array.rows == OUTPUTS and array in taken else array for array in node.inputs)
-            result.nodes.append(Node(node.op, inputs, node.attributes, node.output))
+            attributes = node.attributes
+            if node.op == "attention" and all(id(user) in narrow for user in users.get(node.output, ())):
+                attributes = attributes | {"for_outputs": True}  # it reads and extends the cache for all, and may leave the others' rows
+            result.nodes.append(Node(node.op, inputs, attributes, node.output))
             made.add(node.output)
             continue
         for array in wanted:  # all at once, so that what a product is added to is there before the product

@@ -16,7 +16,7 @@ from .rope import Rope
 
 SPLIT_SEQUENCES = 8  # with more sequences than this in a step, none is split over threads
 
-_COUNTS = ("tokens", "outputs", "items", "merges", "one")
+_COUNTS = ("tokens", "outputs", "items", "merges", "output_items", "one")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class State:
     """
 
     def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5) -> None:
-        # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind;
-        # merges, on the CPU: [token, first partial result, how many]
+        # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind, and those with
+        # output rows before all others; merges, on the CPU: [token, first partial result, how many]
         self.max_partials = SPLIT_SEQUENCES * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
         self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
         per_token = (limits.max_tokens,)

@@ -88,6 +88,20 @@ def test_segments_that_cannot_be(segment: Segment, message: str, run: CpuRunner)
     assert run.forward([good]).tobytes() == before.tobytes()
 
 
+def test_outputs_of_long_segments_are_those_of_short_ones(run: CpuRunner) -> None:
+    """Attention is dealt out in tiles, and in the last layer none of them is computed but for outputs."""
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, 200).tolist()
+    table = list(range(10, 17))
+    alone = np.concatenate([run.forward([Segment([token], at, table, 1)]).copy() for at, token in enumerate(ids)])
+    for outputs in (0, 1, 2, 17, 64):
+        without = Segment(ids[:150], 0, list(range(5)), 0), Segment(ids[:130], 0, list(range(20, 25)), 0)
+        segments = [without[0], Segment(ids, 0, table, outputs), without[1]]
+        found = run.forward(segments)
+        assert found[:outputs].tobytes() == alone[200 - outputs :].tobytes()
+    prompt, token = run.forward([Segment(ids[:99], 0, list(range(4)), 1), Segment([ids[0]], 0, [30], 1)])
+    assert (prompt.tobytes(), token.tobytes()) == (alone[98].tobytes(), alone[0].tobytes())
+
+
 def test_too_many_sequences(run: CpuRunner) -> None:
     with pytest.raises(ValueError, match="of 4 sequences at most"):
         run.forward([Segment([1], 0, [block], 1) for block in range(5)])

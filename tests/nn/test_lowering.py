@@ -160,7 +160,7 @@ def run(model: object = small_model) -> np.ndarray[tuple[int, ...], np.dtype[np.
     tiles = range(0, 5, state.query_tile)
     for item, first in enumerate(tiles):
         state.items[item] = (first, min(state.query_tile, 5 - first), 0, -1, 0)
-    state.counts[:3] = (5, 2, len(tiles))
+    state.counts[:5] = (5, 2, len(tiles), 0, len(tiles))
     program.run()
     return program.logits[:2].copy()
 
