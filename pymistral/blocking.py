@@ -95,7 +95,8 @@ class BlockingModel:
     def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest, *, model_id: str | None = None) -> T:
         """As `Model.generate_structured`."""
         output = StructuredOutput[T](type)
-        return structured(output, self.send_chat_request(constrained(request, output), model_id=model_id))
+        builder = constrained(request, output)
+        return structured(output, builder, self.send_chat_request(builder, model_id=model_id))
 
     def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> BlockingChatStream:
         """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""

@@ -22,7 +22,7 @@ from .model_group import ModelGroup
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text, checked_tokens
-from .requests.structured import StructuredOutput
+from .requests.structured import NoJsonError, StructuredOutput
 from .responses import ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
 from .tool_rounds import Toolbox, ToolRounds, cut_to_tokens
@@ -169,7 +169,8 @@ class Model(ModelGroup):
             The answer was cut by `max_len`, or a validator of the type did not accept it; `partial_response` holds it.
         """
         output = StructuredOutput[T](type)
-        return structured(output, await self.send_chat_request(constrained(request, output), model_id=model_id))
+        builder = constrained(request, output)
+        return structured(output, builder, await self.send_chat_request(builder, model_id=model_id))
 
     def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> ChatStream:
         """Send a request and get the answer in pieces, as they are generated.
@@ -475,12 +476,16 @@ def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestB
     return builder.set_constraint(output.constraint)
 
 
-def structured(output: StructuredOutput[T], response: ChatCompletionResponse) -> T:
+def structured(output: StructuredOutput[T], request: RequestBuilder, response: ChatCompletionResponse) -> T:
     """The object that an answer is."""
     text = response.choices[0].message.content or ""
     try:
         return output.parse(text)
     except ValueError as error:
+        stops = ", ".join(map(repr, request.sampling.stop_toks or ()))
+        if stops and isinstance(error, NoJsonError):  # nothing else ends a constrained answer before it is whole
+            problem = f"stop_toks ({stops}) cut the answer before it was a whole {output.name}; leave out what JSON of the type may hold"
+            raise ModelError(problem, response) from error
         raise ModelError(f"the answer is no valid {output.name}: {error}", response) from error
 
 

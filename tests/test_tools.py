@@ -89,10 +89,20 @@ async def test_a_validator_of_the_type_refuses(model: Model) -> None:
         def refuse(cls, number: int) -> int:
             raise ValueError("it must be odd")
 
-    with pytest.raises(ModelError, match=r"(?s)the answer is no valid Odd: .*it must be odd") as error:
+    with pytest.raises(ModelError, match=r"^the answer is no valid Odd: number: Value error, it must be odd, got 2$") as error:
         await model.generate_structured(Odd, "A number?")
     assert error.value.partial_response is not None
     assert error.value.partial_response.choices[0].message.content == '{"number": 2}'
+
+
+async def test_a_stop_that_cuts_the_object_is_named(model: Model, blocking: BlockingModel) -> None:
+    request = RequestBuilder().add_message("user", "Give me info about Paris.").set_sampler_stop_toks(["country", "\n\n"])
+    message = r"stop_toks \('country', '\\n\\n'\) cut the answer before it was a whole City; leave out"
+    with pytest.raises(ModelError, match=message) as error:
+        await model.generate_structured(City, request)
+    assert error.value.partial_response is not None
+    with pytest.raises(ModelError, match=message):
+        blocking.generate_structured(City, request)
 
 
 async def test_what_generate_structured_refuses(model: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from math import isinf
 from typing import Any, Generic, TypeVar, cast
 
 from ..errors import RequestValidationError
@@ -9,6 +11,10 @@ from .constraint import Constraint
 from .json_schema import SUPPORTED_FORMATS, map_subschemas
 
 T = TypeVar("T")
+
+
+class NoJsonError(ValueError):
+    """An answer is no JSON, as one that was cut short."""
 
 
 class StructuredOutput(Generic[T]):
@@ -54,9 +60,36 @@ class StructuredOutput(Generic[T]):
         Raises
         ------
         ValueError
-            The type's own validation does not accept it; the message is pydantic's.
+            The type's own validation does not accept it; the message says where, and what there was.
         """
-        return self._adapter.validate_json(text)
+        from pydantic import ValidationError
+
+        try:
+            value = self._adapter.validate_json(text)
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_context=False)
+            kind = NoJsonError if problems[0]["type"] == "json_invalid" else ValueError
+            raise kind("; ".join(map(_told, problems))) from error
+        json.loads(text, parse_float=_finite, parse_int=_finite)
+        return value
+
+
+def _told(problem: Any) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    got = "" if problem["type"] in ("missing", "json_invalid") else f", got {_shortened(problem['input'])}"
+    return f"{place}: {problem['msg']}{got}" if place else f"{problem['msg']}{got}"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _finite(number: str) -> float:
+    """JSON's numbers go further than Python's: its parsers would take 1e999 for infinity."""
+    if isinf(value := float(number)):
+        raise ValueError(f"the number {_shortened(number)[1:-1]} is beyond Python's floats; give the type bounds, as with Field(le=1e9)")
+    return value
 
 
 def _left_to_pydantic(schema: Any, place: str) -> Any:

@@ -114,6 +114,21 @@ def test_types_accept_what_their_constraints_allow(noise: tuple[EngineCore, Gram
             output.parse(text)
 
 
+@pytest.mark.parametrize("type", [float, Any, list[float | None], dict[str, Any]])
+@pytest.mark.parametrize("number", ["1e999", "-2.5E+310", "1" * 400])
+def test_a_number_beyond_floats_is_not_infinity(type: Any, number: str) -> None:
+    text = {list[float | None]: "[null, %s]", dict[str, Any]: '{"a": [%s]}'}.get(type, "%s") % number
+    with pytest.raises(ValueError, match="is beyond Python's floats; give the type bounds"):
+        StructuredOutput(type).parse(text)
+
+
+def test_what_the_type_refuses_is_told_in_a_line() -> None:
+    text = '{"shapes": [{"kind": "circle", "radius": 3}, {"kind": "line"}]}'
+    with pytest.raises(ValueError, match=r"^shapes\.0\.circle\.radius: Input should be 1 or 9, got 3; shapes\.1: [^\n]*$") as refused:
+        StructuredOutput(Drawing).parse(text)
+    assert "errors.pydantic.dev" not in str(refused.value)
+
+
 def test_what_comes_out() -> None:
     assert StructuredOutput(Point).parse('{"x": 1}') == Point(1)
     assert StructuredOutput(set[int]).parse("[1, 1, 2]") == {1, 2}
