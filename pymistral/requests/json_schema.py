@@ -23,7 +23,6 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
-SUPPORTED_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 MOST_EXACT = 2**53 - 1
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -34,9 +33,39 @@ _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
 _DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP_YEAR}-02-29)"
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
-FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
-"""Only dates that exist, and no leap seconds, which Python's datetime does not know."""
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
+_ZONE = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_COUNT = "[0-9]{1,5}"
+_HOURS = f"T(?:{_COUNT}H(?:{_COUNT}M)?(?:{_COUNT}S)?|{_COUNT}M(?:{_COUNT}S)?|{_COUNT}S)"
+_DAYS = f"(?:{_COUNT}Y(?:{_COUNT}M)?(?:{_COUNT}D)?|{_COUNT}M(?:{_COUNT}D)?|{_COUNT}D)"
+_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+IPV4 = rf"(?:{_BYTE}\.){{3}}{_BYTE}"
+_IPV6 = "(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}"
+_ANY_IP = f"(?:{IPV4}|{_IPV6})"
+_NETWORK4 = rf"{_BYTE}(?:\.0\.0\.0/8|\.{_BYTE}(?:\.0\.0/16|\.{_BYTE}(?:\.0/24|\.{_BYTE}(?:/32)?)))"  # of those whose host part is zero
+_INTERFACE4, _INTERFACE6 = f"{IPV4}(?:/(?:[12]?[0-9]|3[0-2]))?", f"{_IPV6}(?:/(?:[1-9]?[0-9]|1[01][0-9]|12[0-8]))?"
+FORMATS = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}{_ZONE}$",
+    "date-time": f"^{_DATE}T{_TIME}{_ZONE}$",
+    "local-time": f"^{_TIME}$",
+    "local-date-time": f"^{_DATE}T{_TIME}$",
+    "duration": f"^P(?:{_DAYS}(?:{_HOURS})?|{_HOURS}|{_COUNT}W)$",
+    "base64": "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$",
+    "base64url": "^(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-][AQgw]==|[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]=)?$",
+    "ipvanyaddress": f"^{_ANY_IP}$",
+    "ipv4interface": f"^{_INTERFACE4}$",
+    "ipv6interface": f"^{_INTERFACE6}$",
+    "ipv4network": f"^{_NETWORK4}$",
+    "ipv6network": f"^{_IPV6}(?:/128)?$",
+    "ipvanynetwork": f"^(?:{_NETWORK4}|{_IPV6}(?:/128)?)$",
+    "ipvanyinterface": f"^(?:{_INTERFACE4}|{_INTERFACE6})$",
+    "uuid": "^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
+    **{f"uuid{n}": f"^[0-9a-f]{{8}}-[0-9a-f]{{4}}-{n}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}$" for n in range(1, 9)},
+}
+"""Only dates that exist, no leap seconds, which Python's datetime does not know, and no more days than its timedelta holds. The names that
+are not JSON schema's own are pydantic's."""
+SUPPORTED_FORMATS = FORMATS.keys() | {"email", "hostname", "ipv4", "ipv6", "uri"}
 
 
 def prepared_schema(schema: Any) -> Any:
@@ -75,9 +104,9 @@ class _Schema:
     def prepare(self, schema: Any, place: str) -> Any:
         if not isinstance(schema, dict):
             return schema
-        schema = {key: value for key, value in schema.items() if self._matters(key, schema)}
+        schema = self._with_named_keys({key: value for key, value in schema.items() if self._matters(key, schema)})
         if found := sorted(UNSUPPORTED & schema.keys()):
-            raise refusal(place, f"{found[0]!r} cannot be enforced while generating")
+            raise refusal(place, f"{found[0]!r} cannot be enforced while generating; leave it out, and check the answer for it")
         self._check_min_properties(schema, place)
         if not self._can_end(schema, frozenset()):
             raise refusal(place, "it requires itself without end, so no finite JSON satisfies it")
@@ -91,6 +120,22 @@ class _Schema:
         if isinstance(schema.get("pattern"), str):
             schema["pattern"] = common_pattern(schema["pattern"])
         return map_subschemas(schema, place, self.prepare)
+
+    def _with_named_keys(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The schema with ``propertyNames`` as properties, or as a pattern of their names, where they can be that."""
+        names = self._resolve(schema.get("propertyNames"))
+        if not isinstance(names, dict) or {"properties", "patternProperties", "required"} & schema.keys():
+            return schema
+        others = {key: value for key, value in schema.items() if key not in ("propertyNames", "additionalProperties")}
+        value = schema.get("additionalProperties", True)
+        names = {key: names[key] for key in names if key in KNOWN and (key, names[key]) != ("type", "string")}
+        values = _values(names)
+        if not names:
+            return {**others, "additionalProperties": value}
+        if values is not None and all(isinstance(name, str) for name in values) and names.keys() <= {"const", "enum"}:
+            return {**others, "properties": dict.fromkeys(values, value), "additionalProperties": False}
+        pattern = _pattern_of(names)
+        return schema if pattern is None else {**others, "patternProperties": {pattern: value}, "additionalProperties": False}
 
     def _matters(self, key: str, schema: dict[str, Any]) -> bool:
         """Annotations go: llguidance takes what it does not know for a sibling that changes a reference. Targets of references stay."""
@@ -213,6 +258,17 @@ def _closed(schema: Any, place: str) -> Any:
     return map_subschemas(schema, place, _closed)
 
 
+def _pattern_of(names: dict[str, Any]) -> str | None:
+    """A schema of strings as a pattern, if it is no more than that."""
+    if names.keys() == {"pattern"}:
+        return str(names["pattern"])
+    if names.keys() == {"format"}:
+        return FORMATS.get(names["format"])
+    if names.keys() <= {"minLength", "maxLength"}:
+        return f"^[\\s\\S]{{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
+    return None  # two of them would have to hold at once
+
+
 def refusal(place: str, what: str) -> RequestValidationError:
     return RequestValidationError(f"the JSON schema at {place}: {what}")
 
@@ -255,7 +311,7 @@ def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:
 def _unbounded_integer(schema: dict[str, Any]) -> bool:
     kinds = schema.get("type")
     integers = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
-    return integers and not {"const", "enum", "multipleOf"} & schema.keys()
+    return integers and not {"const", "enum"} & schema.keys()
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from math import isinf
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, get_args
 
 from ..errors import RequestValidationError
 from .constraint import Constraint
-from .json_schema import SUPPORTED_FORMATS, map_subschemas
+from .json_schema import KNOWN, SUPPORTED_FORMATS, map_subschemas
 
 T = TypeVar("T")
 
@@ -33,20 +33,16 @@ class StructuredOutput(Generic[T]):
 
     def __init__(self, type: type[T] | Any) -> None:
         from pydantic import TypeAdapter
-        from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-        class Schema(GenerateJsonSchema):
-            def decimal_schema(self, schema: Any) -> JsonSchemaValue:
-                """A number: the string that pydantic takes as well could hold anything."""
-                return self.float_schema(cast("Any", {**schema, "type": "float"}))
+        from .type_schema import TypeSchema
 
-        self.name = getattr(type, "__name__", None) or str(type)
+        self.name = _name(type)
         try:
             self._adapter: TypeAdapter[T] = type if isinstance(type, TypeAdapter) else TypeAdapter(type)
-            schema = self._adapter.json_schema(schema_generator=Schema)
+            schema = self._adapter.json_schema(schema_generator=TypeSchema)
         except Exception as error:  # pydantic takes text for the name of a type, a dict for a schema of its own, and runs what types define
             raise RequestValidationError(
-                f"{self.name} has no JSON schema: {error}; give a type, as a class of BaseModel or list[str], "
+                f"{self.name} has no JSON schema: {_in_a_line(error)}; give a type, as a class of BaseModel or list[str], "
                 "or put a schema of your own into the request with set_constraint(Constraint.json_schema(...))"
             ) from error
         try:
@@ -92,11 +88,23 @@ def _finite(number: str) -> float:
     return value
 
 
+def _name(type: Any) -> str:
+    """``dict[Color, int]`` rather than ``dict``."""
+    plain = None if get_args(type) else getattr(type, "__name__", None)
+    return plain or str(type).replace("typing.", "")
+
+
+def _in_a_line(error: Exception) -> str:
+    """Pydantic's message without its link, and without the advice on classes that JSON could not say either."""
+    message = str(getattr(error, "message", error)).partition(" Set `arbitrary_types_allowed=True`")[0]
+    return " ".join(message.split()).rstrip(".")
+
+
 def _left_to_pydantic(schema: Any, place: str) -> Any:
     """The schema without what no grammar can enforce but pydantic makes good, or checks, when it reads the answer."""
     if not isinstance(schema, dict):
         return schema
-    schema = dict(schema)
+    schema = {key: value for key, value in schema.items() if key in KNOWN}  # examples need not have a form in JSON
     if schema.get("type") == "array":
         schema.pop("uniqueItems", None)  # a set drops what comes twice
     if schema.get("format") not in SUPPORTED_FORMATS:

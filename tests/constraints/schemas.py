@@ -203,6 +203,10 @@ SHAPES: list[Any] = [
     {"type": "string", "minLength": 3, "maxLength": 3, "pattern": "^[é🎉]+$"},
     {"type": "string", "format": "date", "pattern": "^2"},
     {"enum": [1, 1.0, "1", None, [1], {"a": 1}]},
+    {"type": "object", "propertyNames": {"minLength": 2, "maxLength": 3}, "additionalProperties": {"type": "boolean"}, "maxProperties": 3},
+    {"type": "object", "propertyNames": {"$ref": "#/$defs/x"}, "additionalProperties": {"const": 1}, "$defs": {"x": {"enum": ["a", "b"]}}},
+    {"type": "object", "propertyNames": {"type": "string", "pattern": "^x[0-9]$"}, "minProperties": 1, "maxProperties": 2},
+    {"type": "object", "propertyNames": {"format": "date"}, "maxProperties": 2},
 ]
 """Forms that chance does not compose."""
 
@@ -213,7 +217,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("not", {"not": {"type": "string"}}),
     ("if", {"if": {"type": "string"}, "then": {"minLength": 2}}),
     ("contains", {"type": "array", "contains": {"type": "integer"}}),
-    ("propertyNames", {"type": "object", "propertyNames": {"maxLength": 3}}),
+    ("propertyNames", {"type": "object", "propertyNames": {"maxLength": 3, "pattern": "^a"}}),
+    ("propertyNames", {"type": "object", "propertyNames": {"not": {"const": "a"}}}),
     ("dependentRequired", {"type": "object", "dependentRequired": {"a": ["b"]}}),
     ("dependentSchemas", {"anyOf": [{"dependentSchemas": {"a": {}}}]}),
     ("dependencies", {"type": "object", "dependencies": {"a": ["b"]}}),

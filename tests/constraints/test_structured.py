@@ -7,13 +7,31 @@ import datetime
 import ipaddress
 import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum, IntEnum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
-from pydantic import BaseModel, Field, TypeAdapter, field_validator
+from pydantic import (
+    UUID4,
+    AliasPath,
+    AwareDatetime,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FileUrl,
+    HttpUrl,
+    IPvAnyAddress,
+    IPvAnyNetwork,
+    Json,
+    NaiveDatetime,
+    PostgresDsn,
+    TypeAdapter,
+    field_validator,
+)
 from typing_extensions import TypedDict
 
 from pymistral.engine.constraint import GrammarCompiler
@@ -80,6 +98,20 @@ class Point:
     y: int | None = None
 
 
+class Price(BaseModel):
+    """What pydantic reads is narrower than the schema that it writes."""
+
+    amount: Decimal = Field(max_digits=6, decimal_places=2, ge=Decimal("0.1"))
+    rate: Decimal | None = Field(default=Decimal("Infinity"), lt=Decimal("0.3"), multiple_of=Decimal("0.05"))
+    times: float = Field(default=float("inf"), le=9, examples=[float("nan")])
+    of: object = object()
+
+
+class Raw(BaseModel):
+    model_config = ConfigDict(val_json_bytes="base64")
+    data: bytes
+
+
 class Options(TypedDict, total=False):
     verbose: bool
     level: Literal[1, 2, "three"]
@@ -92,6 +124,12 @@ TYPES: list[Any] = [
     Annotated[list[int], Field(min_length=2, max_length=2)],
     Annotated[str, Field(min_length=3, max_length=3)],
     TypeAdapter(list[Point]),
+    *(dict[Color, int], dict[int, bool], dict[float, bool], dict[bool, int], dict[datetime.date, int], dict[uuid.UUID, bool]),
+    *(dict[Annotated[str, Field(pattern="^x+$")], bool], dict[Annotated[str, Field(max_length=3)], bool]),
+    *(dict[Annotated[int, Field(ge=3, le=5)], bool], dict[Literal["a", "b"], bool], OrderedDict[int, bool]),
+    *(NaiveDatetime, AwareDatetime, datetime.timedelta, UUID4, HttpUrl, FileUrl, PostgresDsn, complex, Price, Raw, Base64Bytes),
+    *(ipaddress.IPv4Network, ipaddress.IPv6Network, ipaddress.IPv4Interface, IPvAnyAddress, IPvAnyNetwork),
+    *(Annotated[int, Field(multiple_of=7)], Annotated[Decimal, Field(decimal_places=1)]),
 ]
 
 
@@ -142,8 +180,29 @@ def test_types_that_cannot_be() -> None:
     class Looking(BaseModel):
         text: Annotated[str, Field(json_schema_extra={"not": {"const": "x"}})]
 
+    class Fused(Enum):
+        BOTH = (1, 2)
+
+    class Far(BaseModel):
+        near: int = Field(validation_alias=AliasPath("a", "b"))
+
     with pytest.raises(RequestValidationError, match="Callback has no JSON schema"):
         StructuredOutput(Callback)
+    for no_schema, message in (
+        (Fused, r"Fused has no JSON schema: the value \(1, 2\) cannot be read from JSON"),
+        (Literal[b"x"], r"Literal\[b'x'\] has no JSON schema: the value b'x' cannot be read from JSON"),
+        (list[type[int]], r"list\[type\[int\]\] has no JSON schema: .*a class \(int"),
+        (Far, r"Far has no JSON schema: a validation_alias that is a path \(a\.b\) cannot be asked for; .*AliasChoices"),
+        (Json[list[int]], "JSON text within a string; leave out Json"),
+        (
+            dict[tuple[int, int], int],
+            r"dict\[tuple\[int, int\], int\]: .*'propertyNames' cannot be enforced while generating; leave it out",
+        ),
+        (range, "^range has no JSON schema: Unable to generate pydantic-core schema for <class 'range'>; give a type"),
+    ):
+        with pytest.raises(RequestValidationError, match=message) as refused:
+            StructuredOutput(no_schema)
+        assert "errors.pydantic.dev" not in str(refused.value)
     for no_type in ({"type": "object"}, "Give me a city", Point(1)):  # a schema, swapped arguments, an object
         with pytest.raises(RequestValidationError, match="give a type, as a class of BaseModel"):
             StructuredOutput(no_type)
