@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InferenceError, RequestValidationError
+from ..requests.json_schema import map_subschemas
 from .lark import endless
 from .types import ConstraintState
 
@@ -44,6 +46,8 @@ class GrammarSource(Protocol):
     def kind(self) -> str: ...
     @property
     def grammar(self) -> str: ...
+    @property
+    def of(self) -> str: ...
 
 
 class GrammarCompiler:
@@ -72,7 +76,12 @@ class GrammarCompiler:
         RequestValidationError
             The grammar has an error, or uses a feature that cannot be enforced; the message is llguidance's own.
         """
-        return self._compiled(source.kind, source.grammar)
+        try:
+            return self._compiled(source.kind, source.grammar)
+        except RequestValidationError as error:
+            if source.of:
+                raise RequestValidationError(f"{source.of}: {error}") from error
+            raise
 
     def _compile(self, kind: str, text: str) -> Grammar:
         from llguidance import LLMatcher
@@ -85,6 +94,8 @@ class GrammarCompiler:
             matcher = LLMatcher(tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise RequestValidationError(f"the {kind} constraint cannot be used: {error}") from error
+        if matcher.is_error() and kind == "json_schema":
+            raise RequestValidationError(f"the {kind} constraint cannot be used: {self._faulty_part(text) or fault(matcher)}")
         if not matcher.is_error():
             if problem := endless(kind, text):
                 raise RequestValidationError(f"the {kind} constraint cannot be used: {problem}")
@@ -92,6 +103,27 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestValidationError(f"the {kind} constraint cannot be used: {fault(matcher)}")
         return Grammar(self, matcher)
+
+    def _faulty_part(self, text: str) -> str | None:
+        """What is wrong with the innermost part of a JSON schema that cannot be used by itself either, and where it is."""
+        from llguidance import LLMatcher
+
+        root = json.loads(text)
+        around = {key: root[key] for key in ("$defs", "definitions", "x-guidance") if key in root} if isinstance(root, dict) else {}
+
+        def inmost(part: Any, place: str) -> str | None:
+            if not isinstance(part, dict):
+                return None
+            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(json.dumps({**around, **part})), log_level=0)
+            if not matcher.is_error():
+                return None
+            within: dict[str, Any] = {}
+            map_subschemas(part, place, lambda sub, at: within.setdefault(at, sub))
+            # Definitions come before what refers to them, then what is required: an optional property that nothing satisfies is left out.
+            ordered = sorted(within, key=lambda at: (not at.startswith("#/$defs/"), at.rpartition("/")[2] not in part.get("required", ())))
+            return next(filter(None, (inmost(within[at], at) for at in ordered)), None) or f"at {place}: {fault(matcher)}"
+
+        return inmost(root, "#")
 
     def _tried(self, matcher: LLMatcher) -> LLMatcher:
         """The matcher, or a copy in which the first steps failed: some errors show only then, such as a rule that no text satisfies.
@@ -311,7 +343,7 @@ class TriggeredState:
 
 def fault(matcher: LLMatcher) -> str:
     """What llguidance has to say, without the dump of its state or its stack."""
-    message = re.split("\n<(?:state|backtrace)>", str(matcher.get_error()))[0].strip()
+    message = re.split("\n<(?:state|backtrace)>|\n *while processing json-schema:", str(matcher.get_error()))[0].strip()
     return "no text can satisfy it" if message == "NoExtensionBias" else message
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import RequestValidationError
@@ -30,6 +30,8 @@ class Constraint:
     """Which of the class methods made it."""
     grammar: str
     """The regular expression or grammar; a JSON schema as JSON text."""
+    of: str = field(default="", compare=False)
+    """The type that it was made from, for messages."""
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:

@@ -24,6 +24,7 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
 MOST_EXACT = 2**53 - 1
+FURTHEST_BOUND = 9 * 10**18
 ONE = ("additionalProperties", "items", "additionalItems")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -114,6 +115,7 @@ class _Schema:
             schema = {("anyOf" if key == "oneOf" and "anyOf" not in schema else key): value for key, value in schema.items()}
         if schema.get("format") in FORMATS and "pattern" not in schema and _allows(schema, "string"):
             schema["pattern"] = FORMATS[schema.pop("format")]
+        schema = _within_reach(schema, place)
         schema = _without_touching_bounds(schema)
         if _unbounded_integer(schema):
             schema = _bounded(schema)
@@ -294,6 +296,19 @@ def _says_nothing(key: str, schema: dict[str, Any]) -> bool:
 
 def _allows(schema: dict[str, Any], kind: str) -> bool:
     return kind in _types(schema)
+
+
+def _within_reach(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """llguidance's bounds have 64 bits: those of whole numbers that allow more are drawn in, and the others are refused."""
+    kinds = set(_types({"type": schema.get("type", TYPES)}))
+    for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+        bound = schema.get(key)
+        if "number" not in kinds or not isinstance(bound, int | float) or abs(bound) <= FURTHEST_BOUND:
+            continue
+        if not _unbounded_integer(schema) or (bound > 0) == key.lower().endswith("minimum"):
+            raise refusal(place, f"{key!r} {bound:g} is beyond {FURTHEST_BOUND:g}, the furthest bound; leave it out, or change the unit")
+        schema = {**schema, key: FURTHEST_BOUND if bound > 0 else -FURTHEST_BOUND}
+    return schema
 
 
 def _without_touching_bounds(schema: dict[str, Any]) -> dict[str, Any]:

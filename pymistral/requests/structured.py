@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import isinf
-from typing import Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from ..errors import RequestValidationError
 from .constraint import Constraint
@@ -46,7 +47,7 @@ class StructuredOutput(Generic[T]):
                 "or put a schema of your own into the request with set_constraint(Constraint.json_schema(...))"
             ) from error
         try:
-            self.constraint = Constraint.json_schema(_left_to_pydantic(schema, "#"))
+            self.constraint = replace(Constraint.json_schema(_left_to_pydantic(schema, "#")), of=self.name)
         except RequestValidationError as error:
             raise RequestValidationError(f"{self.name}: {error}") from None
 
@@ -90,6 +91,8 @@ def _finite(number: str) -> float:
 
 def _name(type: Any) -> str:
     """``dict[Color, int]`` rather than ``dict``."""
+    if get_origin(type) is Annotated:
+        return _name(get_args(type)[0])
     plain = None if get_args(type) else getattr(type, "__name__", None)
     return plain or str(type).replace("typing.", "")
 

@@ -210,6 +210,19 @@ def test_types_that_cannot_be() -> None:
         StructuredOutput(Looking)
 
 
+def test_a_type_without_values_is_named_with_its_field(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    class Order(BaseModel):
+        notes: str
+        amount: int = Field(ge=5, le=1)
+
+    class Basket(BaseModel):
+        orders: list[Order] = Field(min_length=1)
+
+    message = r"^Basket: the json_schema constraint cannot be used: at #/\$defs/Order/properties/amount: Unsat.*minimum \(5\)"
+    with pytest.raises(RequestValidationError, match=message):
+        noise[1].compile(StructuredOutput(Basket).constraint)
+
+
 def test_a_validator_has_the_last_word() -> None:
     class Even(BaseModel):
         number: int
