@@ -72,16 +72,23 @@ def endless(kind: str, text: str) -> str | None:
         logger.debug("the grammar is not checked for rules without an end: %r", error)
         return None
     name = _endless_name(rules, (next(iter(grammars)), "start"))
-    if name is None or name.isupper():
-        return name and f"no text can satisfy the terminal {name!r}: change it, or leave out what needs it"
-    return f"no text can satisfy the rule {name!r}, which never ends: give it an alternative that does not lead back to it"
+    if name is None:
+        return None
+    if _is_terminal(name):
+        return f"no text can satisfy the terminal {name[1] if name[1][0] == '/' else repr(name[1])}: change it, or leave out what needs it"
+    return f"no text can satisfy the rule {name[1]!r}, which never ends: give it an alternative that does not lead back to it"
 
 
 def _named(grammars: list[dict[str, Any]]) -> dict[str, Any]:
     return {entry.get("name") or f" {number}": entry.get("lark_grammar", entry.get("json_schema")) for number, entry in enumerate(grammars)}
 
 
-def _endless_name(rules: dict[Name, Rule], start: Name) -> str | None:
+def _is_terminal(name: Name) -> bool:
+    """A regex that stands in a rule is a terminal of its own name."""
+    return name[1][0] == "/" or name[1].isupper()
+
+
+def _endless_name(rules: dict[Name, Rule], start: Name) -> Name | None:
     reached: dict[Name, None] = {}
     waiting = [start]
     while waiting:
@@ -94,15 +101,15 @@ def _endless_name(rules: dict[Name, Rule], start: Name) -> str | None:
         for name in reversed(reached):  # those that others use come first, so that most are done in the first round
             if name in left and _ends(rules[name].needs, left):
                 left.remove(name)
-    if not left:
+    if all(map(_is_terminal, left)):  # none, or some that can be left out
         return None
     # Of them one that leads back to itself, rather than one that uses it.
-    name = next(name for name in reached if name in left)
+    name = next(name for name in reached if name in left and not _is_terminal(name))
     seen: set[Name] = set()
     while name not in seen:
         seen.add(name)
         name = next((other for other in rules[name].mentions if other in left), name)
-    return name[1]
+    return name
 
 
 def _ends(needs: Name | Needs, left: set[Name]) -> bool:
@@ -135,6 +142,11 @@ def _tokens(text: str) -> Iterator[Token]:
             yield Token(match[0], match[0])
         elif kind != "skip":
             yield Token(kind, match[0])
+
+
+def _may_be_empty(token: Token) -> bool:
+    """Whether a regex has a class that can be without characters, as ``[^\\s\\S]`` is; what else a regex says has some text."""
+    return token.kind == "regex" and any(mark in token.text for mark in ("[^", "&&", "--", "~~", "\\P", "\\p"))
 
 
 class _Parser:
@@ -174,10 +186,12 @@ class _Parser:
             self.mentions = []
             needs = self.expansions()
             self.rules[self.grammar, name] = Rule(needs, self.mentions)
-        if any(token.kind in ("&", "~") for token in self.definitions):  # else each of them has a text
-            mentioned = {name for rule in self.rules.values() for name in rule.mentions}
-            empty = [name for name in mentioned if name[0] == self.grammar and name[1].isupper() and self.is_empty(name[1])]
-            self.rules.update(dict.fromkeys(empty, Rule(NEVER, [])))
+        mentioned = {name for rule in self.rules.values() for name in rule.mentions if name[0] == self.grammar}
+        doubtful = {name for name in mentioned if name[1][0] == "/"}
+        if any(token.kind in ("&", "~") or _may_be_empty(token) for token in self.definitions):  # else each of them has a text
+            doubtful |= set(filter(_is_terminal, mentioned))
+        empty = [name for name in doubtful if self.is_empty(name[1])]
+        self.rules.update(dict.fromkeys(empty, Rule(NEVER, [])))
 
     def is_empty(self, terminal: str) -> bool:
         """Whether llguidance finds no text for a terminal; its effort is limited."""
@@ -247,6 +261,8 @@ class _Parser:
         if kind in ("rule", "terminal"):
             if self.kind() == "::":
                 self.parameter()
+            return self.mention(self.grammar, text)
+        if _may_be_empty(self.tokens[self.at - 1]):
             return self.mention(self.grammar, text)
         if kind == "grammar":
             return self.mention(text[1:], "start")

@@ -111,6 +111,7 @@ ENDLESS = [
 ]
 ENDING = [
     "start: x\nx: start?",
+    r"start: /[^\s\S]/? /([^\s\S]|a)[b&&b]/ A" "\n" r"A: /[^\\]|[^\s\S]/",
     'start: x\nx: "a" x\n  | "b"  # x: x',
     'start: x*\nx: [x] "a" ~ 2 x~0..3 x{,2}',
     'start: x::0\nx::_: "b" x::incr(_) %if lt(_, 7)\n  | /a/ %if ge(_, 7)',
@@ -130,6 +131,15 @@ def test_a_terminal_without_a_text_is_named(noise: tuple[EngineCore, GrammarComp
     grammar = 'start: WORD NONE\nNONE: LONG\n  | "a" & ~"a"\n%import common.WORD\nLONG: /b{3}/ & /b{2}/ & %regex {"substring_chars": "bbb"}'
     with pytest.raises(RequestValidationError, match=r"no text can satisfy the terminal 'NONE': change it"):
         noise[1].compile(Constraint.lark(grammar))
+
+
+@pytest.mark.parametrize("regex", [r"[^\s\S]", "b?[x&&y]", r"(c|\P{any})[^\w\W]"])
+def test_a_regex_without_a_text_is_named(noise: tuple[EngineCore, GrammarCompiler], regex: str) -> None:
+    """After /a+/ llguidance would look for it for ever."""
+    inline, named = f"start: /a+/ x\nx: /{regex}/", f"start: /a+/ NONE\nNONE: /{regex}/"
+    for grammar, name in ((inline, f"/{regex}/"), (named, "'NONE'")):
+        with pytest.raises(RequestValidationError, match=f"no text can satisfy the terminal {re.escape(name)}: change it"):
+            noise[1].compile(Constraint.lark(grammar))
 
 
 def test_grammars_that_lead_to_each_other_without_end(noise: tuple[EngineCore, GrammarCompiler]) -> None:
