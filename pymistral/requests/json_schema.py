@@ -380,17 +380,23 @@ _WIDE = {"d": r"\p{Nd}", "w": r"\p{Alphabetic}\p{M}\p{N}\p{Pc}\p{Join_Control}",
 
 
 def common_pattern(pattern: str) -> str:
-    r"""The pattern with ``\d \w \s`` in their narrowest meaning, and their negations in the meaning that excludes most."""
+    r"""The pattern with ``\d \w \s`` in their narrowest meaning, and their negations in the meaning that excludes most.
+
+    What a class excludes takes NUL along: with a NUL in it, llguidance 1.9 lets the escapes of what the class excludes through.
+    """
     return "".join(_pieces(pattern))
 
 
 def _pieces(pattern: str) -> Iterator[str]:
     inside = negated = False
+    before = ""
     for token in re.findall(r"\\.|\[\^?|[^\\]", pattern, re.DOTALL):
+        last, before = before, token
         if not inside and token[0] == "[":
             inside, negated = True, token == "[^"
         elif inside and token == "]":
             inside = False
+            token = r"\x00]" if negated and last != "[^" else token
         elif token[0] == "\\" and token[1] in "dws":
             members = (_WIDE if negated else _NARROW)[token[1]]
             yield members if inside else f"[{members}]"

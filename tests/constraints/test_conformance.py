@@ -68,6 +68,14 @@ def test_what_cannot_be_enforced_is_refused_by_name(noise: tuple[EngineCore, Gra
     assert name in str(refused.value)
 
 
+@pytest.mark.parametrize("pattern", [r"^[^\\]$", r'^[^"\\]+$', r"^[^\]\\\n]$", r"x[^\\/]*$"])
+def test_what_a_class_excludes_comes_as_no_escape_either(noise: tuple[EngineCore, GrammarCompiler], pattern: str) -> None:
+    grammar = noise[1].compile(Constraint.json_schema({"type": "string", "pattern": f"^x$|{pattern}"}))
+    assert grammar.after(b'"x') is not None
+    assert grammar.after(b'"x"') is not None
+    assert grammar.after(rb'"\\"' if pattern[0] == "^" else rb'"x\\"') is None
+
+
 def test_malformed_schemas_are_refused_or_harmless(noise: tuple[EngineCore, GrammarCompiler]) -> None:
     """Junk in any place of a schema: one clear error, or a grammar all the same."""
     junk: list[Any] = [None, True, -1, 1e300, "x", "#", "#/a/0", [], {}, [{}], {"$ref": "#"}, {"type": []}, [1, "a"]]
