@@ -14,6 +14,8 @@ from .json_schema import IPV4
 
 EXACT_DIGITS = 15
 """Of a decimal number that goes through a float."""
+MOST_PLACES = 9
+"""That llguidance's multipleOf can tell."""
 _LABEL = "[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,2}"
 _HOST = rf"(?:(?:{_LABEL}\.)*[A-Za-z]{_LABEL}|{IPV4})"
 _PATH = r"/[\w.~!$&'()*+,;=:@/?%#-]*"
@@ -32,13 +34,13 @@ class TypeSchema(GenerateJsonSchema):
         names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum", "multiple_of": "multipleOf"}
         for bound in names.keys() & schema.keys():
             found[names[bound]] = float(schema[bound])
-        places = schema.get("decimal_places")
-        digits = min(schema.get("max_digits") or EXACT_DIGITS, EXACT_DIGITS)
-        if places is None and "max_digits" not in schema:
+        places, digits = schema.get("decimal_places"), schema.get("max_digits")
+        if places is None and digits is None:
             return found
-        if places is not None:
+        if places is not None and places <= MOST_PLACES:
             found.setdefault("multipleOf", float(f"1e-{places}"))
-        most = 10.0 ** (digits - (places or 0))
+        whole = EXACT_DIGITS - min(places or 0, MOST_PLACES)
+        most = 10.0 ** (whole if digits is None else min(whole, digits - (places or 0)))
         if "minimum" not in found:
             found["exclusiveMinimum"] = max(found.get("exclusiveMinimum", -most), -most)
         if "maximum" not in found:

@@ -129,7 +129,7 @@ TYPES: list[Any] = [
     *(dict[Annotated[int, Field(ge=3, le=5)], bool], dict[Literal["a", "b"], bool], OrderedDict[int, bool]),
     *(NaiveDatetime, AwareDatetime, datetime.timedelta, UUID4, HttpUrl, FileUrl, PostgresDsn, complex, Price, Raw, Base64Bytes),
     *(ipaddress.IPv4Network, ipaddress.IPv6Network, ipaddress.IPv4Interface, IPvAnyAddress, IPvAnyNetwork),
-    *(Annotated[int, Field(multiple_of=7)], Annotated[Decimal, Field(decimal_places=1)]),
+    *(Annotated[int, Field(multiple_of=7)], Annotated[Decimal, Field(decimal_places=1)], Annotated[Decimal, Field(decimal_places=12)]),
 ]
 
 
@@ -171,6 +171,13 @@ def test_what_comes_out() -> None:
     assert StructuredOutput(Point).parse('{"x": 1}') == Point(1)
     assert StructuredOutput(set[int]).parse("[1, 1, 2]") == {1, 2}
     assert StructuredOutput(list[Color]).parse('["dark blue"]') == [Color.BLUE]
+
+
+def test_a_decimal_keeps_the_digits_before_its_point(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    for digits, places, text in ((8, 2, "123456.78"), (30, 20, "123456.5"), (None, 12, "-123456.5"), (40, 2, "1234567890123.45")):
+        of = Annotated[Decimal, Field(max_digits=digits, decimal_places=places)]
+        assert noise[1].compile(StructuredOutput(of).constraint).after(text.encode()) is not None
+        assert str(StructuredOutput(of).parse(text)) == text
 
 
 def test_types_that_cannot_be() -> None:
