@@ -431,7 +431,8 @@ class MessageStyle:
     object or JSON text. Messages are given to each in the form that it can use.
     """
 
-    CONTENT = r"""[\w.\[\]'"]*\bcontent\b['"\]]*"""
+    CONTENT = r"""\bcontent\b['"\]]*"""
+    PATH = r"""[\w.\[\]'"]*"""  # what leads to it; only behind a word, or each character of a long name would be a place to start
     ARGUMENTS = r"""arguments['"\]]*\s*"""
 
     def __init__(self, *, parts: bool, text: bool, parsed_arguments: bool, written_arguments: bool) -> None:
@@ -443,7 +444,7 @@ class MessageStyle:
         def says(pattern: str) -> bool:
             return re.search(pattern, source) is not None
 
-        loops = says(rf"for\s+\w+\s+in\s+{cls.CONTENT}")
+        loops = says(rf"for\s+\w+\s+in\s+{cls.PATH}{cls.CONTENT}")
         asks = says(rf"{cls.CONTENT}\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)")
         asks_arguments = says(rf"{cls.ARGUMENTS}is\s+(?:not\s+)?(?:string|mapping)")
         dumps = says(rf"{cls.ARGUMENTS}(?:\|\s*(?:tojson|items|dictsort)|\.(?:items|keys|get)\b)")

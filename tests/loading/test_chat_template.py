@@ -232,3 +232,11 @@ def test_only_plain_values_reach_a_template():
     assert ChatTemplate("{{ messages[0].content.reveal is defined }} {{ messages[0].other }}").render(
         [{"role": "user", "content": Secret("x"), "other": object()}]
     ) == ("False <object>")
+
+
+@pytest.mark.parametrize("unit", ["x", "a.", "[", "content", "arguments", "{{ a", "for x in ", " "])
+def test_long_sources_are_looked_at_once(unit):
+    """A pattern that tries every character of a long name as its start would take hours for what a file may hold."""
+    start = time.thread_time()
+    chat_template.MessageStyle.of(unit * (chat_template.MAX_SOURCE // len(unit)))
+    assert time.thread_time() - start < 3
