@@ -151,7 +151,11 @@ def load_runner(builder: Builder) -> Loaded:
     def graph_of(weights: dict[str, Tensor], isq: IsqType | None) -> Graph:
         if dtype != ModelDType.AUTO:
             weights = matrices_as(weights, GgmlType[dtype.name])
-        return record(build_model(config, apply_isq(weights, isq, builder.topology)))
+        chosen = apply_isq(weights, isq, builder.topology)
+        try:
+            return record(build_model(config, chosen))
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{path}: {error}") from error
 
     graph = graph_of(weights, None if builder.isq is None else IsqType.of(builder.isq))
     try:

@@ -30,7 +30,13 @@ class Rope:
         self.inverse_frequencies = inverse_frequencies
         self.pairs = len(inverse_frequencies)
         self.factor = factor
-        self.table: NDArray[Any] = zeros((max_positions, 2, self.pairs), np.float32)
+        try:
+            self.table: NDArray[Any] = zeros((max_positions, 2, self.pairs), np.float32)
+        except (MemoryError, OSError) as error:
+            raise ModelLoadError(
+                f"max_position_embeddings={max_positions}: the system has no memory for the rotations of so many positions ({error}). "
+                "Set a smaller number where the model says it (GGUF's context_length), or take another model"
+            ) from error
         self.ready = 0
 
     def prepare(self, positions: int) -> None:

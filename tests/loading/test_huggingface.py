@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pymistral import ModelBuilder
 from pymistral.errors import ModelLoadError
 from pymistral.loading.checkpoint import Checkpoint
 from pymistral.loading.huggingface import FolderLoader, load_folder
@@ -437,3 +438,14 @@ def test_mixed_shards(write: Write) -> None:
         index |= dict.fromkeys(half, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert load_folder(folder).weights["norm.weight"].type == GgmlType.F16
+
+
+def test_what_a_model_refuses_names_its_folder(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("pymistral.nn.rope.zeros", full)
+    path = write()
+    with pytest.raises(ModelLoadError, match=r"max_position_embeddings=128: the system has no memory") as caught:
+        ModelBuilder(path, force_cpu=True).load()
+    assert str(caught.value).startswith(f"{path}: ")

@@ -93,3 +93,12 @@ def test_divisors_of_a_checkpoint() -> None:
     for wrong in (np.ones(15), np.zeros(16), -np.ones(16), np.full(16, np.nan)):
         with pytest.raises(ModelLoadError, match="16 numbers above 0"):
             Rope.from_config({"max_position_embeddings": 64}, 32, factors=wrong)
+
+
+def test_more_positions_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("pymistral.nn.rope.zeros", full)
+    with pytest.raises(ModelLoadError, match=r"max_position_embeddings=2147483647: .* memory .* Set a smaller number"):
+        Rope.from_config({"max_position_embeddings": 2**31 - 1}, 16)
