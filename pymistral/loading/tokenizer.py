@@ -13,6 +13,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
@@ -139,24 +140,26 @@ class Tokenizer:
         add_special_tokens
             Add BOS and EOS where the model wants them. Say `False` for what a chat template rendered: it writes them itself.
         """
+        out = self._encode(text, self._find_special, after_special=True)
+        return [*self._prefix, *out, *self._suffix] if add_special_tokens else out
+
+    def _encode(self, text: str, find: Callable[[str], Iterable[tuple[int, int, int]]], *, after_special: bool) -> list[int]:
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        out = self._prefix[:] if add_special_tokens else []
-        start, after_special = 0, True
-        for begin, end, token in self._find_special(text):
+        out: list[int] = []
+        start = 0
+        for begin, end, token in find(text):
             if begin < start:
                 continue
             if begin > start:
                 out += self._encoder.encode(text[start:begin], after_special=after_special)
             out.append(token)
-            start, after_special = end, True
+            start = end
             if self._strip_after_special and token in self.special_token_ids:
                 while start < len(text) and text[start].isspace():
                     start += 1
         if start < len(text):
             out += self._encoder.encode(text[start:], after_special=after_special)
-        if add_special_tokens:
-            out += self._suffix
         return out
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -181,8 +184,15 @@ class Tokenizer:
         return DecodeStream(lambda token: b"" if token in hidden else self._piece(token), strip_space=self._space_prefix)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that continues another: no special tokens are looked for, no space is put before it."""
-        return self._encoder.encode(text, after_special=False) if text else []
+        """Token ids of a text that continues another: special tokens in it are mere text, no space is put before it."""
+        return self._encode(text, self._find_user_defined, after_special=False)
+
+    @cached_property
+    def _find_user_defined(self) -> Callable[[str], Iterable[tuple[int, int, int]]]:
+        """Finds what no merges make, such as Gemma's runs of spaces, and is text nevertheless."""
+        return SpecialTokens(
+            {self._tokens[i]: i for i in sorted(self._literal_ids - self.special_token_ids, reverse=True) if self._tokens[i]}
+        ).find
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, by its text as the vocabulary spells it."""

@@ -40,6 +40,9 @@ class JsonTokenizer(Tokenizer):
             ids = [*ids, *self._suffix] if self._suffix and ids[-1:] != self._suffix else ids
         return ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._encoder.encode(text, after_special=False) if text else []  # the package finds added tokens by itself
+
 
 class Pieces:
     """The bytes of ordinary tokens, by the kind of decoder that the file names."""

@@ -143,6 +143,14 @@ def test_special_tokens_are_skipped_on_request(smollm2):
     assert smollm2.special_token_ids >= {0, 1, 2}
 
 
+def test_a_continuation_has_the_tokens_that_are_text(gemma3):
+    """llama.cpp's ids with parse_special=False: runs of spaces and of line ends, and HTML, are tokens of their own; markup is text."""
+    assert gemma3.encode_continuation("a    b\n\n<table>") == gemma3.encode("a    b\n\n<table>", add_special_tokens=False)
+    assert gemma3.encode_continuation("    ") == [gemma3.token_to_id("    ")]
+    assert gemma3.token_to_id("<eos>") not in gemma3.encode_continuation("a<eos>")
+    assert gemma3.encode_continuation("") == []
+
+
 def test_white_space_after_a_special_token_belongs_to_it_in_phi3():
     tokenizer = tokenizer_from_gguf(metadata("gemma3") | {"general.name": "Phi-3 mini"})
     assert tokenizer.encode("<eos>\n  Hello") == tokenizer.encode("<eos>Hello")
