@@ -87,16 +87,22 @@ def _load_model(
         use = requantized(isq)
         engine.call(lambda _: use(), clear_cache=True).result()
 
-    return Model(
-        engine,
-        checkpoint.tokenizer,
-        model_id=model_id,
-        config=checkpoint.config,
-        chat_template=checkpoint.chat_template if template is None else template,
-        generation_config=checkpoint.generation_config,
-        requantize=requantize,
-        toolbox=toolbox,
-    )
+    try:
+        return Model(
+            engine,
+            checkpoint.tokenizer,
+            model_id=model_id,
+            config=checkpoint.config,
+            chat_template=checkpoint.chat_template if template is None else template,
+            generation_config=checkpoint.generation_config,
+            requantize=requantize,
+            toolbox=toolbox,
+        )
+    except BaseException as error:
+        engine.close()
+        if not isinstance(error, ModelLoadError):
+            raise
+        raise ModelLoadError(f"{model_id}: {error}") from error  # its chat template, or what its author recommends
 
 
 class Loaded(NamedTuple):

@@ -400,3 +400,9 @@ def test_tool_callbacks_accumulate() -> None:
         with pytest.raises(RequestValidationError):
             wrong()
     assert builder.tool_callbacks == callbacks
+
+
+def test_what_a_model_refuses_names_it_and_leaves_no_engine(chain: dict[str, Any]) -> None:
+    with pytest.raises(ModelLoadError, match=r"^owner/refused: the chat template has an error in line 1"):
+        ModelBuilder("owner/refused", chat_template="{% if %}").load()
+    assert not [thread for thread in threading.enumerate() if thread.name == "pymistral-engine-owner/refused"]
