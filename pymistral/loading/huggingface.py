@@ -153,6 +153,8 @@ class FolderLoader:
             self.fail(f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
         if config["head_dim"] % 16 or config["head_dim"] > MAX_HEAD_DIM:
             self.fail(f"config.json: head_dim is {config['head_dim']}, not a multiple of 16 up to {MAX_HEAD_DIM}", "Use another model.")
+        if type(config["tie_word_embeddings"]) is not bool:  # "false" would be true
+            self.fail(f"config.json: tie_word_embeddings is {config['tie_word_embeddings']!r:.80}, not true or false")
         self.positive(config, "rms_norm_eps")
         self._rope(config)
         self._activation(config)

@@ -449,3 +449,9 @@ def test_what_a_model_refuses_names_its_folder(write: Write, monkeypatch: pytest
     with pytest.raises(ModelLoadError, match=r"max_position_embeddings=128: the system has no memory") as caught:
         ModelBuilder(path, force_cpu=True).load()
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("tied", ["false", 1, [], 0.0])
+def test_tied_is_true_or_false(write: Write, tied: Any) -> None:
+    with pytest.raises(ModelLoadError, match=r"config\.json: tie_word_embeddings is .*, not true or false"):
+        load_folder(write(tie_word_embeddings=tied))
