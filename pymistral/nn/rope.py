@@ -105,8 +105,8 @@ def frequencies(
     elif scaling:
         with np.errstate(all="ignore"):
             inverse, factor = _scale(inverse, scaling, base, dims, max_positions)
-        if not (np.isfinite(inverse).all() and math.isfinite(factor)):
-            raise ModelLoadError(f"rope_scaling gives frequencies that are not finite: {str(dict(scaling))[:200]}")
+        if not ((np.isfinite(inverse) & (inverse > 0)).all() and math.isfinite(factor)):
+            raise ModelLoadError(f"rope_scaling gives frequencies that are not finite and above 0: {str(dict(scaling))[:200]}")
     return inverse, factor
 
 

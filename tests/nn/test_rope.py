@@ -102,3 +102,10 @@ def test_more_positions_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pymistral.nn.rope.zeros", full)
     with pytest.raises(ModelLoadError, match=r"max_position_embeddings=2147483647: .* memory .* Set a smaller number"):
         Rope.from_config({"max_position_embeddings": 2**31 - 1}, 16)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_a_factor_below_zero_turns_nothing_back(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": -1.5, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ModelLoadError, match=r"not finite and above 0"):
+        Rope.from_config({"max_position_embeddings": 128, "rope_theta": 10_000.0, "rope_scaling": scaling}, 16)
