@@ -244,7 +244,9 @@ class GgufLoader:
         if not head_dim or head_dim % 2 or value_dim not in (None, head_dim):
             self.fail(f"heads have {head_dim} dimensions and values {value_dim or head_dim}; they must be equal, even and above 0")
         if config["model_type"] == "granite":
-            config.setdefault("attention_multiplier", head_dim**-0.5)
+            scale = config["attention_multiplier"] = config.get("attention_multiplier") or head_dim**-0.5  # 0: not said
+            if scale < 0:
+                self.fail(f"{self.prefix}.attention.scale is {scale}, not above 0")
         if self.architecture.query_scale_from_hidden is not None:
             from_hidden = config["num_hidden_layers"] == self.architecture.query_scale_from_hidden
             config["query_pre_attn_scalar"] = config["hidden_size"] // heads if from_hidden else head_dim

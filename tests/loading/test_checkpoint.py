@@ -346,6 +346,13 @@ def test_granite_multipliers(write: Write) -> None:
     assert config["residual_multiplier"] == 0.22
 
 
+def test_granite_scale_of_0_is_that_of_the_heads(write: Write) -> None:
+    """As llama.cpp reads it: scores that are all 0 would attend to everything alike."""
+    assert load(write("granite", {"granite.attention.scale": 0.0}))[0]["attention_multiplier"] == 8**-0.5
+    with pytest.raises(ModelLoadError, match=r"granite.attention.scale is -1.0, not above 0"):
+        load(write("granite", {"granite.attention.scale": -1.0}))
+
+
 # what is refused
 
 
