@@ -332,9 +332,13 @@ def result_text(result: Any) -> str:
     """A tool's result as the model reads it: text as it is, anything else as JSON."""
     if isinstance(result, str):
         return _encodable(result)
-    from pydantic_core import to_json
+    from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
-    return to_json(result, fallback=str, inf_nan_mode="constants").decode()
+    try:
+        return to_json(result, fallback=str, inf_nan_mode="constants").decode()
+    except PydanticSerializationError:  # among others for halves of surrogate pairs, which json writes as they are
+        value = to_jsonable_python(result, fallback=str, inf_nan_mode="constants")
+        return _encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def _encodable(text: str) -> str:

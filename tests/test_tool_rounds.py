@@ -276,6 +276,7 @@ async def test_results_that_are_too_long_are_cut() -> None:
         (complex(1, 2), '"1+2j"'),
         (float("nan"), "NaN"),
         ("half \ud83d", "half \ufffd"),
+        ({"a": ["half \ud83d", "é", 1]}, '{"a":["half \ufffd","é",1]}'),
         ("", ""),
     ],
 )
