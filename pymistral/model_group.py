@@ -78,11 +78,11 @@ class ModelGroup:
     def list_models_with_status(self) -> list[tuple[str, ModelStatus]]:
         """The ids of all models, and whether each is ``"loaded"``, ``"unloaded"`` or ``"reloading"``."""
         with self._group_lock:
-            return [(model_id, entry.status) for model_id, entry in self._entries.items()]
+            return [(model_id, self._status(entry)) for model_id, entry in self._entries.items()]
 
     def is_model_loaded(self, model_id: str) -> bool:
         """Whether a model is in memory."""
-        return self._entry(model_id).status == "loaded"
+        return self._status(self._entry(model_id)) == "loaded"
 
     def get_default_model_id(self) -> str:
         """The id of the model that answers requests without ``model_id``."""
@@ -135,7 +135,11 @@ class ModelGroup:
                 return self if entry.model is None else cast("Self", entry.model)
         raise self._not_loaded(name)
 
+    def _status(self, entry: Entry) -> ModelStatus:
+        return "unloaded" if self._closed else entry.status
+
     def _entry(self, model_id: str) -> Entry:
+        check_model_id(model_id)
         try:
             return self._entries[model_id]
         except KeyError:
@@ -189,9 +193,9 @@ class ModelGroup:
     def _reload_model(self, model_id: str) -> None:
         entry = self._entry(model_id)
         with entry.lock:
+            self._check_open()
             if entry.status == "loaded":
                 return
-            self._check_open()
             if entry.source is None or self._entries.get(model_id) is not entry:
                 raise ModelManagementError(f"the model {model_id!r} has been removed")
             entry.status = "reloading"

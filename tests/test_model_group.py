@@ -70,6 +70,11 @@ async def test_unknown_and_taken_ids_are_named() -> None:
                 await model.add_model(model_id, FakeBuilder("x"))  # type: ignore[arg-type]
             with pytest.raises(ModelManagementError, match="id is a non-empty string"):
                 MultiModelBuilder().add_model_with_alias(model_id, FakeBuilder("x"))  # type: ignore[arg-type]
+        for wrong in ([], {}, 5):
+            with pytest.raises(ModelManagementError, match="id is a non-empty string, got"):
+                await model.chat("Hi", model_id=wrong)  # type: ignore[arg-type]
+            with pytest.raises(ModelManagementError, match="id is a non-empty string, got"):
+                model.is_model_loaded(wrong)  # type: ignore[arg-type]
         with pytest.raises(ModelManagementError, match="takes a builder"):
             await model.add_model("three", "model.gguf")  # type: ignore[arg-type]
         assert model.list_models() == ["one", "two"]
@@ -206,7 +211,9 @@ async def test_closing_closes_all() -> None:
     assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(EngineClosedError):
         await model.chat("Hi", model_id="two")
-    for call in (model.reload_model("one"), model.add_model("three", FakeBuilder("x"))):
+    assert model.list_models_with_status() == [("one", "unloaded"), ("two", "unloaded")]
+    assert not model.is_model_loaded("two")
+    for call in (model.reload_model("one"), model.reload_model("two"), model.add_model("three", FakeBuilder("x"))):
         with pytest.raises(EngineClosedError):
             await call
 
