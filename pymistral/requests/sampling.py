@@ -190,7 +190,7 @@ def _stop_tokens(stop: StopTokens) -> tuple[str | int, ...]:
             if not entry:
                 raise RequestValidationError("stop_toks holds an empty string, which would end every answer at once; leave it out")
         else:
-            _integer("stop_toks", entry, at_least=0, remedy="an entry is a string or a token id")
+            _integer("an entry of stop_toks that is no string", entry, at_least=0, remedy="it is a token id")
     return tuple(entry if isinstance(entry, str) else int(entry) for entry in stops)
 
 
@@ -198,6 +198,6 @@ def _logits_bias(bias: Mapping[int, float]) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise RequestValidationError(f"logits_bias must map token ids to numbers, got {bias!r}")
     for token, value in bias.items():
-        _integer("logits_bias", token, at_least=0, remedy="its keys are token ids")
+        _integer("a key of logits_bias", token, at_least=0, remedy="it is a token id")
         _number(f"logits_bias[{token}]", value, at_least=-_MOST, at_most=_MOST, remedy="-100 bans a token in effect, 100 forces it")
     return dict(bias)

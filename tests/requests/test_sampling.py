@@ -53,6 +53,12 @@ def test_the_message_says_what_was_wrong_and_what_to_do() -> None:
     assert str(caught.value) == "temperature must be a finite number at least 0, got nan; 0 is greedy, None means 1"
     assert isinstance(caught.value, PymistralError)
     assert isinstance(caught.value, ValueError)
+    with pytest.raises(RequestValidationError) as caught:
+        SamplingParams(logits_bias={"a": 1})  # type: ignore[dict-item]
+    assert str(caught.value) == "a key of logits_bias must be a whole number of at least 0, got 'a'; it is a token id"
+    with pytest.raises(RequestValidationError) as caught:
+        SamplingParams(stop_toks=[1.5])  # type: ignore[list-item]
+    assert str(caught.value) == "an entry of stop_toks that is no string must be a whole number of at least 0, got 1.5; it is a token id"
 
 
 def test_numpy_numbers_are_numbers() -> None:
