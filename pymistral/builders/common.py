@@ -113,6 +113,11 @@ class ModelOptions:
             _check_count("prefix_cache_n", self.prefix_cache_n, at_least=0)
         if self.threads is not None:
             _check_count("threads", self.threads, at_least=1, at_most=1024)  # as PYMISTRAL_THREADS
+        for option in ("force_cpu", "logging", "search", "search_private", "throughput_logging"):
+            if not isinstance(flag := getattr(self, option), bool):  # "no" would count as true
+                raise ModelLoadError(f"{option} must be True or False, got {flag!r}")
+        if self.hf_revision is not None and not isinstance(self.hf_revision, str):
+            raise ModelLoadError(f"hf_revision must be the name of a branch, a tag or a commit, got {self.hf_revision!r}")
         if isinstance(self.chat_template, os.PathLike):
             self.chat_template = os.fspath(self.chat_template)
         if self.chat_template is not None and not isinstance(self.chat_template, str):

@@ -25,7 +25,7 @@ class ContextSize:
     tokens: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or self.tokens < 1:
+        if not _is_count(self.tokens):
             raise ModelLoadError(f"ContextSize takes a whole number of tokens of at least 1, got {self.tokens!r}")
 
 
@@ -36,7 +36,7 @@ class MbAmount:
     megabytes: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.megabytes, int) or self.megabytes < 1:
+        if not _is_count(self.megabytes):
             raise ModelLoadError(f"MbAmount takes a whole number of megabytes of at least 1, got {self.megabytes!r}")
 
 
@@ -47,8 +47,13 @@ class Utilization:
     share: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, float | int) or not math.isfinite(self.share) or not 0 < self.share <= 1:
+        is_number = isinstance(self.share, float | int) and not isinstance(self.share, bool)
+        if not is_number or not math.isfinite(self.share) or not 0 < self.share <= 1:
             raise ModelLoadError(f"Utilization takes a share above 0 and up to 1, got {self.share!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 MemoryGpuConfig = ContextSize | MbAmount | Utilization
@@ -161,7 +166,7 @@ class PagedAttentionMetaBuilder:
         ModelLoadError
             A setting is out of its range.
         """
-        if self.block_size is not None and self.block_size not in _BLOCK_SIZES:
+        if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size not in _BLOCK_SIZES):
             sizes = ", ".join(map(str, _BLOCK_SIZES))
             raise ModelLoadError(
                 f"the KV cache's block_size must be one of {sizes}, or None for what suits the device, got {self.block_size!r}"

@@ -111,6 +111,12 @@ def test_flags_need_no_argument() -> None:
         ("token_source", None),
         ("mcp_client", "server"),
         ("search_callback", "no function"),
+        ("force_cpu", "no"),
+        ("logging", "debug"),
+        ("search", 1),
+        ("search_private", None),
+        ("throughput_logging", "off"),
+        ("hf_revision", 5),
     ],
 )
 def test_a_bad_option_is_named_and_changes_nothing(option: str, value: object) -> None:
@@ -141,7 +147,7 @@ def test_paged_attention() -> None:
     assert PagedAttentionMetaBuilder().build().memory == ContextSize(4096)
     built = PagedAttentionMetaBuilder(block_size=64, gpu_memory=MbAmount(64)).with_gpu_memory(Utilization(0.5)).build()
     assert (built.block_size, built.memory) == (64, Utilization(0.5))
-    for bad in (0, 7, "32"):
+    for bad in (0, 7, "32", 32.0):
         with pytest.raises(ModelLoadError, match="block_size"):
             PagedAttentionMetaBuilder().with_block_size(bad).build()  # type: ignore[arg-type]
     with pytest.raises(ModelLoadError, match="ContextSize"):
@@ -153,6 +159,9 @@ def test_paged_attention() -> None:
         (Utilization, float("nan")),
         (Utilization, 2),
         (MbAmount, "1"),
+        (ContextSize, True),
+        (MbAmount, True),
+        (Utilization, True),
     ):
         with pytest.raises(ModelLoadError, match=make.__name__):
             make(value)  # type: ignore[arg-type]
