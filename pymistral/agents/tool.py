@@ -93,15 +93,17 @@ class FunctionTool(Generic[P, R]):
         strict: bool | None = None,
         names: Mapping[str, Any] | None = None,
     ) -> None:
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):  # a class says nothing of how it is called to `get_type_hints`
             raise RequestValidationError(f"@tool takes a function, got {function!r}")
+        if name is not None and (not isinstance(name, str) or not name):
+            raise RequestValidationError(f"the name of a tool must be a non-empty string, got {name!r}")
         refuse_generator(function)
         functools.update_wrapper(self, function)
         self._function = function
         self._options: dict[str, Any] = {"name": name, "description": description, "strict": strict, "names": names}
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self.is_async = is_async(function)
-        if not _is_method(function):
+        if not _is_method(function, self._signature):
             _ = self.tool  # a function that cannot be a tool is an error where it is defined
         if not _in_class(function):
             self._options["names"] = None  # read by now; they would keep all variables of the function around it alive
@@ -180,7 +182,12 @@ class FunctionTool(Generic[P, R]):
 
     @cached_property
     def _signature(self) -> inspect.Signature:
-        return inspect.signature(self._function)
+        try:
+            return inspect.signature(self._function)
+        except (TypeError, ValueError) as error:  # some of what is written in C has none
+            raise RequestValidationError(
+                f"the parameters of the tool {self.name!r} cannot be read: {error}; wrap it in a function"
+            ) from error
 
     @cached_property
     def _documentation(self) -> tuple[str, dict[str, str]]:
@@ -242,9 +249,9 @@ def _in_class(function: Callable[..., Any]) -> bool:
     return bool(where) and not where.endswith("<locals>")
 
 
-def _is_method(function: Callable[..., Any]) -> bool:
+def _is_method(function: Callable[..., Any], signature: inspect.Signature) -> bool:
     """Whether a function's first parameter is yet to be bound."""
-    return _in_class(function) and not inspect.ismethod(function) and list(inspect.signature(function).parameters)[:1] == ["self"]
+    return _in_class(function) and not inspect.ismethod(function) and list(signature.parameters)[:1] == ["self"]
 
 
 def _leaves_default_to_pydantic(parameter: inspect.Parameter) -> bool:

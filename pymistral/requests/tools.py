@@ -90,6 +90,10 @@ class Function:
             raise RequestValidationError(f"the function name {self.name!r} has half a surrogate pair, which no tokenizer takes")
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise RequestValidationError(f"function {self.name!r}: parameters must be a JSON schema as a dict, got {self.parameters!r}")
+        if self.description is not None and not isinstance(self.description, str):
+            raise RequestValidationError(f"function {self.name!r}: description must be a string, got {self.description!r}")
+        if self.strict is not None and not isinstance(self.strict, bool):
+            raise RequestValidationError(f"function {self.name!r}: strict must be True, False or None, got {self.strict!r}")
         try:
             json.dumps(self.parameters)
         except (TypeError, ValueError, RecursionError) as error:
@@ -119,8 +123,8 @@ class Tool:
     @classmethod
     def from_dict(cls, tool: Mapping[str, Any]) -> Tool:
         """A tool from OpenAI's JSON form."""
-        function = tool.get("function")
-        if not isinstance(function, Mapping):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(tool, Mapping) or not isinstance(function, Mapping):
             raise RequestValidationError(f"a tool must have a 'function' with at least a 'name', got {tool!r}")
         known = {key: function[key] for key in ("name", "description", "parameters", "strict") if key in function}
         return cls(type=tool.get("type", "function"), function=Function(**{"name": "", **known}))

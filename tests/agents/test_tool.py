@@ -288,8 +288,15 @@ def test_functions_that_cannot_be_tools() -> None:
         async def events(path: str) -> AsyncIterator[str]:
             yield path
 
-    with pytest.raises(RequestValidationError, match="takes a function"):
-        tool(3)  # type: ignore[call-overload]
+    for wrong in (3, int, Handle):
+        with pytest.raises(RequestValidationError, match="takes a function"):
+            tool(wrong)  # type: ignore[call-overload]
+    for unreadable in (max, dict.update):
+        with pytest.raises(RequestValidationError, match=r"the parameters of the tool '\w+' cannot be read: .*; wrap it in a function"):
+            tool(unreadable)  # type: ignore[type-var]
+    for name in (5, ""):
+        with pytest.raises(RequestValidationError, match="name of a tool must be a non-empty string"):
+            tool(name=name)(len)  # type: ignore[call-overload]
 
 
 NUMPY = """Get it.
