@@ -12,6 +12,7 @@ from ..errors import PymistralError, RequestValidationError, counted
 from ..model import Model
 from ..requests import RequestBuilder, Tool, ToolChoice
 from ..requests.enums import PlainEnum
+from ..requests.messages import checked_flag
 from ..requests.tools import NamedToolChoice, checked_tool_choice
 from ..responses import CalledFunction, ChatCompletionResponse, ToolCallResponse
 from ..tool_rounds import DEFAULT_TOOL_TIMEOUT, ToolCallback, ToolResult, add_round, call_tools, is_async, offer_tools, result_fitter
@@ -312,7 +313,7 @@ class AgentBuilder:
 
     def with_parallel_tool_execution(self, parallel_tool_execution: bool = True) -> Self:
         """Set whether the calls of one turn are made side by side, as they are by default, or one after the other."""
-        self._parallel = parallel_tool_execution
+        self._parallel = checked_flag("parallel_tool_execution", parallel_tool_execution)
         return self
 
     def with_tool_choice(self, tool_choice: ToolChoice | NamedToolChoice | Tool | Mapping[str, Any] | str) -> Self:

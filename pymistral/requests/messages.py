@@ -64,11 +64,15 @@ class TextMessages:
 
     def enable_thinking(self, enable_thinking: bool = True) -> Self:
         """Switch the model's thinking on or off, if its chat template knows such a switch."""
-        self.thinking = enable_thinking
+        self.thinking = checked_flag("enable_thinking", enable_thinking)
         return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.messages)} message{'s' * (len(self.messages) != 1)})"
+
+
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+"""What templates join to other text, besides the content."""
 
 
 def messages_from_dicts(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
@@ -84,6 +88,9 @@ def _message_from_dict(index: int, message: Mapping[str, Any]) -> Message:
     if "content" not in message and not message.get("tool_calls"):
         raise RequestValidationError(f"messages[{index}] has no 'content', only {sorted(map(str, message))}")
     content, calls = message.get("content"), message.get("tool_calls")
+    for field in TEXT_FIELDS:
+        if message.get(field) is not None and not isinstance(message[field], str):
+            raise RequestValidationError(f"messages[{index}]: {field!r} must be a string, got {message[field]!r}")
     # What is null, as in the message of a response, is left out: templates ask whether it is there, not whether it is null.
     checked = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
     checked |= {"role": role_name(message["role"]), "content": "" if content is None else _content_text(index, content)}
@@ -120,7 +127,7 @@ def _checked_call(call: object) -> dict[str, Any]:
         json.dumps(function["arguments"])
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestValidationError(f"the arguments of a call of {function['name']!r} must have a JSON form: {error}") from error
-    return dict(call)
+    return {**call, "type": call.get("type") or "function"}  # some templates ask for the type, of which there is only one
 
 
 def role_name(role: object) -> str:
@@ -131,6 +138,13 @@ def role_name(role: object) -> str:
         return str(TextMessageRole(role))
     except RequestValidationError as error:
         raise RequestValidationError(f"{error}; TextMessageRole.custom(...) makes any other") from None
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """`value` if it is True or False: a text such as ``"no"`` would count as true."""
+    if not isinstance(value, bool):
+        raise RequestValidationError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def checked_tokens(tokens: object) -> list[int]:

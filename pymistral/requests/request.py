@@ -16,6 +16,7 @@ from .messages import (
     TextMessageRole,
     TextMessages,
     checked_calls,
+    checked_flag,
     checked_text,
     messages_from_dicts,
     role_name,
@@ -87,6 +88,8 @@ class RequestBuilder(TextMessages):
 
     def add_tool_message(self, tool_content: str, tool_id: str) -> Self:
         """Append the result of a tool call, by the call's id."""
+        if not isinstance(tool_id, str):
+            raise RequestValidationError(f"add_tool_message takes the id of the call that was answered, a string, got {tool_id!r}")
         self.messages.append({"role": "tool", "content": checked_text(tool_content), "tool_call_id": tool_id})
         return self
 
@@ -176,12 +179,12 @@ class RequestBuilder(TextMessages):
 
     def return_logprobs(self, return_logprobs: bool = True) -> Self:
         """Ask for the log-probability of each token; `set_sampler_topn_logprobs` adds the most likely others."""
-        self.logprobs = return_logprobs
+        self.logprobs = checked_flag("return_logprobs", return_logprobs)
         return self
 
     def with_truncate_sequence(self, truncate_sequence: bool = True) -> Self:
         """Cut a prompt that is longer than the context, at its start, rather than refuse it."""
-        self.truncate_sequence = truncate_sequence
+        self.truncate_sequence = checked_flag("truncate_sequence", truncate_sequence)
         return self
 
     def with_timeout(self, seconds: float | None) -> Self:

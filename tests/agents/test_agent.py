@@ -338,6 +338,7 @@ async def test_what_the_builder_refuses() -> None:
         (lambda: builder.with_sync_tool(ECHO, len, timeout=0), "a number of seconds above 0"),
         (lambda: builder.with_max_iterations(0), "at least 1"),
         (lambda: builder.with_tool_choice("perhaps"), "is not one of"),
+        (lambda: builder.with_parallel_tool_execution("no"), "parallel_tool_execution must be True or False, got 'no'"),
         (lambda: builder.build().run_stream(3), "must be a string"),
     ):
         with pytest.raises(RequestValidationError, match=message):

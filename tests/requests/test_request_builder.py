@@ -51,6 +51,8 @@ def test_everything_that_can_be_a_request() -> None:
         ([{"role": "user", "content": 7}], "int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "only text parts"),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
+        ([{"role": "tool", "content": "Yes.", "tool_call_id": 5}], r"messages\[0\]: 'tool_call_id' must be a string, got 5"),
+        ([{"role": "assistant", "content": "Hi", "reasoning_content": ["Hm."]}], r"messages\[0\]: 'reasoning_content' must be a string"),
         *(([{"role": "assistant", "tool_calls": calls}], "tool_calls must be a list") for calls in (5, "call", {"function": {}})),
         *(([{"role": "assistant", "tool_calls": [call]}], "a tool call is") for call in CALLS_THAT_ARE_NONE),
     ],
@@ -180,8 +182,14 @@ def test_tool_choice() -> None:
 def test_bad_tools() -> None:
     with pytest.raises(RequestValidationError, match="'function'"):
         Tool.from_dict({"name": "f"})
+    with pytest.raises(RequestValidationError, match=r"must have a 'function'.* got None"):
+        Tool.from_dict(None)  # type: ignore[arg-type]
     with pytest.raises(RequestValidationError, match="name"):
         Tool.from_dict({"function": {}})
+    with pytest.raises(RequestValidationError, match="'f': description must be a string, got 5"):
+        Function(name="f", description=5)  # type: ignore[arg-type]
+    with pytest.raises(RequestValidationError, match="'f': strict must be True, False or None, got 'no'"):
+        Function(name="f", strict="no")  # type: ignore[arg-type]
     with pytest.raises(RequestValidationError, match="ToolType: 'x' is not one of 'function'"):
         Tool(type="x", function=Function(name="f"))
     with pytest.raises(RequestValidationError, match="schema"):
@@ -198,6 +206,19 @@ def test_bad_tools() -> None:
         RequestBuilder().add_logits_processor(7)  # type: ignore[arg-type]
 
 
+def test_flags_are_true_or_false() -> None:
+    for method in ("enable_thinking", "return_logprobs", "with_truncate_sequence"):
+        for wrong in ("no", None, 1):
+            with pytest.raises(RequestValidationError, match=rf"must be True or False, got {wrong!r}"):
+                getattr(RequestBuilder(), method)(wrong)
+
+
+def test_what_a_result_answers_is_the_id_of_a_call() -> None:
+    for wrong in (None, 5):
+        with pytest.raises(RequestValidationError, match=rf"the id of the call that was answered, a string, got {wrong!r}"):
+            RequestBuilder().add_tool_message("Yes.", wrong)  # type: ignore[arg-type]
+
+
 def test_tool_calls_reach_templates_with_parsed_arguments() -> None:
     call = ToolCallResponse(id="call-1", function=CalledFunction(name="weather", arguments='{"city": "Oslo"}'))
     request = (
@@ -208,7 +229,7 @@ def test_tool_calls_reach_templates_with_parsed_arguments() -> None:
     assert tool == {"role": "tool", "content": "Yes.", "tool_call_id": "call-1"}
     assert request.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
     for unreadable in ("{", "[" * 100_000):
-        broken = {"id": "1", "function": {"name": "f", "arguments": unreadable}}
+        broken = {"id": "1", "type": "function", "function": {"name": "f", "arguments": unreadable}}
         assert RequestBuilder().add_message_with_tool_call("assistant", "", [broken]).template_messages()[0]["tool_calls"] == [broken]
     openai = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[]"}}]}]
     assert RequestBuilder.of(openai).template_messages()[0]["tool_calls"][0]["function"]["arguments"] == []

@@ -55,6 +55,14 @@ def test_a_template_that_shows_one_call_gets_each_before_its_result() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("source", [*map(template, FAMILIES)], ids=FAMILIES)
+def test_a_call_needs_no_type(source: str) -> None:
+    typeless = {key: value for key, value in call(0).items() if key != "type"}
+    for made in (typeless, {**typeless, "type": None}):
+        request = RequestBuilder().add_message("user", "Weather?").add_message_with_tool_call("assistant", "", [made])
+        assert "city0" in prompt_of(source, request.add_tool_message("result0", "abcdefgh0"))
+
+
 @pytest.mark.parametrize("name", ["deepseek-r1-distill", "deepseek-v3.1"])
 def test_the_system_prompt_stays_before_the_tools(name: str) -> None:
     request = RequestBuilder().add_message("system", "Be brief.").add_message("user", "Weather?").set_tools(TOOLS)
