@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import wraps
 from itertools import chain
@@ -435,9 +436,9 @@ class MessageStyle:
     PATH = r"""[\w.\[\]'"]*"""  # what leads to it; only behind a word, or each character of a long name would be a place to start
     ARGUMENTS = r"""arguments['"\]]*\s*"""
 
-    def __init__(self, *, parts: bool, text: bool, parsed_arguments: bool, written_arguments: bool) -> None:
+    def __init__(self, *, parts: bool, text: bool, parsed_arguments: bool, written_arguments: bool, items: bool) -> None:
         self.parts, self.text = parts, text
-        self.parsed_arguments, self.written_arguments = parsed_arguments, written_arguments
+        self.parsed_arguments, self.written_arguments, self.items = parsed_arguments, written_arguments, items
 
     @classmethod
     def of(cls, source: str) -> MessageStyle:
@@ -447,7 +448,8 @@ class MessageStyle:
         loops = says(rf"for\s+\w+\s+in\s+{cls.PATH}{cls.CONTENT}")
         asks = says(rf"{cls.CONTENT}\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)")
         asks_arguments = says(rf"{cls.ARGUMENTS}is\s+(?:not\s+)?(?:string|mapping)")
-        dumps = says(rf"{cls.ARGUMENTS}(?:\|\s*(?:tojson|items|dictsort)|\.(?:items|keys|get)\b)")
+        items = says(rf"{cls.ARGUMENTS}(?:\|\s*(?:items|dictsort)|\.(?:items|keys|get)\b)")
+        dumps = items or says(rf"{cls.ARGUMENTS}\|\s*tojson")
         dumps_call = says(r"\b(?:function|tool_calls?|call)\s*\|\s*tojson")
         adds = says(rf"[+~][^%}}+~]*{cls.ARGUMENTS}|{cls.ARGUMENTS}[+~]|\{{\{{-?\s*[\w.\[\]'\"]*{cls.ARGUMENTS}-?\}}\}}")
         return cls(
@@ -455,6 +457,7 @@ class MessageStyle:
             text=asks or not loops,
             parsed_arguments=not asks_arguments and (dumps or (dumps_call and not adds)),
             written_arguments=not asks_arguments and adds and not dumps,
+            items=items and not asks_arguments,
         )
 
     def adapt(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -483,10 +486,10 @@ class MessageStyle:
 
     def _arguments(self, arguments: Any) -> Any:
         if self.parsed_arguments and isinstance(arguments, str):
-            try:
-                return json.loads(arguments)
-            except (ValueError, RecursionError):
-                return arguments
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if self.items and not isinstance(arguments, dict):  # as a model may have written them: it is shown what it did
+            return {} if arguments is None else {"arguments": arguments}
         if self.written_arguments and not isinstance(arguments, str):
             return json.dumps(arguments, ensure_ascii=False)
         return arguments

@@ -327,7 +327,7 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(function["arguments"].strip() or "{}")  # some clients write nothing where there are none
     except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}}

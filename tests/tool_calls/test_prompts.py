@@ -63,6 +63,16 @@ def test_a_call_needs_no_type(source: str) -> None:
         assert "city0" in prompt_of(source, request.add_tool_message("result0", "abcdefgh0"))
 
 
+@pytest.mark.parametrize("arguments", ["", " ", "null", "[41]", '"42"', '{"city": "4', "4 3"])
+@pytest.mark.parametrize("source", [*map(template, FAMILIES)], ids=FAMILIES)
+def test_arguments_that_are_no_object(source: str, arguments: str) -> None:
+    """As models write them, or as an answer that was cut leaves them: the model is told of its mistake, so it must be shown."""
+    made = {"id": "abcdefgh0", "function": {"name": "get_weather", "arguments": arguments}}
+    request = RequestBuilder().add_message("user", "Weather?").add_message_with_tool_call("assistant", "", [made])
+    prompt = prompt_of(source, request.add_tool_message("result0", "abcdefgh0"))
+    assert [text for text in ("get_weather", "result0", "4" * ("4" in arguments)) if text not in prompt] == []
+
+
 @pytest.mark.parametrize("name", ["deepseek-r1-distill", "deepseek-v3.1"])
 def test_the_system_prompt_stays_before_the_tools(name: str) -> None:
     request = RequestBuilder().add_message("system", "Be brief.").add_message("user", "Weather?").set_tools(TOOLS)
