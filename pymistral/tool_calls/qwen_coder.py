@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from .dialect import CallTrigger, Handlers, Schemas, quoted
@@ -132,13 +132,34 @@ def _read_function(scanner: Scanner, tools: Schemas, opening: str) -> Reading:
 def _read_value(scanner: Scanner, types: frozenset[str]) -> Generator[None, None, bool]:
     """A value up to its end tag; whether there was one. What can only be a string is passed on while it comes."""
     yield from scanner.need(1)
+    own_lines = scanner.text.startswith("\n")
     scanner.text = scanner.text.removeprefix("\n")
-    ends, taken, parts = (f"\n{PARAMETER_END}", PARAMETER_END), list[str](), list[str]()
     if types == {"string"}:
         scanner.arguments('"')
-        yield from scanner.until(ends, lambda text: scanner.arguments(json.dumps(text, ensure_ascii=False)[1:-1]), taken)
-        scanner.arguments('"' if taken else "")
+        ended = yield from _value_text(scanner, own_lines, lambda text: scanner.arguments(json.dumps(text, ensure_ascii=False)[1:-1]))
+        scanner.arguments('"' if ended else "")
     else:
-        yield from scanner.until(ends, parts.append, taken)
+        parts: list[str] = []
+        ended = yield from _value_text(scanner, own_lines, parts.append)
         scanner.arguments(json.dumps(typed("".join(parts), types), ensure_ascii=False))
-    return bool(taken)
+    return ended
+
+
+def _value_text(scanner: Scanner, own_lines: bool, emit: Callable[[str], None]) -> Generator[None, None, bool]:
+    """The text up to the end tag; whether there was one. In a value on lines of its own, a tag within a line may be part of the text."""
+    while True:
+        taken: list[str] = []
+        yield from scanner.until((f"\n{PARAMETER_END}", PARAMETER_END), emit, taken)
+        if taken != [PARAMETER_END] or not own_lines or (yield from _value_ends(scanner)):
+            return bool(taken)
+        emit(PARAMETER_END)
+
+
+def _value_ends(scanner: Scanner) -> Generator[None, None, bool]:
+    """Whether what follows, if anything, is what follows a value. Takes nothing."""
+    marks = (PARAMETER, FUNCTION_END, END)
+    while not (rest := scanner.text.lstrip()).startswith(marks):
+        if scanner.ended or (rest and not any(mark.startswith(rest) for mark in marks)):
+            return not rest
+        yield
+    return True

@@ -181,6 +181,17 @@ def test_ids_are_unique_and_of_the_form_that_mistral_wants() -> None:
         ("qwen3-coder", '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', {"calls": [["f", '{"a": 1}']]}),
         ("qwen3-coder", "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", {"calls": [["f", '{"a": 1}']]}),
         ("qwen3-coder", "<tool_call><function=get_weather><parameter=city>7</parameter>", {"calls": [["get_weather", '{"city": "7"']]}),
+        (
+            "qwen3-coder",
+            "<tool_call>\n<function=f>\n<parameter=a>\n<b></parameter></b>\n</parameter>\n</function>\n</tool_call>",
+            {"calls": [["f", '{"a": "<b></parameter></b>"}']]},
+        ),
+        (
+            "qwen3-coder",
+            "<tool_call>\n<function=f>\n<parameter=a>\nx</parameter>\n<parameter=b>\ny</parameter></function>\n</tool_call>",
+            {"calls": [["f", '{"a": "x", "b": "y"}']]},
+        ),
+        ("qwen3-coder", "<tool_call>\n<function=f>\n<parameter=a>\nx</parameter>\n", {"calls": [["f", '{"a": "x"']]}),
         ("qwen3-coder", "<tool_call>\n<function=f\noops", {"content": "<tool_call><function=f\noops", "calls": []}),
         ("qwen3-coder", "<tool_call><function=f><parameter=a>True</parameter></tool_call>", {"calls": [["f", '{"a": true}']]}),
         ("qwen3-coder", "<tool_call><function=f><parameter=a>\nNaN\n</parameter></function>", {"calls": [["f", '{"a": "NaN"}']]}),
