@@ -147,9 +147,9 @@ def checked_mcp_config(config: object) -> McpClientConfig:
     """A configuration from itself or a dict."""
     if isinstance(config, McpClientConfig):
         return config
-    if isinstance(config, Mapping):
+    if isinstance(config, Mapping) and all(isinstance(key, str) for key in config):
         return McpClientConfig(**config)
-    raise ModelLoadError(f"with_mcp_client takes an McpClientConfig, got {config!r}")
+    raise ModelLoadError(f"with_mcp_client takes an McpClientConfig or a dict of its form, got {config!r}")
 
 
 def _made(source: type[S], **values: Any) -> S:

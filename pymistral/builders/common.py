@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,8 @@ class ModelOptions:
             self.mcp_client = checked_mcp_config(self.mcp_client)
         if self.search_callback is not None and not callable(self.search_callback):
             raise ModelLoadError(f"search_callback must be a function of SearchFunctionParameters, got {self.search_callback!r}")
+        if not isinstance(self.tool_callbacks, Mapping) or not all(isinstance(name, str) and name for name in self.tool_callbacks):
+            raise ModelLoadError(f"tool_callbacks must map the names of tools to functions, got {self.tool_callbacks!r}")
         if self.tool_callbacks:
             from ..agents.tool import tool_callback
 
@@ -218,6 +220,8 @@ class ModelOptions:
 
     def with_topology_from_path(self, path: str | os.PathLike[str]) -> Self:
         """Quantise some layers as this file of YAML says: see `Topology`."""
+        if not isinstance(path, str | os.PathLike):
+            raise ModelLoadError(f"with_topology_from_path takes the path of a file of YAML, got {path!r}")
         return self._set("topology", Topology.from_path(path))
 
     def with_mcp_client(self, mcp_client: McpClientConfig) -> Self:

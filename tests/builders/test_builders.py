@@ -110,6 +110,7 @@ def test_flags_need_no_argument() -> None:
         ("token_source", "secret"),
         ("token_source", None),
         ("mcp_client", "server"),
+        ("mcp_client", {5: []}),
         ("search_callback", "no function"),
         ("force_cpu", "no"),
         ("logging", "debug"),
@@ -400,6 +401,11 @@ def test_tool_callbacks_accumulate() -> None:
     assert (callbacks["add"].timeout, callbacks["add"].tool, callbacks["add"].is_async) == (5, None, True)
     assert callbacks["other"].tool is not None
     assert ModelBuilder("m").tool_callbacks == {}
+    for wrong in (5, None, [len], {5: len}, {"": len}):
+        with pytest.raises(ModelLoadError, match="tool_callbacks must map the names of tools to functions"):
+            ModelBuilder("m", tool_callbacks=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ModelLoadError, match="takes the path of a file of YAML, got 5"):
+        ModelBuilder("m").with_topology_from_path(5)  # type: ignore[arg-type]
     for wrong in (
         lambda: builder.with_tool_callback("x", "no function"),  # type: ignore[arg-type]
         lambda: builder.with_tool_callback("x", len, timeout=-1),
