@@ -214,6 +214,8 @@ def check_amplifier(budget: Budget, name: str, value: Any, arguments: Sequence[A
         separator = value if isinstance(value, str) and arguments and not isinstance(arguments[0], str) else "".join(texts)
         if isinstance(pieces, list | tuple | set | Mapping | range | str):
             budget.allow(extent(pieces) + len(pieces) * len(separator))
+    elif name in ("center", "ljust", "rjust", "truncate", "zfill"):  # which add that much at most
+        budget.allow(extent(value) + sum(factors))
     else:
         budget.allow(extent(value) * max([1, *factors]))
 

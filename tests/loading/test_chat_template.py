@@ -216,6 +216,12 @@ def test_a_long_conversation_is_within_the_budget():
         assert len(template(name).render(messages)) > 4_000_000
 
 
+def test_a_long_text_can_be_cut_and_padded():
+    long = [{"role": "user", "content": "word " * 20_000}]
+    assert ChatTemplate("{{ messages[0].content | truncate(1000, true, '') }}").render(long) == "word " * 200
+    assert ChatTemplate("{{ messages[0].content.ljust(1000) }}").render(long) == "word " * 20_000
+
+
 def test_a_template_survives_a_stopped_render(monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.1)
     source = ChatTemplate("{% if go %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}ok")
