@@ -306,7 +306,8 @@ def _within_reach(schema: dict[str, Any], place: str) -> dict[str, Any]:
         if "number" not in kinds or not isinstance(bound, int | float) or abs(bound) <= FURTHEST_BOUND:
             continue
         if not _unbounded_integer(schema) or (bound > 0) == key.lower().endswith("minimum"):
-            raise refusal(place, f"{key!r} {bound:g} is beyond {FURTHEST_BOUND:g}, the furthest bound; leave it out, or change the unit")
+            value = f"{bound:g}" if abs(bound) < 1e308 else "of hundreds of digits"
+            raise refusal(place, f"{key!r} {value} is beyond {FURTHEST_BOUND:g}, the furthest bound; leave it out, or change the unit")
         schema = {**schema, key: FURTHEST_BOUND if bound > 0 else -FURTHEST_BOUND}
     return schema
 

@@ -250,6 +250,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("at #/$defs/a/properties/b: regex parse error", {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"b": {"pattern": "("}}}}}),
     ("#/items: 'minimum' 1e+30 is beyond 9e+18", {"type": "array", "items": {"type": "integer", "minimum": 10**30}}),
     ("#: 'maximum' 1e+300 is beyond 9e+18, the furthest bound; leave it out", {"type": "number", "minimum": 0, "maximum": 1e300}),
+    ("#: 'minimum' of hundreds of digits is beyond 9e+18", {"type": "integer", "minimum": 10**400}),
     ("required", {"type": "object", "required": "name"}),
     ("multipleOf", {"type": "number", "multipleOf": "a"}),
     ("properties", {"type": "object", "properties": [1]}),
