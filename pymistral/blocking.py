@@ -12,7 +12,7 @@ from .answer import Answer, Completion
 from .builders.common import Buildable
 from .engine.types import Event
 from .errors import ModelLoadError
-from .model import Model, constrained, structured
+from .model import Model
 from .model_group import ModelSource, ModelStatus
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, RequestBuilder, SamplingParams, Tool
@@ -95,8 +95,8 @@ class BlockingModel:
     def generate_structured(self, type: type[T] | TypeAdapter[T], request: ChatRequest, *, model_id: str | None = None) -> T:
         """As `Model.generate_structured`."""
         output = StructuredOutput[T](type)
-        builder = constrained(request, output)
-        return structured(output, builder, self.send_chat_request(builder, model_id=model_id))
+        builder = output.constrain(request)
+        return output.read(builder, self.send_chat_request(builder, model_id=model_id))
 
     def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> BlockingChatStream:
         """As `Model.stream_chat_request`, with a plain ``for`` and ``with``."""

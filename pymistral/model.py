@@ -8,7 +8,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .answer import Answer, Completion
@@ -16,13 +16,14 @@ from .chat_stream import Alarm, ChatStream, Inbox
 from .engine.constraint import Grammar, GrammarCompiler, Trigger, Triggered
 from .engine.types import Constraint as EngineConstraint
 from .engine.types import EngineRequest
-from .errors import ModelError, ModelLoadError, RequestValidationError
+from .errors import ModelLoadError, RequestValidationError
 from .loading.chat_template import ChatTemplate
 from .model_group import ModelGroup
 from .quantization.isq import IsqBits, IsqType
 from .requests import ChatRequest, Constraint, Function, RequestBuilder, SamplingParams, Tool
 from .requests.messages import checked_text, checked_tokens
-from .requests.structured import NoJsonError, StructuredOutput
+from .requests.sampling import generation_defaults
+from .requests.structured import StructuredOutput
 from .responses import ChatCompletionResponse
 from .tool_calls import Dialect, MessageReader, dialect_for, plain_reader
 from .tool_rounds import Toolbox, ToolRounds, cut_to_tokens
@@ -89,7 +90,7 @@ class Model(ModelGroup):
         self._config = dict(config)
         self._chat_template = None if chat_template is None else _chat_template(chat_template, tokenizer)
         self._dialect = None if chat_template is None else _dialect(chat_template, tokenizer)
-        self._generation_defaults = _generation_defaults(generation_config or {})
+        self._generation_defaults = generation_defaults(generation_config or {})
         self._alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Alarm] = weakref.WeakKeyDictionary()
         self._close_engine = weakref.finalize(self, _close, engine, self._toolbox)
         self._start_group()
@@ -169,8 +170,8 @@ class Model(ModelGroup):
             The answer was cut by `max_len`, or a validator of the type did not accept it; `partial_response` holds it.
         """
         output = StructuredOutput[T](type)
-        builder = constrained(request, output)
-        return structured(output, builder, await self.send_chat_request(builder, model_id=model_id))
+        builder = output.constrain(request)
+        return output.read(builder, await self.send_chat_request(builder, model_id=model_id))
 
     def stream_chat_request(self, request: ChatRequest, *, model_id: str | None = None) -> ChatStream:
         """Send a request and get the answer in pieces, as they are generated.
@@ -468,27 +469,6 @@ def _close(engine: Engine, toolbox: Toolbox) -> None:
         toolbox.close()
 
 
-def constrained(request: ChatRequest, output: StructuredOutput[Any]) -> RequestBuilder:
-    """The request with the constraint of a type."""
-    builder = RequestBuilder.of(request)
-    if builder.constraint is not None:
-        raise RequestValidationError("the request has a constraint of its own, but generate_structured sets it from the type; leave it out")
-    return builder.set_constraint(output.constraint)
-
-
-def structured(output: StructuredOutput[T], request: RequestBuilder, response: ChatCompletionResponse) -> T:
-    """The object that an answer is."""
-    text = response.choices[0].message.content or ""
-    try:
-        return output.parse(text)
-    except ValueError as error:
-        stops = ", ".join(map(repr, request.sampling.stop_toks or ()))
-        if stops and isinstance(error, NoJsonError):  # nothing else ends a constrained answer before it is whole
-            problem = f"stop_toks ({stops}) cut the answer before it was a whole {output.name}; leave out what JSON of the type may hold"
-            raise ModelError(problem, response) from error
-        raise ModelError(f"the answer is no valid {output.name}: {error}", response) from error
-
-
 def after(begins: str | None, grammars: GrammarCompiler, grammar: Grammar) -> EngineConstraint:
     """A grammar that holds from the start, or from behind some text that the model says first."""
     return grammar if begins is None else Triggered(grammars, [Trigger(begins, grammar)], required=True)
@@ -507,23 +487,3 @@ def _chat_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
         return "" if token is None else tokenizer.decode([token], skip_special_tokens=False)
 
     return ChatTemplate(source, bos_token=text(tokenizer.bos_token_id), eos_token=text(tokenizer.eos_token_id))
-
-
-def _generation_defaults(config: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams from ``generation_config.json``, where 0 and 1 stand for what is off, and nothing at all for greedy."""
-    recommended = {name: config[name] for name in ("temperature", "top_k", "top_p", "min_p") if config.get(name) is not None}
-    if config.get("do_sample") is False or not recommended:
-        sampling = SamplingParams.deterministic()
-    else:
-        neutral = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
-        recommended = {name: value for name, value in recommended.items() if value not in neutral.get(name, ())}
-        sampling = _recommended(SamplingParams(), recommended)
-    penalty = config.get("repetition_penalty")
-    return sampling if penalty in (None, 1) else _recommended(sampling, {"repetition_penalty": penalty})
-
-
-def _recommended(sampling: SamplingParams, values: dict[str, Any]) -> SamplingParams:
-    try:
-        return replace(sampling, **values)
-    except RequestValidationError as error:
-        raise ModelLoadError(f"the model's generation config recommends what cannot be: {error.problem}") from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
-from ..errors import RequestValidationError
+from ..errors import ModelLoadError, RequestValidationError
 
 StopTokens = str | Sequence[str | int]
 """What ends an answer: one string, or strings and token ids in any mix."""
@@ -201,3 +202,23 @@ def _logits_bias(bias: Mapping[int, float]) -> dict[int, float]:
         _integer("a key of logits_bias", token, at_least=0, remedy="it is a token id")
         _number(f"logits_bias[{token}]", value, at_least=-_MOST, at_most=_MOST, remedy="-100 bans a token in effect, 100 forces it")
     return dict(bias)
+
+
+def generation_defaults(config: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams from ``generation_config.json``, where 0 and 1 stand for what is off, and nothing at all for greedy."""
+    recommended = {name: config[name] for name in ("temperature", "top_k", "top_p", "min_p") if config.get(name) is not None}
+    if config.get("do_sample") is False or not recommended:
+        sampling = SamplingParams.deterministic()
+    else:
+        neutral = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
+        recommended = {name: value for name, value in recommended.items() if value not in neutral.get(name, ())}
+        sampling = _recommended(SamplingParams(), recommended)
+    penalty = config.get("repetition_penalty")
+    return sampling if penalty in (None, 1) else _recommended(sampling, {"repetition_penalty": penalty})
+
+
+def _recommended(sampling: SamplingParams, values: dict[str, Any]) -> SamplingParams:
+    try:
+        return replace(sampling, **values)
+    except RequestValidationError as error:
+        raise ModelLoadError(f"the model's generation config recommends what cannot be: {error.problem}") from error

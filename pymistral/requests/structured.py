@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from math import isinf
-from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args, get_origin
 
-from ..errors import RequestValidationError
+from ..errors import ModelError, RequestValidationError
 from .constraint import Constraint
 from .json_schema import KNOWN, SUPPORTED_FORMATS, map_subschemas
+from .request import ChatRequest, RequestBuilder
+
+if TYPE_CHECKING:
+    from ..responses import ChatCompletionResponse
 
 T = TypeVar("T")
 
 
-class NoJsonError(ValueError):
+class _NoJsonError(ValueError):
     """An answer is no JSON, as one that was cut short."""
 
 
@@ -51,6 +55,38 @@ class StructuredOutput(Generic[T]):
         except RequestValidationError as error:
             raise RequestValidationError(f"{self.name}: {error}") from None
 
+    def constrain(self, request: ChatRequest) -> RequestBuilder:
+        """The request with the type's constraint.
+
+        Raises
+        ------
+        RequestValidationError
+            It has a constraint of its own.
+        """
+        builder = RequestBuilder.of(request)
+        if builder.constraint is not None:
+            problem = "the request has a constraint of its own, but generate_structured sets it from the type; leave it out"
+            raise RequestValidationError(problem)
+        return builder.set_constraint(self.constraint)
+
+    def read(self, request: RequestBuilder, response: ChatCompletionResponse) -> T:
+        """The object that the response to such a request is.
+
+        Raises
+        ------
+        ModelError
+            A stop string of the request cut it, or the type's own validation does not accept it.
+        """
+        text = response.choices[0].message.content or ""
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            stops = ", ".join(map(repr, request.sampling.stop_toks or ()))
+            if stops and isinstance(error, _NoJsonError):  # nothing else ends a constrained answer before it is whole
+                problem = f"stop_toks ({stops}) cut the answer before it was a whole {self.name}; leave out what JSON of the type may hold"
+                raise ModelError(problem, response) from error
+            raise ModelError(f"the answer is no valid {self.name}: {error}", response) from error
+
     def parse(self, text: str) -> T:
         """The object that a JSON text says.
 
@@ -65,7 +101,7 @@ class StructuredOutput(Generic[T]):
             value = self._adapter.validate_json(text)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False)
-            kind = NoJsonError if problems[0]["type"] == "json_invalid" else ValueError
+            kind = _NoJsonError if problems[0]["type"] == "json_invalid" else ValueError
             raise kind("; ".join(map(_told, problems))) from error
         json.loads(text, parse_float=_finite, parse_int=_finite)
         return value
