@@ -133,7 +133,8 @@ class CpuLowering(CpuLaunching):
         gate, up = self.weights[node.attributes["gate"]], self.weights[node.attributes["up"]]
         activation = node.attributes["activation"]
         columns = node.output.columns
-        takes_panels = self._item(x) == 1 and all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
+        int8 = self._item(x) == self._item(node.output) == 1
+        takes_panels = int8 and all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
         if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds_panels(node.output):
             source = self._panels(x)
             out = self._new_panels(node.output)

@@ -134,13 +134,13 @@ def test_logits_keep_sixteen_bits(kind: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_gated_outputs(tokens: int) -> None:
-    """Whatever is computed of output rows takes them as they are quantised."""
+    """Output rows are quantised as all others are, and once more, to 16 bits, where logits come of them."""
     rng = np.random.default_rng(5)
     (gate, gate_weights), (up, up_weights) = (ref.random_tensor("Q4_1", 64, 64, rng) for _ in range(2))
     x = rng.standard_normal((tokens, 64)).astype(np.float32)
     found = evaluate(lambda x: F.linear(F.gated_linear(x[OutputRows()], gate, up, "silu"), ref.identity(64)), x)
     wanted = ref.silu(x @ gate_weights.T) * (x @ up_weights.T)
-    assert np.abs(found - wanted).max() <= 1e-3 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() <= 1e-2 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
