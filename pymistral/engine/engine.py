@@ -239,7 +239,7 @@ class Engine:
         core, posted, log = self._core, self._posted, self._log
         while not self._closing:
             if posted:
-                core.wake()  # it may take long
+                core.wake()  # before what may take long
             while posted:
                 posted.popleft()()
             if core.jobs:

@@ -84,6 +84,15 @@ class Graph:
                 found |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor) and len(tensor.shape) == 2}
         return list(found.values())
 
+    @cached_property
+    def users(self) -> dict[Array, list[Node]]:
+        """Of a graph that is complete: the nodes that read an array, each as often as it does."""
+        found: dict[Array, list[Node]] = {}
+        for node in self.nodes:
+            for array in node.inputs:
+                found.setdefault(array, []).append(node)
+        return found
+
     @property
     def exact(self) -> bool:
         """Whether all matrices are float32: then attention and its cache are, too."""

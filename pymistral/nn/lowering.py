@@ -48,10 +48,7 @@ class Lowering(ABC):
         self.limits = limits
         self.order = {id(node): index for index, node in enumerate(graph.nodes)}  # when a node has read its inputs
         self.makers = {node.output: index for index, node in enumerate(graph.nodes)}
-        self.users: dict[Array, list[Node]] = {}
-        for node in graph.nodes:
-            for array in node.inputs:
-                self.users.setdefault(array, []).append(node)
+        self.users = graph.users
         self.done: set[int] = set()  # nodes that are part of another's launch
         self.rows_of: dict[Array, Buffer] = {}  # where an array's floats are
         self.forms: list[dict[Array, Buffer]] = [self.rows_of]  # all that an array may be kept as

@@ -22,14 +22,14 @@ _BY_ROW = {
 
 def take_rows_early(graph: Graph) -> Graph:
     """A graph of the same logits, in which what nothing but ``take_rows`` depends on is made for the rows that it takes alone."""
-    users: dict[Array, list[Node]] = {}
-    for node in graph.nodes:
-        for array in node.inputs:
-            users.setdefault(array, []).append(node)
     narrow: set[int] = set()  # the nodes that are to work on those rows, and take_rows itself
+
+    def for_outputs(node: Node) -> bool:
+        users = graph.users.get(node.output, [])
+        return bool(users) and all(id(user) in narrow for user in users)
+
     for node in reversed(graph.nodes):
-        of_use = users.get(node.output)
-        if node.op == "take_rows" or (node.op in _BY_ROW and of_use and all(id(user) in narrow for user in of_use)):
+        if node.op == "take_rows" or (node.op in _BY_ROW and for_outputs(node)):
             narrow.add(id(node))
     wanted = dict.fromkeys(array for node in graph.nodes if id(node) in narrow for array in node.inputs)
     taken: dict[Array, Array] = {}  # the rows of an array that are wanted
@@ -39,7 +39,7 @@ def take_rows_early(graph: Graph) -> Graph:
         if id(node) not in narrow:
             inputs = tuple(taken[array] if array.rows == OUTPUTS and array in taken else array for array in node.inputs)
             attributes = node.attributes
-            if node.op == "attention" and all(id(user) in narrow for user in users.get(node.output, ())):
+            if node.op == "attention" and for_outputs(node):
                 attributes = attributes | {"for_outputs": True}  # it reads and extends the cache for all, and may leave the others' rows
             result.nodes.append(Node(node.op, inputs, attributes, node.output))
             made.add(node.output)

@@ -32,8 +32,7 @@ class TypeSchema(GenerateJsonSchema):
         """A number: the string that pydantic takes as well could hold anything."""
         found: JsonSchemaValue = {"type": "number"}
         names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum", "multiple_of": "multipleOf"}
-        for bound in names.keys() & schema.keys():
-            found[names[bound]] = float(schema[bound])
+        found |= {name: float(schema[bound]) for bound, name in names.items() if bound in schema}
         places, digits = schema.get("decimal_places"), schema.get("max_digits")
         if places is None and digits is None:
             return found
