@@ -86,7 +86,7 @@ def attention_module(layout: str, group: int, head_dim: int) -> str:
 
 
 def register_rows() -> int:
-    """Query rows of `float_attention` whose sums for 16 lanes fill the registers: 16 of 4 floats, 16 of 8 floats, or 32 of 16."""
+    """Query rows whose sums for 16 or 32 positions fill the registers: 16 of 4 floats, 16 of 8 floats, or 32 of 16."""
     isa = current_isa()
     return 12 if isa.has_avx512 else 3 if isa.name == "generic" else 6
 
@@ -100,7 +100,7 @@ def query_tile_tokens(module: str, group: int) -> int:
     """Tokens in an item of attention, at most."""
     if module == "amx_attention":
         return QUERY_TILES * (32 // group)
-    rows = float_rows(group) if module in ("float_attention", "int16_attention") else current_isa().tokens
+    rows = float_rows(group) if module in ("float_attention", "int16_attention") else register_rows()
     return max(1, rows // group)
 
 

@@ -62,7 +62,7 @@ _NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "generic": (),
 }
-_TOKENS = {"amx": 12, "avx512vnni": 12, "avxvnni": 4, "avx2": 6, "generic": 4}
+_TOKENS = {"amx": 8, "avx512vnni": 8, "avxvnni": 4, "avx2": 6, "generic": 4}
 _HASWELL = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3", "cx16")
 
 

@@ -107,7 +107,8 @@ def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any
     halves, minimum = format.scales == 2, format.minimum
     # what the sums of quants have too much
     zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
-    asks = not current_isa().has_avx512
+    # With AVX-512 a core reads the weights of one token faster by itself (Zen 4); those of several it would wait for.
+    asks = tokens >= 4 or not current_isa().has_avx512
 
     @inline
     def tile_product(weights, quants, x, blocks, ahead):
