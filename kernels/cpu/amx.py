@@ -28,7 +28,7 @@ from .geometry import WIDE_TOKENS
 from .helpers import inline
 from .matmul import activation_function
 from .simd import load_f32x16, load_i64, splat_f32, store_f32x16
-from .small_floats import load_bf16x16, load_f16x16
+from .small_floats import load_bf16x16, load_f16x16, store_bf16x32
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 from .unpack import group_of, minimum_vector, scale_vector
 
@@ -251,25 +251,12 @@ def _unpack_tile(layout: str) -> Any:
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def store_32(typing_context, address, low, high):
-    """32 floats as bfloat16, rounded to nearest even."""
-
-    def codegen(context, b, sig, values):
-        address, low, high = values
-        pairs = vectors.call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(vectors.BFLOAT, 32), high, low)
-        vectors.store(b, address, b.bitcast(pairs, vectors.i8x64.llvm))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, vectors.f32x16, vectors.f32x16), codegen
-
-
 @inline
 def widen_row(x, panels, token, columns):
     """``columns`` floats at ``x``, as row ``token`` of wide panels."""
     target = panels + token // WIDE_TOKENS * columns * (2 * WIDE_TOKENS) + token % WIDE_TOKENS * 64
     for _ in range(columns // 32):
-        store_32(target, load_f32x16(x), load_f32x16(x + 64))
+        store_bf16x32(target, load_f32x16(x), load_f32x16(x + 64))
         x += 128
         target += _STEP
 
@@ -406,7 +393,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
                     high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
                     target = out + (token // WIDE_TOKENS * out_blocks + start + pair) * _STEP
-                    store_32(target + token % WIDE_TOKENS * 64, low, high)
+                    store_bf16x32(target + token % WIDE_TOKENS * 64, low, high)
         release_tiles()
 
     return kernel

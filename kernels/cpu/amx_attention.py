@@ -9,37 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .amx import add_products, clear_sums, release_tiles, store_32, store_sums, use_tiles
-from .attention import clear, merge_chunk, soft_cap, write_out
+from .amx import add_products, clear_sums, release_tiles, store_sums, use_tiles
+from .attention import bf16_softmax, clear, merge_chunk, write_out
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import QUERY_TILES as TILES
 from .geometry import partial_floats
 from .helpers import inline
-from .simd import (
-    bits_to_f32,
-    both,
-    exp2,
-    fma,
-    greater,
-    lane_numbers,
-    less_i32,
-    load_f32x16,
-    load_i32,
-    load_i64,
-    max_lanes,
-    maximum,
-    select,
-    splat_f32,
-    splat_i32,
-    store_f32,
-    store_f32x16,
-    sum_lanes,
-)
+from .simd import bits_to_f32, load_f32x16, load_i32, load_i64
+from .small_floats import store_bf16x32
 
-_LOWEST = -1.0e30  # of a masked score
-_VISIBLE = -1.0e29
-_LOG2_E = 1.4426950408889634
-_MINUS_LOG2_E = -_LOG2_E
 _LINE = 4 * CHUNK + 64  # bytes of a row of scores: rows do not compete for the same lines of the cache
 _NEXT_LINES = 16 * _LINE
 
@@ -48,45 +26,6 @@ def _chunk_attention(head_dim: int, group: int, tiles: int) -> Any:
     """One chunk for up to ``16 tiles`` query rows, token by token: scores, softmax, weighted values."""
     positions_bytes = head_dim * 32  # of 16 positions of keys
     pair_bytes = head_dim * 4  # of a pair of positions of values
-
-    @inline
-    def softmax(line, width, first, limit, cap, maximum_at, sum_at):
-        """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, in place of a row of scores."""
-        whole = first <= 0 and limit >= width
-        peak, peak2 = splat_f32(_LOWEST), splat_f32(_LOWEST)
-        if whole and cap == 0.0:
-            for at in range(0, 4 * width, 128):
-                peak = maximum(peak, load_f32x16(line + at))
-                peak2 = maximum(peak2, load_f32x16(line + at + 64))
-        else:
-            for at in range(0, width, 16):
-                lanes = lane_numbers() + splat_i32(at)
-                s = load_f32x16(line + 4 * at)
-                if cap > 0.0:
-                    s = soft_cap(s, cap)
-                s = select(both(less_i32(lanes, splat_i32(limit)), less_i32(splat_i32(first - 1), lanes)), s, splat_f32(_LOWEST))
-                store_f32x16(line + 4 * at, s)
-                peak = maximum(peak, s)
-        top = max_lanes(maximum(peak, peak2))
-        shift = splat_f32(top * _MINUS_LOG2_E)
-        total, total2 = splat_f32(0.0), splat_f32(0.0)
-        if whole:
-            for at in range(0, width, 32):
-                low = exp2(fma(load_f32x16(line + 4 * at), splat_f32(_LOG2_E), shift))
-                high = exp2(fma(load_f32x16(line + 4 * at + 64), splat_f32(_LOG2_E), shift))
-                store_32(line + 2 * at, low, high)  # behind what is still to be read
-                total = total + low
-                total2 = total2 + high
-        else:  # what is masked becomes exactly 0
-            for at in range(0, width, 32):
-                low, high = load_f32x16(line + 4 * at), load_f32x16(line + 4 * at + 64)
-                low = select(greater(low, splat_f32(_VISIBLE)), exp2(fma(low, splat_f32(_LOG2_E), shift)), splat_f32(0.0))
-                high = select(greater(high, splat_f32(_VISIBLE)), exp2(fma(high, splat_f32(_LOG2_E), shift)), splat_f32(0.0))
-                store_32(line + 2 * at, low, high)
-                total = total + low
-                total2 = total2 + high
-        store_f32(maximum_at, top)
-        store_f32(sum_at, sum_lanes(total + total2))
 
     @inline
     def attend(slots, queries, table, head, position, rows, start, stop, scores, outputs, maxima, sums):
@@ -105,7 +44,7 @@ def _chunk_attention(head_dim: int, group: int, tiles: int) -> Any:
         for row in range(rows):
             visible = position + row // group
             first = visible - window + 1 - start if window else 0
-            softmax(scores + row * _LINE, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
+            bf16_softmax(scores + row * _LINE, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
         for i in range(0, head_dim, 32):
             clear_sums(tiles)
             for at in range(start, stop, 32):
@@ -134,7 +73,9 @@ def attention(*, head_dim: int, group: int) -> Any:
             source = q + row // group * q_row + row % group * head_dim * 4
             for step in range(steps):
                 tile = tiles * step + row // 16
-                store_32(queries + tile * 1024 + row % 16 * 64, load_f32x16(source + 128 * step), load_f32x16(source + 128 * step + 64))
+                store_bf16x32(
+                    queries + tile * 1024 + row % 16 * 64, load_f32x16(source + 128 * step), load_f32x16(source + 128 * step + 64)
+                )
 
     def kernel(slots, begin, end, thread):
         q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)

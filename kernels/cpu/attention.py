@@ -21,7 +21,9 @@ from .simd import (
     bits_to_f32,
     both,
     exp,
+    exp2,
     first_lane,
+    fma,
     greater,
     lane_numbers,
     less_i32,
@@ -40,10 +42,11 @@ from .simd import (
     store_f32x16,
     sum_lanes,
 )
-from .small_floats import round_bf16, scatter_bf16_pairs, store_bf16x16
+from .small_floats import scatter_bf16_pairs, store_bf16x32
 
 LOWEST = -1.0e30  # of a masked score
 VISIBLE = -1.0e29
+LOG2_E = 1.4426950408889634
 
 
 @inline
@@ -57,7 +60,7 @@ def soft_cap(s, cap):
 def mask_scores(line, width, first, limit, cap):
     """Cap a row of scores, if ``cap`` is not 0, and mask those before ``first`` and from ``limit`` on; returns the largest."""
     peak = splat_f32(LOWEST)
-    plain = min(width, limit // 16 * 16) if first <= 0 and cap == 0.0 else 0  # positions that need neither
+    plain = min(width, max(limit, 0) // 16 * 16) if first <= 0 and cap == 0.0 else 0  # positions that need neither
     for at in range(0, 4 * plain, 64):
         peak = maximum(peak, load_f32x16(line + at))
     for at in range(plain, width, 16):
@@ -69,6 +72,27 @@ def mask_scores(line, width, first, limit, cap):
         store_f32x16(line + 4 * at, s)
         peak = maximum(peak, s)
     return max_lanes(peak)
+
+
+@inline
+def bf16_softmax(line, width, first, limit, cap, maximum_at, sum_at):
+    """Probabilities of the positions ``first`` to ``limit - 1``, unnormalised, as bfloat16 in place of a row of scores. ``width`` is a
+    multiple of 32."""
+    whole = first <= 0 and limit >= width
+    top = mask_scores(line, width, first, limit, cap)
+    shift = splat_f32(top * -LOG2_E)
+    total, total2 = splat_f32(0.0), splat_f32(0.0)
+    for at in range(0, width, 32):
+        low, high = load_f32x16(line + 4 * at), load_f32x16(line + 4 * at + 64)
+        p, q = exp2(fma(low, splat_f32(LOG2_E), shift)), exp2(fma(high, splat_f32(LOG2_E), shift))
+        if not whole:  # what is masked becomes exactly 0
+            p = select(greater(low, splat_f32(VISIBLE)), p, splat_f32(0.0))
+            q = select(greater(high, splat_f32(VISIBLE)), q, splat_f32(0.0))
+        store_bf16x32(line + 2 * at, p, q)  # behind what is still to be read
+        total = total + p
+        total2 = total2 + q
+    store_f32(maximum_at, top)
+    store_f32(sum_at, sum_lanes(total + total2))
 
 
 @inline
@@ -163,27 +187,8 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         width = (stop - start + 31) // 32 * 32
         for row in range(rows):
             visible = position + min(row // group, tokens - 1)
-            line = scores + row * line_bytes
-            newest = splat_i32(visible - start + 1)
-            oldest = splat_i32(visible - window - start if window else -1)
-            peak = splat_f32(LOWEST)
-            for at in range(0, width, 16):
-                lanes = lane_numbers() + splat_i32(at)
-                s = load_f32x16(line + 4 * at)
-                if cap > 0.0:
-                    s = soft_cap(s, cap)
-                s = select(both(less_i32(lanes, newest), less_i32(oldest, lanes)), s, splat_f32(LOWEST))
-                store_f32x16(line + 4 * at, s)
-                peak = maximum(peak, s)
-            top = max_lanes(peak)
-            total = splat_f32(0.0)
-            for at in range(0, width, 16):
-                s = load_f32x16(line + 4 * at)
-                p = round_bf16(select(greater(s, splat_f32(VISIBLE)), exp(s - splat_f32(top)), splat_f32(0.0)))
-                store_bf16x16(line + 2 * at, p)  # behind what is still to be read
-                total = total + p
-            store_f32(maxima + 4 * row, top)
-            store_f32(sums + 4 * row, sum_lanes(total))
+            first = visible - window + 1 - start if window else 0
+            bf16_softmax(scores + row * line_bytes, width, first, visible + 1 - start, cap, maxima + 4 * row, sums + 4 * row)
         for i in range(0, head_dim, 64 if few and head_dim % 64 == 0 else 32 if head_dim % 32 == 0 else 16):
             if few and head_dim % 64 == 0:
                 four = zero_tile(fourfold)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import VISIBLE, item_kernel, mask_scores
+from .attention import LOG2_E, VISIBLE, item_kernel, mask_scores
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
@@ -42,7 +42,6 @@ from .simd import (
 )
 from .small_floats import load_bf16x16
 
-_LOG2_E = 1.4426950408889634
 _RUN = 64  # dimensions of a key that are added as integers
 _LARGEST = 32767.0
 _MOST = 65000.0  # times 32767 is below 2**31, with room for what rounding adds
@@ -113,11 +112,11 @@ def attention(*, head_dim: int, group: int) -> Any:
         as int16, whose step goes to ``scale_at``."""
         whole = first <= 0 and limit >= width
         top = mask_scores(line, width, first, limit, cap)
-        shift = splat_f32(top * -_LOG2_E)
+        shift = splat_f32(top * -LOG2_E)
         total = most = largest = splat_f32(0.0)
         for at in range(0, 4 * width, 64):
             s = load_f32x16(line + at)
-            p = exp2(fma(s, splat_f32(_LOG2_E), shift))
+            p = exp2(fma(s, splat_f32(LOG2_E), shift))
             if not whole:  # what is masked becomes exactly 0
                 p = select(greater(s, splat_f32(VISIBLE)), p, splat_f32(0.0))
             total = total + p

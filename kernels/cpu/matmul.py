@@ -23,7 +23,7 @@ from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
 from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
-from .simd import exp, hidden, load_f32x16, load_i64, maximum, prefetch, splat_f32
+from .simd import exp, hidden, load_f32x16, load_i64, maximum, prefetch, splat_f32, store_f32x16
 from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
@@ -282,11 +282,12 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
 
     @inline
     def combine(gate, up, tokens, target):
+        # Two loops: one would be a long chain of dependencies for each token, of which a core has few in flight.
+        for at in range(0, 128 * tokens, 64):
+            store_f32x16(gate + at, activate(load_f32x16(gate + at)) * load_f32x16(up + at))
         for token in range(tokens):
-            at = 128 * token
-            low = activate(load_f32x16(gate + at)) * load_f32x16(up + at)
-            high = activate(load_f32x16(gate + at + 64)) * load_f32x16(up + at + 64)
-            quantize_block(low, high, target, token)
+            at = gate + 128 * token
+            quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token)
 
     @inline
     def product(w, x, blocks, left, target, ahead):

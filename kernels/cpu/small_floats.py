@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from .isa import current_isa
-from .vectors import F16, F32, I8, I16, I32, I64, LANES, constant, f32x16, i32x16, load, operation, splat, store
+from .vectors import BFLOAT, F16, F32, I8, I16, I32, I64, LANES, call, constant, f32x16, i32x16, load, operation, splat, store
 
 # ---- half floats ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +158,13 @@ def store_bf16x16(b, address, x):
     """Rounded to bfloat16, to nearest even."""
     high = b.lshr(_round_to_bf16(b, x), constant(i32x16.llvm, 16))
     store(b, address, b.trunc(high, ir.VectorType(I16, 16)))
+
+
+@operation(types.void, types.intp, f32x16, f32x16)
+def store_bf16x32(b, address, low, high):
+    """Thirty-two floats, rounded to bfloat16, to nearest even; for CPUs with instructions for it."""
+    pairs = call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(BFLOAT, 32), high, low)
+    store(b, address, b.bitcast(pairs, i32x16.llvm))
 
 
 @operation(types.void, types.intp, f32x16, types.int64)

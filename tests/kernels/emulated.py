@@ -75,6 +75,15 @@ def _vdpbf16ps(b: Any, total: Any, x: Any, y: Any) -> Any:
     return total
 
 
+def _vcvtne2ps2bf16(b: Any, high: Any, low: Any) -> Any:
+    parts = []
+    for bits in (b.bitcast(value, _INTS) for value in (low, high)):
+        odd = b.and_(b.lshr(bits, _constant(_INTS, 16)), _constant(_INTS, 1))
+        rounded = b.add(bits, b.add(odd, _constant(_INTS, 0x7FFF)))
+        parts.append(b.trunc(b.lshr(rounded, _constant(_INTS, 16)), ir.VectorType(_I16, 16)))
+    return _joined(b, parts)
+
+
 def _vpshufb(b: Any, table: Any, indices: Any) -> Any:
     """Within each 16 bytes; a byte whose top bit is set gives 0."""
     parts = []
@@ -100,6 +109,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpbusd.512": _vpdpbusd,
     "llvm.x86.avx512.vpdpwssd.256": _vpdpwssd,
     "llvm.x86.avx512.vpdpwssd.512": _vpdpwssd,
+    "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _vcvtne2ps2bf16,
     "llvm.x86.avx512bf16.dpbf16ps.512": _vdpbf16ps,
     "llvm.x86.avx512.pshuf.b.512": _vpshufb,
     "llvm.x86.avx512.mask.compress.v16f32": _vcompressps,
