@@ -1,7 +1,7 @@
 """Every kernel by tile format and shape: GB/s, GMAC/s, and per cent of what this machine can do.
 
-The limits come first (`limits`): memory bandwidth, int8 dot products, float FMAs, and tiles of bfloat16 where the CPU has
-them, all threads together. A kernel's bound is the time that its bytes need at that bandwidth or its multiplications at
+The limits come first (`limits`): memory bandwidth, int8 dot products, float FMAs, and pairs and tiles of bfloat16 where the
+CPU has them, all threads together. A kernel's bound is the time that its bytes need at that bandwidth or its multiplications at
 that peak, whichever is longer; "% of bound" is the bound over the measured time.
 
 Matrices are read cold, as a model's weights are: as many copies take turns as exceed the last-level cache four times.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymistral.kernels.cpu.geometry import multiplies_bf16
 from pymistral.kernels.cpu.tiles import FLOAT_FORMATS
 
 from pymistral.engine.runner import CpuRunner
@@ -62,14 +63,12 @@ class Work:
 
     bytes: float
     macs: float = 0.0
-    floats: bool = False
-    tiles: bool = False
+    peak: str = "int8"  # which of the limits multiplications have
 
     def bound(self, limits: Limits) -> tuple[str, float]:
         """What bounds it, and the seconds that it needs at least."""
-        peak, name = (limits.tiles, "tiles") if self.tiles else (limits.fma, "float") if self.floats else (limits.int8, "int8")
-        memory, compute = self.bytes / limits.read / 1e9, self.macs / peak / 1e9
-        return ("memory", memory) if memory >= compute else (name, compute)
+        memory, compute = self.bytes / limits.read / 1e9, self.macs / getattr(limits, self.peak) / 1e9
+        return ("memory", memory) if memory >= compute else (self.peak, compute)
 
 
 # ---- weights and programs -------------------------------------------------------------------------------------------
@@ -163,27 +162,29 @@ def matrices(
                     F.linear(x, copy)
                 return x
 
-            def pairs(batch: Batch, weight: Tensor = weight, count: int = count) -> Array:
+            def gated(batch: Batch, weight: Tensor = weight, count: int = count) -> Array:
                 x = embedded(batch, weight.shape[1])
                 copies = copies_of(weight, count)
                 for gate, up in zip(copies[::2], copies[1::2], strict=False):
                     F.gated_linear(x, gate, up, "silu")
                 return x
 
-            name = "matmul.float_matmul" if is_float else "matmul.matmul"
+            pairs = multiplies_bf16(format.name, columns)
+            name = "bf16_matmul.matmul" if pairs else "matmul.float_matmul" if is_float else "matmul.matmul"
+            peak = "pairs" if pairs else "fma" if is_float else "int8"
             cases = [(products, name, count, 1)]
             if not is_float and shape == shapes[0]:
-                cases.append((pairs, "matmul.gated_matmul", count // 2, 2))
+                cases.append((gated, "matmul.gated_matmul", count // 2, 2))
             for operations, kernel, launches, each in cases:
                 runner = runner_of(operations, settings)
                 for n in tokens:
                     prepare(runner, n)
-                    work = Work(each * size, each * rows * columns * n, is_float)
+                    work = Work(each * size, each * rows * columns * n, peak)
                     if kernel in runner.program.names:
                         add(report, limits, kernel, type.name, shape, n, work, launch_seconds(runner, [kernel], settings, launches))
-                    wide = kernel.replace("matmul.float_", "amx.").replace("matmul.", "amx.")
+                    wide = f"amx.{kernel.removeprefix('bf16_').removeprefix('matmul.').removeprefix('float_')}"
                     if n > 1 and wide in runner.prompt_program.names:
-                        work = replace(work, floats=False, tiles=True)
+                        work = replace(work, peak="tiles")
                         add(report, limits, wide, type.name, shape, n, work, launch_seconds(runner, [wide], settings, launches))
 
 
@@ -208,7 +209,8 @@ def attentions(report: Report, limits: Limits, settings: Settings, quick: bool) 
             shape = f"{heads}/{kv_heads} heads of {head_dim}, from {start}"
             seen = tokens * start + tokens * (tokens + 1) // 2
             kernel = next(name for name in runner.program.names if name.endswith("attention.attention"))
-            attention = Work(size, 2 * heads * head_dim * seen, floats=True, tiles=kernel.startswith("amx"))
+            peak = {"attention.attention": "pairs", "amx_attention.attention": "tiles"}.get(kernel, "fma")
+            attention = Work(size, 2 * heads * head_dim * seen, peak)
             add(
                 report,
                 limits,
@@ -308,7 +310,12 @@ def plot_roofline(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     intensity = np.logspace(-1, 4, 200)
-    roofs = (("tiles", "bfloat16 tiles", "-."), ("int8", "int8 dot products", "-"), ("fma", "float FMAs", "--"))
+    roofs = (
+        ("tiles", "bfloat16 tiles", "-."),
+        ("int8", "int8 dot products", "-"),
+        ("pairs", "bfloat16 pairs", ":"),
+        ("fma", "float FMAs", "--"),
+    )
     for key, label, style in (roof for roof in roofs if limits[roof[0]]):
         roof = np.minimum(limits["read"] * intensity, limits[key])
         axes.plot(intensity, roof, style, color="black", linewidth=1, label=f"{label}: {limits[key]:.0f} GMAC/s; {limits['read']:.0f} GB/s")
@@ -318,6 +325,7 @@ def plot_roofline(report: Report, path: Path) -> None:
             "matmul.matmul": "o",
             "matmul.gated_matmul": "s",
             "matmul.float_matmul": "^",
+            "bf16_matmul.matmul": "v",
             "amx.matmul": "P",
             "amx.gated_matmul": "D",
         }.get(kind[0], "x")

@@ -1,4 +1,6 @@
-"""What the machine can do at most: bandwidth, int8 dot products and float FMAs, by kernels made of the same parts as the real ones."""
+"""What the machine can do at most: bandwidth, and products of int8, float32 and bfloat16, by kernels made of the same parts as the real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,8 @@ class Limits:
     """Billion multiplications with addition of bytes in a second."""
     fma: float
     """Billion multiplications with addition of floats in a second."""
+    pairs: float
+    """Of bfloat16 in vectors; 0 if the CPU multiplies no pairs of it."""
     tiles: float
     """Of bfloat16 on tile registers; 0 if the CPU has none."""
 
@@ -53,6 +57,7 @@ def measure_limits(threads: int, *, quick: bool = False) -> Limits:
     pool = thread_pool(threads)
     kernels = [spec(f"probes.{name}") for name in ("read", "copy", "int8_dots", "float_fmas")]
     read, copy, dots, fmas = load_kernels(kernels).values()
+    pairs = load_kernels([spec("probes.bf16_dots")]).popitem()[1] if current_isa().has_bf16 else None
     tiles = load_kernels([spec("amx.tile_products")]).popitem()[1] if current_isa().has_amx else None
     passes, seconds = (3, 0.02) if quick else (7, 0.2)
 
@@ -76,6 +81,7 @@ def measure_limits(threads: int, *, quick: bool = False) -> Limits:
         copy=rate(copy, copying, size // _STRETCH, 4, 2 * size),
         cached_read=rate(read, reading, threads * _CACHED // _STRETCH, _CACHED // _STRETCH, threads * _CACHED),
         int8=rate(dots, computing, units, 1, units * probes.DOTS_IN_UNIT * probes.dot_accumulators() * 64),
+        pairs=rate(pairs, computing, units, 1, units * probes.FMAS_IN_UNIT * probes.fma_accumulators() * 32) if pairs else 0.0,
         tiles=rate(tiles, computing, units, 1, units * amx.TILES_IN_UNIT * 4 * 16 * 16 * 32) if tiles else 0.0,
         fma=rate(fmas, computing, units, 1, units * probes.FMAS_IN_UNIT * probes.fma_accumulators() * 16),
     )

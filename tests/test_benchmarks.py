@@ -34,6 +34,7 @@ def test_kernels(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "kernels.json").read_text())
     limits = result["machine"]["limits"]
     assert (limits.pop("tiles") > 0) == current_isa().has_amx
+    assert (limits.pop("pairs") > 0) == current_isa().has_bf16
     assert min(limits.values()) > 0
     kernels = {row["kernel"] for row in result["rows"]}
     assert {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .amx import widen_row
 from .matmul import activation_function
 from .simd import bits_to_f32, exp, load_f32, load_f32x16, load_i32, load_i64, splat_f32, store_f32x16
 
@@ -46,6 +47,25 @@ def activate(*, activation: str) -> Any:
         for row in range(begin, end):
             for at in range(row * row_bytes, row * row_bytes + 4 * columns, 64):
                 store_f32x16(out + at, function(load_f32x16(x + at)))
+
+    return kernel
+
+
+def gate(*, activation: str, panels: str = "no") -> Any:
+    """``out = activation(x) * y``, as rows, or as the wide panels of `amx` (``panels="wide"``; then x is spoiled)."""
+    function = activation_function(activation)
+    wide = panels == "wide"
+
+    def kernel(slots, begin, end, thread):
+        x, y, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)
+        columns, row_bytes = load_i64(slots + 24), load_i64(slots + 32)
+        for row in range(begin, end):
+            first = row * row_bytes
+            target = x if wide else out
+            for at in range(first, first + 4 * columns, 64):
+                store_f32x16(target + at, function(load_f32x16(x + at)) * load_f32x16(y + at))
+            if wide:
+                widen_row(x + first, out, row, columns)
 
     return kernel
 

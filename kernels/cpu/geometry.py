@@ -43,6 +43,11 @@ def gated_scratch_bytes(layout: str, columns: int) -> int:
     return 2 * current_isa().tokens * 128 + 4 * unpacked_bytes(layout, columns)
 
 
+def multiplies_bf16(layout: str, columns: int) -> bool:
+    """Whether `bf16_matmul` takes a matrix."""
+    return current_isa().has_bf16 and layout == "bf16" and columns % 32 == 0
+
+
 _CACHE_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "bf16 pairs": 2, "int16": 2, "f8e4m3": 1, "int8": 1}
 
 

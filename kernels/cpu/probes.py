@@ -1,4 +1,5 @@
-"""What this machine can do at most, measured with the same tools that the kernels are made of: bandwidth, int8 dot products, float FMAs.
+"""What this machine can do at most, measured with the same tools that the kernels are made of: bandwidth, products of int8, float32 and
+bfloat16.
 
 No model needs these; benchmarks compare with them.
 """
@@ -137,6 +138,21 @@ def float_fmas() -> Any:
         total = zero_tile(accumulators)
         for _ in range((end - begin) * FMAS_IN_UNIT):
             total = _multiply_add_all(total, factor, factor)
+        register_tiles.store_tile(total, scratch, 64)
+
+    return kernel
+
+
+def bf16_dots() -> Any:
+    """Products of pairs of bfloat16, added to float32, as many vectors of them as `float_fmas` makes. Slots as `int8_dots`."""
+    accumulators = fma_accumulators()
+
+    def kernel(slots, begin, end, thread):
+        scratch = load_i64(slots) + thread * load_i64(slots + 8)
+        pairs = load_i32x16(scratch)
+        total = zero_tile(accumulators)
+        for _ in range((end - begin) * FMAS_IN_UNIT):
+            total = register_tiles.dot_pairs_grid(total, accumulators, (pairs,), scratch, 64)
         register_tiles.store_tile(total, scratch, 64)
 
     return kernel

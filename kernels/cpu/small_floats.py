@@ -138,6 +138,14 @@ def load_bf16x16(b, address):
     return b.bitcast(b.shl(bits, constant(i32x16.llvm, 16)), f32x16.llvm)
 
 
+@operation(i32x16, types.intp)
+def load_bf16_pairs(b, address):
+    """Two vectors of sixteen bfloat16, one behind the other, as sixteen pairs of one of each."""
+    words = load(b, address, ir.VectorType(I16, 32))
+    order = ir.Constant(ir.VectorType(I32, 32), [lane // 2 + lane % 2 * 16 for lane in range(32)])
+    return b.bitcast(b.shuffle_vector(words, words, order), i32x16.llvm)
+
+
 def _round_to_bf16(b, value):
     """The upper 16 bits of each float, rounded to nearest even, in the upper half of an int32."""
     integers = i32x16.llvm

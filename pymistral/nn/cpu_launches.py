@@ -51,7 +51,8 @@ class CpuLaunching(Lowering):
         self.scratch_bytes = 0
         self.scratch_slots: list[tuple[list[int], int]] = []  # they hold a placeholder until the scratch's size is known
         self.panels_of: dict[Array, Buffer] = {}
-        self.forms.append(self.panels_of)
+        self.wide_of: dict[Array, Buffer] = {}  # wide panels, which are bfloat16
+        self.forms += [self.panels_of, self.wide_of]
         products = [node.inputs[0] for node in graph.nodes if node.op == "linear"]
         self.makes_logits = products[-1] if products and products[-1].rows == OUTPUTS else None
 
@@ -112,6 +113,24 @@ class CpuLaunching(Lowering):
                 writes=(panels,),
             )
         return self.panels_of[x]
+
+    def _takes_wide(self, array: Array, matrix: Tensor) -> bool:
+        """Whether the product is of pairs of bfloat16. What logits come straight from stays float32: its rows are few."""
+        return array is not self.makes_logits and geometry.multiplies_bf16(tile_format(matrix).name, array.columns)
+
+    def _new_wide(self, array: Array) -> Buffer:
+        rows = geometry.wide_tokens(self._max_rows(array))
+        self.wide_of[array] = wide = self._new((geometry.wide_panels_bytes(rows, array.columns),), np.uint8)
+        return wide
+
+    def _wide(self, x: Array) -> Buffer:
+        """x as wide panels, made now if they are not yet."""
+        if x not in self.wide_of:
+            source = self.rows_of[x]
+            wide = self._new_wide(x)
+            slots = (source.address, self._row_bytes(x), wide.address, x.columns)
+            self._launch(spec("amx.widen"), slots, x.rows, reads=(source,), writes=(wide,))
+        return self.wide_of[x]
 
     # ---- launches ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import numpy as np
 
@@ -52,12 +53,17 @@ class CpuLowering(CpuLaunching):
         out_row_bytes = 4 * padded(weight.shape[0])
         count = self.state.count_address(x.rows)
         common = (out.address, 0, matrix.tile_bytes, out_row_bytes, count, int(accumulate))
-        if matrix.is_float:
+        unpacked = 0
+        if self._takes_wide(x, weight):
+            source = self._wide(x)
+            slots = [matrix.address, source.address, *common]
+            slots[3] = x.columns // 32
+            kernel = spec("bf16_matmul.matmul")
+        elif matrix.is_float:
             source = self.rows_of[x]
             slots = [matrix.address, source.address, *common, self._row_bytes(x)]
             slots[3] = x.columns
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
-            unpacked = 0
         else:
             source = self._panels(x)
             slots = [matrix.address, source.address, *common, 0, 0]
@@ -135,7 +141,7 @@ class CpuLowering(CpuLaunching):
         columns = node.output.columns
         int8 = self._item(x) == self._item(node.output) == 1
         takes_panels = int8 and all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
-        if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds_panels(node.output):
+        if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds(node.output, self._takes_panels):
             source = self._panels(x)
             out = self._new_panels(node.output)
             wide = self._is_wide(x)
@@ -165,22 +171,27 @@ class CpuLowering(CpuLaunching):
                 weights=(gate.address, gate.tiles.nbytes),
             )
             return
-        gated, raised = self._rows(node.output), self._new((self._max_rows(x), padded(columns)), np.float32)
+        shape = (self._max_rows(x), padded(columns))
+        gated, raised = self._new(shape, np.float32), self._new(shape, np.float32)
         self._product(x, node.attributes["gate"], gated, accumulate=False)
         self._product(x, node.attributes["up"], raised, accumulate=False)
-        row_bytes = self._row_bytes(node.output)
-        one = (gated.address, 0, gated.address, padded(columns), row_bytes)
-        self._launch(spec("elementwise.activate", activation=activation), one, x.rows, reads=(gated,), writes=(gated,))
-        two = (gated.address, raised.address, gated.address, padded(columns), row_bytes)
-        self._launch(spec("elementwise.multiply"), two, x.rows, reads=(gated, raised), writes=(gated,))
+        wide = self._only_feeds(node.output, self._takes_wide)
+        if wide:
+            out, kernel = self._new_wide(node.output), spec("elementwise.gate", activation=activation, panels="wide")
+        else:
+            self.rows_of[node.output] = out = gated
+            kernel = spec("elementwise.gate", activation=activation)
+        of_rows = (gated.address, raised.address, out.address, columns if wide else padded(columns), self._row_bytes(node.output))
+        self._launch(kernel, of_rows, x.rows, reads=(gated, raised), writes=(gated, out))
+        self._give_back(gated)
         self._give_back(raised)
 
-    def _only_feeds_panels(self, array: Array) -> bool:
-        """All users take the array as panels, and nobody reads its floats."""
+    def _only_feeds(self, array: Array, takes: Callable[[Array, Tensor], bool]) -> bool:
+        """All users take the array as panels, of either kind, and nobody reads its floats."""
         matrices = [
             user.attributes[name] for user in self.users.get(array, []) for name in ("weight", "gate", "up") if name in user.attributes
         ]
-        return self._only_multiplied(array) and all(self._takes_panels(array, matrix) for matrix in matrices)
+        return self._only_multiplied(array) and all(takes(array, matrix) for matrix in matrices)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -201,9 +212,13 @@ class CpuLowering(CpuLaunching):
         picks_rows: bool = False,
     ) -> None:
         source = self.rows_of[x]
-        rows, panels = None, None
-        if out is not None and self.users.get(out) and self._only_feeds_panels(out):
+        rows, panels, kernel = None, None, spec("norm.norm")
+        if out is not None and self.users.get(out) and self._only_feeds(out, self._takes_panels):
             panels = self._new_panels(out)
+            kernel = spec("norm.norm", panels="wide") if self._is_wide(out) else kernel
+        elif out is not None and self.users.get(out) and self._only_feeds(out, self._takes_wide):
+            panels = self._new_wide(out)
+            kernel = spec("norm.norm", panels="wide")
         elif out is not None:
             rows = self._rows(out)
         slots = (
@@ -225,7 +240,6 @@ class CpuLowering(CpuLaunching):
         made = [buffer for buffer in (rows, panels) if buffer]
         count = out.rows if out is not None else x.rows
         scratch = (10, 4 * padded(x.columns))
-        kernel = spec("norm.norm", panels="wide") if panels and out is not None and self._is_wide(out) else spec("norm.norm")
         self._launch(kernel, slots, count, reads=(source, *changed), writes=(*made, *changed), scratch=scratch)
 
     def _take_rows(self, node: Node) -> None:

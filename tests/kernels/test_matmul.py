@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.isa import current_isa
 
 from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
@@ -54,6 +55,8 @@ def activations(rng: np.random.Generator, tokens: int, columns: int) -> NDArray[
 
 
 def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[ref.Floats, ref.Floats]:
+    if kind == "BF16" and current_isa().has_bf16:
+        x = ref.cached(x, "bf16").astype(np.float32)
     if kind in ref.FLOATS:
         # columns + 1 roundings, each at most EPSILON of the sum of the terms' sizes
         bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
@@ -130,6 +133,41 @@ def test_logits_keep_sixteen_bits(kind: str, tokens: int) -> None:
     # and that is within 1 / (2 * 32767) of each block's peak of what was meant, but for rounding to float32 on the way
     peaks = np.abs(x).reshape(tokens, -1, 32).max(axis=2, keepdims=True)
     assert np.all(np.abs(used - x).reshape(tokens, -1, 32) <= peaks / (2 * 32767) * 1.01)
+
+
+@pytest.mark.parametrize("kind", ref.FLOATS)
+def test_logits_of_floats_take_activations_as_they_are(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    tensor, weights = ref.random_tensor(kind, 33, 64, rng)
+    x = activations(rng, 5, 64)
+    bound = 65 * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
+    assert np.all(np.abs(evaluate(lambda x: F.linear(x[OutputRows()], tensor), x) - x @ weights.T) <= bound + 1e-30)
+
+
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_an_array_goes_to_matrices_of_every_kind(tokens: int) -> None:
+    """To bfloat16 and quantised ones, each in a form of its own, with a norm before it and without."""
+    rng = np.random.default_rng(6)
+    kinds = ("BF16", "Q8_0", "F32")
+    matrices = {kind: ref.random_tensor(kind, 64, 64, rng) for kind in kinds}
+    x = activations(rng, tokens, 64)
+    ones = Tensor("norm", GgmlType.F32, (64,), np.ones(64, np.float32).view(np.uint8))
+    normed = evaluate(lambda x: F.rms_norm(x, ones, 1e-6), x)
+    for some in (kinds, kinds[:1]):
+        for source, norm in ((x, False), (normed, True)):
+            found = evaluate(lambda x: sum_of(F.rms_norm(x, ones, 1e-6) if norm else x, [matrices[kind][0] for kind in some]), x)  # noqa: B023
+            parts = [expected(kind, matrices[kind][1], source) for kind in some]
+            size = sum(np.abs(wanted) for wanted, _ in parts)
+            # as many roundings as additions; a norm's last digits may be others where its result goes elsewhere
+            slack = sum(bound for _, bound in parts) + 4 * ref.EPSILON * size
+            assert np.all(np.abs(found - sum(wanted for wanted, _ in parts)) <= slack)
+
+
+def sum_of(x: Array, tensors: list[Tensor]) -> Array:
+    total = F.linear(x, tensors[0])
+    for tensor in tensors[1:]:
+        total = total + F.linear(x, tensor)
+    return total
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
