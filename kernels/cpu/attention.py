@@ -34,7 +34,7 @@ from .simd import (
     load_i64,
     max_lanes,
     maximum,
-    prefetch,
+    prefetch_to_l2,
     select,
     splat_f32,
     splat_i32,
@@ -153,7 +153,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             k = (load_i32x16(keys + at), load_i32x16(keys + stride + at), load_i32x16(more + at), load_i32x16(more + stride + at))
             grid = dot_pairs_grid(grid, rows, k, queries + i * rows * 4, 4)
             for line in (ahead + at, ahead + stride + at, more_ahead + at, more_ahead + stride + at):
-                prefetch(line)
+                prefetch_to_l2(line)
         return grid
 
     @inline
@@ -200,7 +200,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
                         v4 = (load_i32x16(v), load_i32x16(v + 64), load_i32x16(v + 128), load_i32x16(v + 192))
                         four = dot_pairs_grid(four, rows, v4, p, line_bytes)
                         for line in range(0, 256, 64):
-                            prefetch(v + ahead + line)
+                            prefetch_to_l2(v + ahead + line)
                         v += head_dim * 4
                         p += 4
                 store_grid(four, rows, outputs + 4 * i, output_bytes)

@@ -117,13 +117,23 @@ def f32_to_bits(b, value):
     return b.zext(b.bitcast(value, I32), I64)
 
 
+def _ask(b, address, locality):
+    line = pointer(b, address, I8)
+    flags = [ir.Constant(I32, flag) for flag in (0, locality, 1)]
+    function_type = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
+    b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), [line, *flags])
+
+
 @operation(types.void, types.intp)
 def prefetch(b, address):
     """Ask for the cache line at ``address`` (read, keep in all levels)."""
-    line = pointer(b, address, I8)
-    flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]
-    function_type = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
-    b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), [line, *flags])
+    _ask(b, address, 3)
+
+
+@operation(types.void, types.intp)
+def prefetch_to_l2(b, address):
+    """As `prefetch`, but past the first-level cache, which has room for few requests."""
+    _ask(b, address, 2)
 
 
 # ---- loads and stores -----------------------------------------------------------------------------------------------
