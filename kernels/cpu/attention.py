@@ -45,7 +45,7 @@ from .simd import (
 from .small_floats import scatter_bf16_pairs, store_bf16x32
 
 LOWEST = -1.0e30  # of a masked score
-VISIBLE = -1.0e29
+VISIBLE = -1.0e29  # what is below is masked; what is no number is not
 LOG2_E = 1.4426950408889634
 
 
@@ -86,8 +86,8 @@ def bf16_softmax(line, width, first, limit, cap, maximum_at, sum_at):
         low, high = load_f32x16(line + 4 * at), load_f32x16(line + 4 * at + 64)
         p, q = exp2(fma(low, splat_f32(LOG2_E), shift)), exp2(fma(high, splat_f32(LOG2_E), shift))
         if not whole:  # what is masked becomes exactly 0
-            p = select(greater(low, splat_f32(VISIBLE)), p, splat_f32(0.0))
-            q = select(greater(high, splat_f32(VISIBLE)), q, splat_f32(0.0))
+            p = select(greater(splat_f32(VISIBLE), low), splat_f32(0.0), p)
+            q = select(greater(splat_f32(VISIBLE), high), splat_f32(0.0), q)
         store_bf16x32(line + 2 * at, p, q)  # behind what is still to be read
         total = total + p
         total2 = total2 + q

@@ -52,7 +52,7 @@ def softmax(line, width, first, limit, cap, maximum_at, sum_at):
         s = load_f32x16(line + at)
         p = exp(s - splat_f32(top))
         if not whole:  # what is masked becomes exactly 0
-            p = select(greater(s, splat_f32(VISIBLE)), p, splat_f32(0.0))
+            p = select(greater(splat_f32(VISIBLE), s), splat_f32(0.0), p)
         total = total + p
         store_f32x16(line + at, p)
     store_f32(maximum_at, top)

@@ -118,7 +118,7 @@ def attention(*, head_dim: int, group: int) -> Any:
             s = load_f32x16(line + at)
             p = exp2(fma(s, splat_f32(LOG2_E), shift))
             if not whole:  # what is masked becomes exactly 0
-                p = select(greater(s, splat_f32(VISIBLE)), p, splat_f32(0.0))
+                p = select(greater(splat_f32(VISIBLE), s), splat_f32(0.0), p)
             total = total + p
             p = p * load_f32x16(value_scales + at)
             most = most + p

@@ -409,7 +409,7 @@ def exp2(b, x):
     """
     floats, integers = f32x16.llvm, i32x16.llvm
     lowest, magic = constant(floats, -126.0), constant(floats, 1.5 * 2**23)
-    x = b.select(b.fcmp_ordered(">", x, lowest), x, lowest)
+    x = b.select(b.fcmp_ordered("<", x, lowest), lowest, x)  # in this order NaN stays NaN
     shifted = b.fadd(x, magic)
     r = b.fsub(x, b.fsub(shifted, magic))
     p = constant(floats, _EXP2[0])

@@ -94,6 +94,19 @@ def test_one_sequence(group: int, head_dim: int, seed: int, tokens: int, kv_head
     )
 
 
+@pytest.mark.parametrize("which", ["query", "key"])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_what_is_no_number_is_no_number_afterwards(tokens: int, which: str) -> None:
+    """Or a model whose weights are broken would say something."""
+    if which == "key" and usual_cache_type() == "int16":
+        pytest.skip("a cache of integers holds none")
+    q, k, v = random_qkv(np.random.default_rng(0), tokens, 1, 3, 64)
+    (q if which == "query" else k)[-1, 5] = np.nan
+    found = F.attention(q, k, v, head_dim=64, scale=0.1, rope=None)
+    assert np.isnan(found[-1, :64]).any()
+    assert np.isfinite(found[:-1]).all()
+
+
 @pytest.mark.parametrize("pairs", [32, 24, 20, 8, 1])
 def test_rotations(pairs: int) -> None:
     """Whole, partial, and in numbers that fill no vector."""
