@@ -81,6 +81,7 @@ class EngineCore:
             prefix_cache=prefix_cache_n > 0,
             prompts_apart=runner.prompts_apart,
             prefill_chunk=prefill_chunk,
+            panel_tokens=runner.panel_tokens,
         )
         self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)
         self.jobs: dict[Job, None] = {}

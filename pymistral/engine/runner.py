@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Progress
-from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_bytes, usual_cache_type
+from ..kernels.cpu.geometry import ATTENTION_CHUNK, cache_layout, cache_row_bytes, panel_tokens, usual_cache_type
 from ..nn.cache_groups import cache_groups
 from ..nn.cpu import compile_for_prompts
 from ..nn.cpu_program import CpuProgram
@@ -41,6 +41,10 @@ class PagedRunner(ABC):
     @property
     def prompts_apart(self) -> bool:
         return False
+
+    @property
+    def panel_tokens(self) -> int:
+        return 1
 
     def __init__(
         self,
@@ -211,6 +215,10 @@ class CpuRunner(PagedRunner):
     @property
     def prompts_apart(self) -> bool:
         return self.prompt_program is not self.program
+
+    @property
+    def panel_tokens(self) -> int:
+        return panel_tokens()
 
     @property
     def packing(self) -> Packing:

@@ -24,13 +24,16 @@ class PrefillPacer:
     by the latest steps, so that neither a step that the machine held up nor a lucky one decides: the former by the median, the latter by
     the third quartile, since streams notice what is too much, and not what is too little. The number at most doubles from step to step:
     a few tokens hide in a step that waits for memory, and say little about many.
+
+    Kernels compute whole panels of tokens, and one or four for the rest: what a step takes is judged by the tokens that it computes in this
+    sense, and a panel that is begun is filled.
     """
 
-    def __init__(self, stretch: float = 2.5, least: int = 4) -> None:
-        self.stretch, self.least = stretch, least
+    def __init__(self, stretch: float = 2.5, least: int = 4, panel: int = 1) -> None:
+        self.stretch, self.least, self.panel = stretch, least, panel
         self._alone: dict[int, deque[float]] = {}
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
-        """Seconds for each token of a prompt, and tokens, of the latest steps that had some."""
+        """Seconds for each token that prompts made a step compute, and tokens of prompts, of the latest steps that had some."""
 
     def allowance(self, streams: int) -> int:
         alone = self._step_seconds(streams)
@@ -38,14 +41,26 @@ class PrefillPacer:
             return max(32, self.least)
         seconds, _ = sorted(self._added)[len(self._added) * 3 // 4]
         most = 2 * max(tokens for _, tokens in self._added)
-        return max(self.least, min(most, int((self.stretch - 1.0) * alone / seconds)))
+        room = (self.stretch - 1.0) * alone / seconds
+        tokens = max(self.least, min(most, int(room)))
+        while tokens > self.least and self._computed(streams + tokens) - streams > room:
+            tokens -= 1
+        while self._computed(streams + tokens + 1) == self._computed(streams + tokens):
+            tokens += 1
+        return tokens
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
             self._alone.setdefault(streams.bit_length(), deque(maxlen=63)).append(seconds)
         elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
             alone = self._step_seconds(streams) if streams else 0.0
-            self._added.append((max(seconds - alone, 0.1 * seconds) / prompt_tokens, prompt_tokens))
+            computed = self._computed(streams + prompt_tokens) - streams
+            self._added.append((max(seconds - alone, 0.1 * seconds) / computed, prompt_tokens))
+
+    def _computed(self, tokens: int) -> int:
+        whole = tokens // self.panel * self.panel
+        rest = tokens - whole
+        return whole + next((part for part in (0, 1, 4) if rest <= part < self.panel), self.panel)
 
     def _step_seconds(self, streams: int) -> float:
         """What about so many streams take alone, or fewer if so many never ran alone; 0 if nothing is known."""
@@ -69,6 +84,8 @@ class Scheduler:
         Prompts are computed in other numbers than what is generated, so that only blocks of prompts are shared.
     prefill_chunk
         How many tokens of prompts a step may have while streams run; ``None`` adapts it to their pace.
+    panel_tokens
+        How many tokens the kernels compute at once.
     """
 
     def __init__(
@@ -80,13 +97,14 @@ class Scheduler:
         prefix_cache: bool = True,
         prompts_apart: bool = False,
         prefill_chunk: int | None = None,
+        panel_tokens: int = 1,
     ) -> None:
         self.cache, self.pool, self.block_size = cache, cache.pool, cache.block_size
         self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
         # Where prompts have a pass over all weights of their own, it takes panels of 32 tokens, and nearly as long for a part of one.
-        self.pacer = PrefillPacer(least=32 if prompts_apart else 4)
+        self.pacer = PrefillPacer(least=32) if prompts_apart else PrefillPacer(least=3 if panel_tokens > 1 else 4, panel=panel_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0

@@ -43,6 +43,10 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
+    def panel_tokens(self) -> int:
+        """How many tokens the kernels compute at once: fewer take as long."""
+
+    @property
     def prompts_apart(self) -> bool:
         """Prompts are computed in other numbers than what is generated: a prompt must not find a generated token in the prefix cache."""
 

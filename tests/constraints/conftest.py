@@ -23,6 +23,7 @@ class NoiseRunner:
     block_size, num_blocks, max_sequence_length = 32, 2048, 1024
 
     prompts_apart = False
+    panel_tokens = 1
     windows: Sequence[int | None] = (None,)
 
     def __init__(self, vocab_size: int, closing: Sequence[int]) -> None:

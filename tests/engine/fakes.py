@@ -46,6 +46,7 @@ class FakeRunner:
     vocab_size = VOCAB
 
     prompts_apart = False
+    panel_tokens = 1
     windows: Sequence[int | None] = (None,)
 
     def __init__(

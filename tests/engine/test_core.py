@@ -336,6 +336,23 @@ def test_a_prompt_stretches_the_gaps_of_streams_as_far_as_wanted(
     assert np.percentile(during[4:], 99) < 3 * np.median(before)
 
 
+@pytest.mark.parametrize("streams", range(1, 18))
+def test_a_panel_that_is_begun_is_filled(streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that compute eight tokens, four or one: a step of five takes as long as one of eight."""
+
+    def of_panels(streams: int, prompt: int) -> float:
+        whole, rest = divmod(streams + prompt, 8)
+        return 0.0022 + 0.0005 * (8 * whole + next(part for part in (0, 1, 4, 8) if rest <= part))
+
+    runner = TimedRunner(of_panels, monkeypatch)
+    runner.panel_tokens = 8
+    before, during = gaps_before_and_during(runner, streams)
+    assert np.median(during) <= 2.6 * np.median(before)
+    usual = int(np.median([tokens for tokens in runner.prompt_tokens[-200:] if tokens]))
+    assert of_panels(streams, usual + 1) > of_panels(streams, usual)  # no token more would be free
+    assert of_panels(streams, usual) > 1.4 * of_panels(streams, 0)  # and the prompt gets ahead
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_gaps_stay_short_on_a_machine_that_others_use(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)
