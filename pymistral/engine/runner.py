@@ -20,7 +20,7 @@ from ..nn.cpu_weights import Packing
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
-from ..nn.state import SPLIT_SEQUENCES, Limits, State
+from ..nn.state import SPLIT_TOKENS, Limits, State
 from .types import Segment
 
 logger = logging.getLogger("pymistral")
@@ -279,20 +279,23 @@ class CpuRunner(PagedRunner):
         return program.logits[:outputs]
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
-        """Query tiles of long segments. If the sequences are few, the positions of a single token are dealt out in chunks."""
+        """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of
+        few tokens those of each."""
         tokens = items = merges = partials = 0
         others: list[tuple[int, ...]] = []  # without output rows
-        split = len(segments) <= SPLIT_SEQUENCES
+        few_sequences = len(segments) <= SPLIT_TOKENS
+        few_tokens = not self.prompts_apart and sum(len(segment.tokens) for segment in segments) <= SPLIT_TOKENS
         for row, segment in enumerate(segments):
             count = len(segment.tokens)
-            chunks = -(-(segment.start + count) // ATTENTION_CHUNK)
-            if split and count == 1 and chunks > 1:
-                state.merges[merges] = (tokens, partials, chunks)
-                for chunk in range(chunks):
-                    state.items[items] = (tokens, 1, row, chunk, partials + chunk)
-                    items += 1
-                merges += 1
-                partials += chunks
+            if segment.start + count > ATTENTION_CHUNK and (few_tokens or (few_sequences and count == 1)):
+                for token in range(tokens, tokens + count):
+                    chunks = -(-(segment.start + token - tokens + 1) // ATTENTION_CHUNK)
+                    state.merges[merges] = (token, partials, chunks)
+                    for chunk in range(chunks):
+                        state.items[items] = (token, 1, row, chunk, partials + chunk)
+                        items += 1
+                    merges += 1
+                    partials += chunks
             else:
                 for first in range(0, count, state.query_tile):
                     item = (tokens + first, min(state.query_tile, count - first), row, -1, 0)

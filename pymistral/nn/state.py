@@ -14,7 +14,7 @@ from ..kernels.cpu.geometry import ATTENTION_CHUNK
 from .memory import address, zeros
 from .rope import Rope
 
-SPLIT_SEQUENCES = 8  # with more sequences than this in a step, none is split over threads
+SPLIT_TOKENS = 8  # whose positions are dealt out to threads, at most
 
 _COUNTS = ("tokens", "outputs", "items", "merges", "output_items", "one")
 
@@ -67,7 +67,7 @@ class State:
     def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5) -> None:
         # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind, and those with
         # output rows before all others; merges, on the CPU: [token, first partial result, how many]
-        self.max_partials = SPLIT_SEQUENCES * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
+        self.max_partials = SPLIT_TOKENS * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
         self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
         per_token = (limits.max_tokens,)
         shapes: dict[str, tuple[int, ...]] = {
@@ -78,7 +78,7 @@ class State:
             "table_rows": per_token,
             "output_rows": (limits.max_outputs,),
             "items": (limits.max_tokens + self.max_partials, item_words),
-            "merges": (SPLIT_SEQUENCES, 3),
+            "merges": (SPLIT_TOKENS, 3),
             "block_tables": (limits.groups, limits.max_sequences, self.table_width),
         }
         starts, size = {}, 0
