@@ -104,10 +104,6 @@ class PagedRunner(ABC):
             if segment.outputs:
                 state.output_rows[outputs : outputs + segment.outputs] = range(tokens - segment.outputs, tokens)
                 outputs += segment.outputs
-        blocks = state.block_tables[:, : len(segments), : -(-longest // self.block_size)]
-        if blocks.size and not 0 <= blocks.min() <= blocks.max() < self.num_blocks:  # what is left of longer tables was looked at before
-            blocks[:] = 0
-            raise ValueError("a block does not exist")
         for rope in state.ropes:
             rope.prepare(longest)
         state.counts[:5] = (tokens, outputs, *self._divide(state, segments))
@@ -125,7 +121,10 @@ class PagedRunner(ABC):
         for group, table in enumerate(tables):
             if len(table) < blocks:
                 raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
-            state.block_tables[group, row, :blocks] = table[:blocks]
+            used = state.block_tables[group, row, :blocks]
+            used[:] = table[:blocks]
+            if not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+                raise ValueError("a block does not exist")
         if count == 1:
             token = segment.tokens[0]
             if not 0 <= token < self._embeddings:
