@@ -167,6 +167,12 @@ def test_the_text_is_the_same_with_and_without_guesses(
     for index, (one, other) in enumerate(zip(plain, speculative, strict=True)):
         if index in canceled and any(finished.reason == "canceled" for finished in other.finished.values()):
             assert all(one.tokens[choice][: len(tokens)] == tokens for choice, tokens in other.tokens.items())
+        elif isinstance(one.end, RequestFailed) and len(one.tokens) > 1:
+            # The choice that fails ends the others, which guesses may have brought less or more far.
+            assert isinstance(other.end, RequestFailed)
+            for choice in one.tokens.keys() & other.tokens.keys():
+                both = min(len(one.tokens[choice]), len(other.tokens[choice]))
+                assert one.tokens[choice][:both] == other.tokens[choice][:both]
         else:
             assert summary(one) == summary(other)
     stats = core.snapshot()
