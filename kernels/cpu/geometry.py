@@ -20,10 +20,23 @@ def whole_panels(tokens: int) -> int:
     return -(-tokens // panel) * panel
 
 
-def panels_bytes(tokens: int, columns: int, item: int = 1) -> int:
-    """Bytes of the panels of up to ``tokens`` rows of ``columns``, of int8, or of int16 if ``item`` is 2."""
+def panels_bytes(tokens: int, columns: int) -> int:
+    """Bytes of the panels of up to ``tokens`` rows of ``columns``."""
     panel = current_isa().tokens
-    return -(-tokens // panel) * panel_bytes(panel, columns, item)
+    return -(-tokens // panel) * panel_bytes(panel, columns)
+
+
+LOGITS_GROUP = 16  # tiles whose largest logit `logits.peaks` finds
+
+
+def logits_groups(vocabulary: int) -> int:
+    """In a row of logits, rounded up to whole vectors."""
+    return -(-vocabulary // (16 * 16 * LOGITS_GROUP)) * 16
+
+
+def word_row_bytes(columns: int) -> int:
+    """Bytes of a row of ``columns`` as int16, with what describes it: the scratch of a thread in `logits.refine`."""
+    return panel_bytes(1, columns, 2)
 
 
 UNPACKED_BLOCK = 512  # bytes of 16 rows by 32 columns

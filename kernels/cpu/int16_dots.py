@@ -1,4 +1,4 @@
-"""Dot products of int16: of activations with the weights' quants, for logits, where 8 bits of activation would show; and of attention.
+"""Dot products of int16: of activations with the weights' quants, for the likeliest logits, where 8 bits would show; and of attention.
 
 Quants are bytes. Those of even and of odd columns become words by a mask and by a shift, and the activations lie in that order.
 """
@@ -30,8 +30,6 @@ def store_words(b, address, values):
 
 def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
     """A tile plus the products of groups of four columns: ``quants(group)``, uint8, by two pairs ``activations(group, pair, t)``."""
-    if current_isa().name == "avx2":
-        return _add_in_halves(b, tile, groups, quants, activations)
     for group in groups:
         for pair, words in enumerate(_words(b, quants(group))):
             tile = each(b, tile, lambda t, total: _dot(b, total, words, activations(group, pair, t)))  # noqa: B023
@@ -87,30 +85,6 @@ def _words(b: Any, quants: Any) -> tuple[Any, Any]:
     """Even and odd columns."""
     columns = b.bitcast(quants, ir.VectorType(I16, quants.type.count // 2))
     return b.and_(columns, constant(columns.type, 255)), b.lshr(columns, constant(columns.type, 8))
-
-
-def _add_in_halves(b: Any, tile: Any, groups: range, quants: Callable[[int], Any], activations: Callable[[int, int, int], Any]) -> Any:
-    """For AVX2, whose sixteen registers hold the sums of three tokens beside a group's words, or just those of four.
-
-    `settled` keeps them there: LLVM would take all groups of a token before the next one's, and the words through memory.
-    """
-    doubles = ir.VectorType(I32, 8)
-
-    def add(total: Any, words: Any, factor: Any) -> Any:
-        return b.add(total, call(b, "llvm.x86.avx2.pmadd.wd", doubles, words, factor))
-
-    count = tile.type.count
-    totals = [halves(b, b.extract_value(tile, t)) for t in range(count)]
-    together = 4 if count == 4 else 3
-    for few in (range(start, min(start + together, count)) for start in range(0, count, together)):
-        for group in groups:
-            both = [_words(b, half) for half in halves(b, quants(group))]
-            for t in few:
-                for pair in range(2):
-                    factor = halves(b, activations(group, pair, t))[0]
-                    totals[t] = [add(total, words[pair], factor) for total, words in zip(totals[t], both, strict=True)]
-            totals[few.start : few.stop] = settled(b, totals[few.start : few.stop])
-    return each(b, tile, lambda t, _: join(b, totals[t]))
 
 
 def _dot(b: Any, total: Any, x: Any, y: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Matrix products: tiles of quantised weights by panels of int8 or int16 activations, and float tiles by float activations.
+"""Matrix products: tiles of quantised weights by panels of int8 activations, and float tiles by float activations.
 
 `tiles` states the layouts. A unit of work is a tile of 16 rows; a kernel is handed a range of them and takes every panel of tokens
 through each.
@@ -91,15 +91,15 @@ def unpack_block(typing_context, layout, block, target):
 
 
 @cache
-def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any:
-    """A function ``(weights, quants, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or of int16
-    (``item=2``).
+def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> Any:
+    """A function ``(weights, quants, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or by one token's
+    int16 (``item=2``).
 
     ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `_AHEAD` where
     the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there.
     """
     format = TILE_FORMATS[layout]
-    panel = current_isa().tokens
+    panel = current_isa().tokens if item == 1 else 1
     scales_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(panel, item)
     record = panel_bytes(panel, 32, item)
     blocks_per_record = format.columns // 32
@@ -111,7 +111,7 @@ def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any
     asks = tokens >= 4 or not current_isa().has_avx512
 
     @inline
-    def tile_product(weights, quants, x, blocks, ahead):
+    def product(weights, quants, x, blocks, ahead):
         tile = zero_tile(tokens)
         header = weights
         block = weights + header_bytes
@@ -151,7 +151,7 @@ def _tile_product(layout: str, tokens: int, item: int, unpacked: int = 0) -> Any
                     block += header_bytes
         return tile
 
-    return tile_product
+    return product
 
 
 @cache
@@ -180,18 +180,18 @@ def _unpack_tile(layout: str) -> Any:
     return unpack_tile
 
 
-def matmul(*, layout: str, item: int = 1) -> Any:
+def matmul(*, layout: str) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
-    Activations are of int8, or of int16 if ``item`` is 2. Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile,
+    Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile,
     5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds, 8 scratch, 9 bytes of scratch for a thread
     (`geometry.unpacked_bytes`; where these are 0, neither is read).
     """
     panel = current_isa().tokens
-    record = panel_bytes(panel, 32, item)
-    one, four, full = (_tile_product(layout, tokens, item) for tokens in (1, min(4, panel), panel))
-    unpacks = item == 1 and unpacked_bytes(layout, 32) > 0
-    full_unpacked, unpack_tile = _tile_product(layout, panel, item, 1), _unpack_tile(layout)
+    record = panel_bytes(panel, 32)
+    one, four, full = (tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    unpacks = unpacked_bytes(layout, 32) > 0
+    full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -270,9 +270,9 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
-    one, four, full = (_tile_product(layout, tokens, 1) for tokens in (1, min(4, panel), panel))
+    one, four, full = (tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
     unpacks = unpacked_bytes(layout, 32) > 0
-    full_unpacked, unpack_tile = _tile_product(layout, panel, 1, 1), _unpack_tile(layout)
+    full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
     activate = activation_function(activation)
 
     @inline

@@ -6,7 +6,7 @@ from typing import Any
 
 from .amx import widen_row
 from .helpers import inline
-from .quantize import quantize_row, quantize_row_to_words
+from .quantize import quantize_row
 from .simd import (
     bits_to_f32,
     fma,
@@ -42,12 +42,11 @@ def normalize(x, weight, out, columns, epsilon):
 def norm(*, panels: str = "int8") -> Any:
     """The end of one block and the start of the next; units are rows. What an address of 0 stands for is left out.
 
-    ``x += branch``, or ``x += rms_norm(branch, branch_weight)``; then ``rms_norm(x, weight)`` goes to float rows or to panels, of int8, of
-    int16, or the wide ones of `amx` (``panels="wide"``).
+    ``x += branch``, or ``x += rms_norm(branch, branch_weight)``; then ``rms_norm(x, weight)`` goes to float rows, or to panels, of int8 or
+    the wide ones of `amx` (``panels="wide"``), or to both.
 
     Slots: 0 x, 1 bytes of a row, 2 branch, 3 branch weight, 4 weight, 5 out (float rows as x's), 6 panels, 7 columns, 8 epsilon (f32 bits),
-    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread,
-    12 whether the panels are of int16.
+    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread.
     """
     wide = panels == "wide"
 
@@ -62,7 +61,6 @@ def norm(*, panels: str = "int8") -> Any:
         epsilon = bits_to_f32(load_i64(slots + 64))
         rows = load_i64(slots + 72)
         scratch = load_i64(slots + 80) + thread * load_i64(slots + 88)
-        words = load_i64(slots + 96)
         for unit in range(begin, end):
             row = load_i32(rows + 4 * unit) if rows else unit
             x = load_i64(slots) + row * row_bytes
@@ -78,8 +76,6 @@ def norm(*, panels: str = "int8") -> Any:
                 normalize(x, weight, scratch, columns, epsilon)
                 if wide:
                     widen_row(scratch, target, unit, columns)
-                elif words:
-                    quantize_row_to_words(scratch, target, unit, columns)
                 else:
                     quantize_row(scratch, target, unit, columns)
 

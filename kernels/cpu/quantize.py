@@ -1,4 +1,4 @@
-"""Activations to panels of int8 or int16 (see `tiles`), once for each input of a matrix product."""
+"""Activations to panels of int8, once for each input of a matrix product, or to int16 (see `tiles`)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .tiles import panel_bytes, panel_offsets
 _SMALLEST = 1e-36  # a block whose peak is below becomes zeros: 127 / peak would overflow
 _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
-_WORD_RECORD = panel_bytes(_PANEL, 32, 2)
-_SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(_PANEL, 2)[0]
-_SCALED_SUMS, _SUMS, _FIRST, _LAST, _PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (offset - _SUMMARY for offset in panel_offsets(_PANEL)[1:])
+_WORD_RECORD = panel_bytes(1, 32, 2)
+_SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(1, 2)[0]
+_PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (offset - _SUMMARY for offset in panel_offsets(_PANEL)[5:])
 _SUMS_PAIRS = current_isa().name == "avx2"
 
 
@@ -53,64 +53,55 @@ def quantize_block(low, high, record, slot):
     inverse = 127.0 / peak if peak > _SMALLEST else 0.0
     low_quants = round_to_i32(low * splat_f32(inverse))
     high_quants = round_to_i32(high * splat_f32(inverse))
-    quants = record + 32 * slot
+    quants, at = record + 32 * slot, record + _SUMMARY + 4 * slot
     store_i8x16(quants, low_quants)
     store_i8x16(quants + 16, high_quants)
     if not _SUMS_PAIRS:
-        _describe(record + _SUMMARY, slot, peak / 127.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        _describe(at, 4 * _PANEL, peak / 127.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
         return
     low_sums, high_sums = pair_sums(low_quants), pair_sums(high_quants)
     first, second = low_sums << 32 >> 32, low_sums >> 32
     third, fourth = high_sums << 32 >> 32, high_sums >> 32
-    _describe(record + _SUMMARY, slot, peak / 127.0, first + second, third + fourth)
-    at = record + _SUMMARY + 4 * slot
+    _describe(at, 4 * _PANEL, peak / 127.0, first + second, third + fourth)
     store_i32(at + _PAIRS, _two_words(-first - third, -second - fourth))
     store_i32(at + _FIRST_PAIRS, _two_words(-first, -second))
     store_i32(at + _LAST_PAIRS, _two_words(-third, -fourth))
 
 
 @inline
-def quantize_row_to_words(x, panels, token, columns):
-    """As `quantize_row`, but to int16 (``scale = max|x| / 32767``)."""
-    slot = token % _PANEL
-    record = panels + token // _PANEL * (columns // 32) * _WORD_RECORD
+def quantize_row_to_words(x, record, columns):
+    """As `quantize_row`, but to int16 (``scale = max|x| / 32767``), as one token's records from ``record`` on."""
     for column in range(0, columns, 32):
         low, high = load_f32x16(x + 4 * column), load_f32x16(x + 4 * column + 64)
         peak = peak_lanes(larger_magnitudes(low, high))
         inverse = splat_f32(32767.0 / peak if peak > _SMALLEST else 0.0)
         low_quants = round_to_i32(low * inverse)
         high_quants = round_to_i32(high * inverse)
-        quants = record + 64 * slot
-        store_words(quants, low_quants)
-        store_words(quants + 32, high_quants)
-        _describe(record + _WORD_SUMMARY, slot, peak / 32767.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        store_words(record, low_quants)
+        store_words(record + 32, high_quants)
+        _describe(record + _WORD_SUMMARY, 4, peak / 32767.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
         record += _WORD_RECORD
 
 
 @inline
-def _describe(summary, slot, scale, first, last):
+def _describe(at, stride, scale, first, last):
     """A token's scale and sums, at their places behind the quants of a record."""
-    at = summary + 4 * slot
     store_f32(at, scale)
-    store_f32(at + _SCALED_SUMS, scale * (first + last))
-    store_i32(at + _SUMS, -first - last)
-    store_i32(at + _FIRST, -first)
-    store_i32(at + _LAST, -last)
+    store_f32(at + stride, scale * (first + last))
+    store_i32(at + 2 * stride, -first - last)
+    store_i32(at + 3 * stride, -first)
+    store_i32(at + 4 * stride, -last)
 
 
 def quantize() -> Any:
-    """Units are tokens. Slots: 0 x, 1 bytes of a row, 2 panels, 3 columns, 4 whether to int16."""
+    """To panels of int8. Units are tokens. Slots: 0 x, 1 bytes of a row, 2 panels, 3 columns."""
 
     def kernel(slots, begin, end, thread):
         x = load_i64(slots)
         row_bytes = load_i64(slots + 8)
         panels = load_i64(slots + 16)
         columns = load_i64(slots + 24)
-        words = load_i64(slots + 32)
         for token in range(begin, end):
-            if words:
-                quantize_row_to_words(x + token * row_bytes, panels, token, columns)
-            else:
-                quantize_row(x + token * row_bytes, panels, token, columns)
+            quantize_row(x + token * row_bytes, panels, token, columns)
 
     return kernel

@@ -28,8 +28,8 @@ A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``
 ``f32[P]`` scale times the sum of quants, ``i32[P]`` minus the sum of quants, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the
 last 16; and the last three again as ``i16[P][2]``: of the columns 0 and 1 of each group, and of 2 and 3 (these are there for AVX2 only).
 
-What logits are made of is quantised to 16 bits: the records have ``i16[P][32]`` quants and ``96 P`` bytes. In each group of 4 columns the
-even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
+What `logits` multiplies again is quantised to 16 bits, each token for itself: ``P`` is 1, and the quants are ``i16[32]``. In each group of
+4 columns the even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
 """
 
 from __future__ import annotations

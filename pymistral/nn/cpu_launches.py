@@ -80,23 +80,19 @@ class CpuLaunching(Lowering):
     # ---- panels -----------------------------------------------------------------------------------------------------
 
     def _is_wide(self, array: Array) -> bool:
-        """Whether the array is multiplied as wide panels. Few rows make logits, and int8 in two parts is finer."""
+        """Whether the array is multiplied as wide panels. Few rows make logits."""
         return self.wide and array.rows == TOKENS
 
     def _takes_panels(self, array: Array, matrix: Tensor) -> bool:
         format = tile_format(matrix)
         return not isinstance(format, FloatFormat) or (self._is_wide(array) and format.name == "bf16" and array.columns % 32 == 0)
 
-    def _item(self, array: Array) -> int:
-        """Bytes of an activation in panels. Those that logits come straight from are few, and worth 16 bits instead of 8."""
-        return 2 if array is self.makes_logits else 1
-
     def _new_panels(self, array: Array) -> Buffer:
         if self._is_wide(array):
             wide = self._new((geometry.wide_panels_bytes(self._max_rows(array), array.columns),), np.uint8)
             self.panels_of[array] = wide
             return wide
-        panels = self._new((geometry.panels_bytes(self._max_rows(array), array.columns, self._item(array)),), np.uint8)
+        panels = self._new((geometry.panels_bytes(self._max_rows(array), array.columns),), np.uint8)
         self.panels_of[array] = panels
         return panels
 
@@ -107,7 +103,7 @@ class CpuLaunching(Lowering):
             panels = self._new_panels(x)
             self._launch(
                 spec("amx.widen" if self._is_wide(x) else "quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns, self._item(x) == 2),
+                (source.address, self._row_bytes(x), panels.address, x.columns),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),

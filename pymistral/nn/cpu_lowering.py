@@ -22,8 +22,10 @@ from .quantize import tile_format
 from .rope import Rope
 from .state import Limits
 
-_CHUNK_BYTES = 16 << 10  # of weights that a thread claims at once
+_CHUNK_BYTES = (16 << 10, 256 << 10)  # of weights that a thread claims at once: reading is faster the longer it goes straight on
+_CHUNKS_PER_THREAD = 64  # of a matrix that is large enough for that
 _PIECES_PER_THREAD = 16  # that the products of experts are cut into
+_LOGITS_MARGIN = 4.0  # logits as near as this to the largest one, as they are sampled from, are worth activations of 16 bits
 
 
 def _float_bits(value: float) -> int:
@@ -68,7 +70,7 @@ class CpuLowering(CpuLaunching):
             source = self._panels(x)
             slots = [matrix.address, source.address, *common, 0, 0]
             slots[3] = x.columns // 32
-            kernel = spec("matmul.matmul", layout=matrix.format.name, item=self._item(x))
+            kernel = spec("matmul.matmul", layout=matrix.format.name)
             unpacked = geometry.unpacked_bytes(matrix.format.name, x.columns)
         reads = (source, out) if accumulate else (source,)
         self._launch(
@@ -82,6 +84,30 @@ class CpuLowering(CpuLaunching):
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
         )
+        if x is self.makes_logits and x in self.panels_of and not accumulate:
+            self._refine_logits(x, matrix, out)
+
+    def _refine_logits(self, x: Array, matrix: Matrix, logits: Buffer) -> None:
+        vocabulary, columns = matrix.tensor.shape
+        groups = geometry.logits_groups(vocabulary)
+        factor = next((user.attributes["factor"] for user in self.users.get(self.node.output, []) if user.op == "scale"), 1.0)
+        pieces = 4 * self.threads
+        peaks = self._new((self._max_rows(x), groups), np.float32)
+        common = (logits.address, 4 * padded(vocabulary), vocabulary, groups, pieces, peaks.address)
+        self._launch(spec("logits.peaks"), common, x.rows, units=pieces, reads=(logits,), writes=(peaks,))
+        source = self.rows_of[x]
+        margin = _float_bits(_LOGITS_MARGIN / abs(factor))
+        slots = (*common, margin, matrix.address, source.address, self._row_bytes(x), columns // 32, matrix.tile_bytes, 0, 0)
+        self._launch(
+            spec("logits.refine", layout=matrix.format.name),
+            slots,
+            x.rows,
+            units=pieces,
+            reads=(logits, peaks, source),
+            writes=(logits,),
+            scratch=(12, geometry.word_row_bytes(columns)),
+        )
+        self._give_back(peaks)
 
     def _wide_product(self, x: Array, matrix: Matrix, out: Buffer, accumulate: bool) -> None:
         source = self._panels(x)
@@ -115,7 +141,9 @@ class CpuLowering(CpuLaunching):
     def _chunk(self, matrix: Matrix) -> int:
         """Tiles to claim at once: enough bytes to stream, few enough to share out evenly."""
         even = matrix.tile_count // (4 * self.threads)
-        return max(1, min(even, _CHUNK_BYTES // matrix.tile_bytes))
+        fewest, most = _CHUNK_BYTES
+        share = min(max(fewest, matrix.tiles.nbytes // (_CHUNKS_PER_THREAD * self.threads)), most)
+        return max(1, min(even, share // int(matrix.tile_bytes)))
 
     def _wide_chunk(self, units: int) -> int:
         return max(1, min(geometry.WIDE_GROUP, units // (4 * self.threads)))
@@ -139,9 +167,9 @@ class CpuLowering(CpuLaunching):
         gate, up = self.weights[node.attributes["gate"]], self.weights[node.attributes["up"]]
         activation = node.attributes["activation"]
         columns = node.output.columns
-        int8 = self._item(x) == self._item(node.output) == 1
-        takes_panels = int8 and all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
-        if gate.format is up.format and takes_panels and columns % 32 == 0 and self._only_feeds(node.output, self._takes_panels):
+        takes_panels = all(self._takes_panels(x, node.attributes[name]) for name in ("gate", "up"))
+        leaves_panels = node.output is not self.makes_logits and self._only_feeds(node.output, self._takes_panels)
+        if gate.format is up.format and takes_panels and columns % 32 == 0 and leaves_panels:
             source = self._panels(x)
             out = self._new_panels(node.output)
             wide = self._is_wide(x)
@@ -216,6 +244,7 @@ class CpuLowering(CpuLaunching):
         if out is not None and self.users.get(out) and self._only_feeds(out, self._takes_panels):
             panels = self._new_panels(out)
             kernel = spec("norm.norm", panels="wide") if self._is_wide(out) else kernel
+            rows = self._rows(out) if out is self.makes_logits else None
         elif out is not None and self.users.get(out) and self._only_feeds(out, self._takes_wide):
             panels = self._new_wide(out)
             kernel = spec("norm.norm", panels="wide")
@@ -234,7 +263,6 @@ class CpuLowering(CpuLaunching):
             address(self.state.output_rows) if picks_rows else 0,
             0,
             0,
-            out is not None and self._item(out) == 2,
         )
         changed = (source, branch) if branch else ()
         made = [buffer for buffer in (rows, panels) if buffer]
