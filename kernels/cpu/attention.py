@@ -80,7 +80,7 @@ def bf16_softmax(line, width, first, limit, cap, maximum_at, sum_at):
     multiple of 32."""
     whole = first <= 0 and limit >= width
     top = mask_scores(line, width, first, limit, cap)
-    shift = splat_f32(top * -LOG2_E)
+    shift = splat_f32(top) * splat_f32(-LOG2_E)
     total, total2 = splat_f32(0.0), splat_f32(0.0)
     for at in range(0, width, 32):
         low, high = load_f32x16(line + 4 * at), load_f32x16(line + 4 * at + 64)

@@ -112,7 +112,7 @@ def attention(*, head_dim: int, group: int) -> Any:
         as int16, whose step goes to ``scale_at``."""
         whole = first <= 0 and limit >= width
         top = mask_scores(line, width, first, limit, cap)
-        shift = splat_f32(top * -LOG2_E)
+        shift = splat_f32(top) * splat_f32(-LOG2_E)
         total = most = largest = splat_f32(0.0)
         for at in range(0, 4 * width, 64):
             s = load_f32x16(line + at)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .helpers import inline
 from .int16_dots import store_words
 from .isa import current_isa
@@ -22,7 +24,8 @@ from .simd import (
 )
 from .tiles import panel_bytes, panel_offsets
 
-_SMALLEST = 1e-36  # a block whose peak is below becomes zeros: 127 / peak would overflow
+_SMALLEST = np.float32(1e-36)  # a block whose peak is below becomes zeros: 127 / peak would overflow
+_ZERO, _MOST, _MOST_WORDS = np.float32(0), np.float32(127), np.float32(32767)  # with Python's numbers Numba would compute in float64
 _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _WORD_RECORD = panel_bytes(1, 32, 2)
@@ -50,19 +53,19 @@ def quantize_row(x, panels, token, columns):
 def quantize_block(low, high, record, slot):
     """32 floats into one token's place in a record."""
     peak = peak_lanes(larger_magnitudes(low, high))  # NaN makes the scale NaN, and so all that comes of it
-    inverse = 127.0 / peak if peak > _SMALLEST else 0.0
-    low_quants = round_to_i32(low * splat_f32(inverse))
-    high_quants = round_to_i32(high * splat_f32(inverse))
+    scale, inverse = peak / _MOST, splat_f32(_MOST / peak if peak > _SMALLEST else _ZERO)
+    low_quants = round_to_i32(low * inverse)
+    high_quants = round_to_i32(high * inverse)
     quants, at = record + 32 * slot, record + _SUMMARY + 4 * slot
     store_i8x16(quants, low_quants)
     store_i8x16(quants + 16, high_quants)
     if not _SUMS_PAIRS:
-        _describe(at, 4 * _PANEL, peak / 127.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        _describe(at, 4 * _PANEL, scale, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
         return
     low_sums, high_sums = pair_sums(low_quants), pair_sums(high_quants)
     first, second = low_sums << 32 >> 32, low_sums >> 32
     third, fourth = high_sums << 32 >> 32, high_sums >> 32
-    _describe(at, 4 * _PANEL, peak / 127.0, first + second, third + fourth)
+    _describe(at, 4 * _PANEL, scale, first + second, third + fourth)
     store_i32(at + _PAIRS, _two_words(-first - third, -second - fourth))
     store_i32(at + _FIRST_PAIRS, _two_words(-first, -second))
     store_i32(at + _LAST_PAIRS, _two_words(-third, -fourth))
@@ -74,12 +77,12 @@ def quantize_row_to_words(x, record, columns):
     for column in range(0, columns, 32):
         low, high = load_f32x16(x + 4 * column), load_f32x16(x + 4 * column + 64)
         peak = peak_lanes(larger_magnitudes(low, high))
-        inverse = splat_f32(32767.0 / peak if peak > _SMALLEST else 0.0)
+        inverse = splat_f32(_MOST_WORDS / peak if peak > _SMALLEST else _ZERO)
         low_quants = round_to_i32(low * inverse)
         high_quants = round_to_i32(high * inverse)
         store_words(record, low_quants)
         store_words(record + 32, high_quants)
-        _describe(record + _WORD_SUMMARY, 4, peak / 32767.0, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        _describe(record + _WORD_SUMMARY, 4, peak / _MOST_WORDS, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
         record += _WORD_RECORD
 
 
@@ -87,7 +90,7 @@ def quantize_row_to_words(x, record, columns):
 def _describe(at, stride, scale, first, last):
     """A token's scale and sums, at their places behind the quants of a record."""
     store_f32(at, scale)
-    store_f32(at + stride, scale * (first + last))
+    store_f32(at + stride, scale * np.float32(first + last))
     store_i32(at + 2 * stride, -first - last)
     store_i32(at + 3 * stride, -first)
     store_i32(at + 4 * stride, -last)

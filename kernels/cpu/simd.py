@@ -245,14 +245,19 @@ def sqrt(b, x):
 
 
 def _reduce(b, value, combine):
-    """Fold the upper half onto the lower, four times: one order of operations on every machine."""
+    """Fold the upper half onto the lower, four times: one order of operations on every machine.
+
+    The last two times within a vector of four, which LLVM would else take apart into scalars.
+    """
     width = LANES
-    while width > 1:
+    while width > 4:
         width //= 2
         indices = ir.VectorType(I32, width)
         low = b.shuffle_vector(value, value, ir.Constant(indices, list(range(width))))
         high = b.shuffle_vector(value, value, ir.Constant(indices, list(range(width, 2 * width))))
         value = combine(low, high)
+    for order in ([2, 3, 0, 1], [1, 0, 3, 2]):
+        value = combine(value, b.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, 4), order)))
     return b.extract_element(value, ir.Constant(I32, 0))
 
 

@@ -88,7 +88,8 @@ class PagedRunner(ABC):
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        tokens = outputs = longest = 0
+        tokens = longest = 0
+        output_rows: list[int] = []
         for row, segment in enumerate(segments):
             count, start = len(segment.tokens), segment.start
             end = start + count
@@ -99,15 +100,14 @@ class PagedRunner(ABC):
             longest = max(longest, end)
             self._place(state, segment, row, tokens, count, start, end)
             tokens += count
-            if outputs + segment.outputs > self.max_output_rows:
+            output_rows += range(tokens - segment.outputs, tokens)
+            if len(output_rows) > self.max_output_rows:
                 raise ValueError(f"a step gives {self.max_output_rows} rows of logits at most")
-            if segment.outputs:
-                state.output_rows[outputs : outputs + segment.outputs] = range(tokens - segment.outputs, tokens)
-                outputs += segment.outputs
+        state.output_rows[: len(output_rows)] = output_rows
         for rope in state.ropes:
             rope.prepare(longest)
-        state.counts[:5] = (tokens, outputs, *self._divide(state, segments))
-        return outputs
+        state.counts[:5] = (tokens, len(output_rows), *self._divide(state, segments))
+        return len(output_rows)
 
     @abstractmethod
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
@@ -123,7 +123,7 @@ class PagedRunner(ABC):
                 raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
             used = state.block_tables[group, row, :blocks]
             used[:] = table[:blocks]
-            if not 0 <= int(used.min()) <= int(used.max()) < self.num_blocks:
+            if used.view(np.uint32).max() >= self.num_blocks:  # negative ones, too
                 raise ValueError("a block does not exist")
         if count == 1:
             token = segment.tokens[0]
@@ -280,7 +280,8 @@ class CpuRunner(PagedRunner):
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of
         few tokens those of each."""
-        tokens = items = merges = partials = 0
+        tokens = merges = partials = 0
+        items: list[tuple[int, ...]] = []
         others: list[tuple[int, ...]] = []  # without output rows
         few_sequences = len(segments) <= SPLIT_TOKENS
         few_tokens = not self.prompts_apart and sum(len(segment.tokens) for segment in segments) <= SPLIT_TOKENS
@@ -290,23 +291,19 @@ class CpuRunner(PagedRunner):
                 for token in range(tokens, tokens + count):
                     chunks = -(-(segment.start + token - tokens + 1) // ATTENTION_CHUNK)
                     state.merges[merges] = (token, partials, chunks)
-                    for chunk in range(chunks):
-                        state.items[items] = (token, 1, row, chunk, partials + chunk)
-                        items += 1
+                    items += [(token, 1, row, chunk, partials + chunk) for chunk in range(chunks)]
                     merges += 1
                     partials += chunks
             else:
                 for first in range(0, count, state.query_tile):
-                    item = (tokens + first, min(state.query_tile, count - first), row, -1, 0)
-                    if first + state.query_tile <= count - segment.outputs:
-                        others.append(item)
-                    else:
-                        state.items[items] = item
-                        items += 1
+                    of = others if first + state.query_tile <= count - segment.outputs else items
+                    of.append((tokens + first, min(state.query_tile, count - first), row, -1, 0))
             tokens += count
-        if others:
-            state.items[items : items + len(others)] = others
-        return items + len(others), merges, items
+        with_outputs = len(items)
+        items += others
+        if items:
+            state.items[: len(items)] = items
+        return len(items), merges, with_outputs
 
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""

@@ -80,9 +80,9 @@ def test_norm_to_panels(tokens: int) -> None:
     steps = np.repeat(np.abs(wanted).reshape(tokens, 3, 32).max(axis=2), 32, axis=1) / 127
     found = evaluate(lambda x: F.linear(F.rms_norm(x, ref.vector(weight), 1e-6), back), x)
     assert np.all(np.abs(found - wanted) <= 0.501 * steps)  # half a step of the quantisation
-    # the rows of the outputs keep what that lost, in as many steps again
-    found = evaluate(lambda x: F.linear(F.rms_norm(x[OutputRows()], ref.vector(weight), 1e-6), back), x)
-    assert np.all(np.abs(found - wanted) <= 0.501 * steps / 254 + NORM_ERROR * np.abs(wanted))
+    # rows of outputs as near to each other as likely logits keep what that lost, in as many steps again
+    found = evaluate(lambda x: F.linear(F.rms_norm(x[OutputRows()], ref.vector(weight / 8), 1e-6), back), x)
+    assert np.all(np.abs(found - wanted / 8) <= 0.501 * steps / 8 / 254 + NORM_ERROR * np.abs(wanted / 8))
 
 
 def test_residual_with_a_norm_before_the_sum() -> None:
