@@ -23,12 +23,14 @@ from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
 from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
-from .simd import exp, hidden, load_f32x16, load_i64, maximum, prefetch, splat_f32, store_f32x16
+from .simd import exp, hidden, load_f32x16, load_i32, load_i64, maximum, prefetch, prefetch_to_l2, splat_f32, store_f32x16
 from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, scale_vector
 
 _AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
+_MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
+_FETCHED_AT_ONCE = 256
 
 
 @intrinsic(prefer_literal=True)
@@ -92,11 +94,12 @@ def unpack_block(typing_context, layout, block, target):
 
 @cache
 def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> Any:
-    """A function ``(weights, quants, panel, blocks, ahead) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8, or by one token's
-    int16 (``item=2``).
+    """A function ``(weights, quants, panel, blocks, ahead, fetch, fetch_end) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8,
+    or by one token's int16 (``item=2``).
 
     ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `_AHEAD` where
-    the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there.
+    the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there; and, bit
+    by bit, for what lies between ``fetch`` and ``fetch_end``.
     """
     format = TILE_FORMATS[layout]
     panel = current_isa().tokens if item == 1 else 1
@@ -111,7 +114,7 @@ def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> 
     asks = tokens >= 4 or not current_isa().has_avx512
 
     @inline
-    def product(weights, quants, x, blocks, ahead):
+    def product(weights, quants, x, blocks, ahead, fetch=0, fetch_end=0):
         tile = zero_tile(tokens)
         header = weights
         block = weights + header_bytes
@@ -140,6 +143,10 @@ def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> 
             if asks:
                 for line in range(0, block_bytes, 64):
                     prefetch(block + ahead + line)
+            if fetch < fetch_end:
+                for line in range(0, _FETCHED_AT_ONCE, 64):
+                    prefetch_to_l2(fetch + line)
+                fetch += _FETCHED_AT_ONCE
             x += record
             quants += UNPACKED_BLOCK
             block += block_bytes
@@ -265,8 +272,12 @@ def activation_function(name: str) -> Any:
 def gated_matmul(*, layout: str, activation: str) -> Any:
     """``activation(gate . x) * (up . x)``, quantised at once for the product that follows; units are pairs of tiles (32 outputs).
 
+    It keeps the multipliers busy if there are many tokens, and the memory idle, for which the next attention would wait: so it asks for the
+    keys and values of the next layer.
+
     Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
-    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`).
+    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`), 10 unused, 11 key
+    cache of the next layer or 0, 12 its value cache, 13 bytes of one of their blocks, 14 blocks that are read (int32: how many, and which).
     """
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
@@ -290,13 +301,21 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token)
 
     @inline
-    def product(w, x, blocks, left, target, ahead):
+    def product(w, x, blocks, left, target, ahead, fetch, fetch_end):
         if left == 1:
             store_tile(one(w, 0, x, blocks, ahead), target, 128)
         elif left <= 4:
             store_tile(four(w, 0, x, blocks, ahead), target, 128)
         else:
-            store_tile(full(w, 0, x, blocks, ahead), target, 128)
+            store_tile(full(w, 0, x, blocks, ahead, fetch, fetch_end), target, 128)
+
+    @inline
+    def in_cache(slots, at):
+        """Where byte ``at`` is of each block's keys and values, one block after the other."""
+        block_bytes = load_i64(slots + 104)
+        piece = at // block_bytes
+        block = load_i32(load_i64(slots + 112) + 4 + 4 * (piece // 2))
+        return load_i64(slots + 88 + 8 * (piece % 2)) + block * block_bytes + at % block_bytes
 
     def kernel(slots, begin, end, thread):
         panels = load_i64(slots + 16)
@@ -307,6 +326,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         out_blocks = load_i64(slots + 56)
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + panel * 128
+        fetched, products = 0, 1  # bytes, and by how many products
+        if load_i64(slots + 88) and tokens >= panel:
+            fetched = min(2 * load_i32(load_i64(slots + 112)) * load_i64(slots + 104), _MOST_FETCHED)
+            products = min(2, tokens // panel) * 4 * out_blocks
         whole = 0  # tokens of panels that share what is unpacked
         if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
@@ -328,7 +351,12 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             for unit in range(begin, end):
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
-                    product(w, x, blocks, left, target, ahead)
+                    fetch, fetch_end, index = 0, 0, 4 * (start // panel * out_blocks + unit) + part
+                    if fetched and index < products:
+                        at = index * fetched // products // 64 * 64
+                        fetch = in_cache(slots, at)
+                        fetch_end = fetch + (index + 1) * fetched // products - at
+                    product(w, x, blocks, left, target, ahead, fetch, fetch_end)
                 combine(gate, up, left, out + (start // panel * out_blocks + unit) * record)
 
     return kernel

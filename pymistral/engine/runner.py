@@ -20,7 +20,7 @@ from ..nn.cpu_weights import Packing
 from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
-from ..nn.state import SPLIT_TOKENS, Limits, State
+from ..nn.state import READ_BLOCKS, SPLIT_TOKENS, Limits, State
 from .types import Segment
 
 logger = logging.getLogger("pymistral")
@@ -299,11 +299,22 @@ class CpuRunner(PagedRunner):
                     of = others if first + state.query_tile <= count - segment.outputs else items
                     of.append((tokens + first, min(state.query_tile, count - first), row, -1, 0))
             tokens += count
+        self._read_blocks(state, () if few_sequences else segments)
         with_outputs = len(items)
         items += others
         if items:
             state.items[: len(items)] = items
         return len(items), merges, with_outputs
+
+    def _read_blocks(self, state: State, segments: Sequence[Segment]) -> None:
+        """Write down which blocks of the cache attention will read, for whoever has time to fetch them."""
+        for group, window in enumerate(self.windows):
+            blocks: list[int] = []
+            for segment in segments:
+                first = max(0, segment.start + 1 - window) // self.block_size if window else 0
+                blocks += self._tables(segment)[group][first : -(-(segment.start + len(segment.tokens)) // self.block_size)]
+            blocks = blocks[:READ_BLOCKS]
+            state.read_blocks[group, : len(blocks) + 1] = (len(blocks), *blocks)
 
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""

@@ -43,6 +43,7 @@ class CpuLowering(CpuLaunching):
         self.cache_layout = geometry.cache_layout(graph.cache_type(limits.cache_type, geometry.usual_cache_type()))
         self.cache_arrays: dict[int, tuple[Buffer, Buffer]] = {}  # keys and values of the layers at one place of their groups
         self.routings: dict[tuple[int, int], tuple[Buffer, ...]] = {}
+        self.fetching: list[int] | None = None  # slots of the last gated product, which may fetch what the next attention reads
         self.lower()
 
     # ---- products ---------------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ class CpuLowering(CpuLaunching):
                 0,
                 0,
                 geometry.wide_tokens(self._max_rows(x)),
+                *(0, 0, 0, 0),
             )
             scratch = geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes(gate.format.name, x.columns)
             self._launch(
@@ -198,6 +200,7 @@ class CpuLowering(CpuLaunching):
                 scratch=(8, scratch),
                 weights=(gate.address, gate.tiles.nbytes),
             )
+            self.fetching = None if wide else self.launches[-1].slots
             return
         shape = (self._max_rows(x), padded(columns))
         gated, raised = self._new(shape, np.float32), self._new(shape, np.float32)
@@ -342,6 +345,9 @@ class CpuLowering(CpuLaunching):
             self.cache_arrays[place] = of_base or (self._allocate(shape, np.uint8), self._allocate(shape, np.uint8))
         keys, values = self.cache_arrays[place]
         self.state.caches.append((keys.array, values.array))
+        if self.fetching is not None:
+            self.fetching[11:15] = (keys.address, values.address, keys.array[0].nbytes, address(self.state.read_blocks[group_of_layers]))
+            self.fetching = None
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(module, group))
         norms = [options[name] for name in ("q_norm", "k_norm")]
         weights = [self._vector(norm.weight, norm.offset) if norm else None for norm in norms]

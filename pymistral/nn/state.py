@@ -15,6 +15,7 @@ from .memory import address, zeros
 from .rope import Rope
 
 SPLIT_TOKENS = 8  # whose positions are dealt out to threads, at most
+READ_BLOCKS = 255  # of the cache, at most, that a step of many sequences fetches ahead
 
 _COUNTS = ("tokens", "outputs", "items", "merges", "output_items", "one")
 
@@ -97,6 +98,7 @@ class State:
         self.tokens, self.positions, self.cache_slots = part("tokens"), part("positions"), part("cache_slots")
         self.output_rows, self.items, self.merges = part("output_rows"), part("items"), part("merges")
         self.table_rows, self.block_tables = part("table_rows"), part("block_tables")
+        self.read_blocks = zeros((limits.groups, 1 + READ_BLOCKS), np.int32)  # how many, and which; on the CPU
         self.ropes: list[Rope] = []
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most

@@ -162,6 +162,39 @@ def test_what_the_cache_holds(cache_type: str, seed: int, power: int, spread: in
     assert np.array_equal(decoded(values, cache_type, False), wanted)
 
 
+def test_many_streams_have_the_cache_fetched_ahead() -> None:
+    """By the product between two layers of attention, which computes the same for it: the blocks that the second one reads."""
+    rng = np.random.default_rng(4)
+    embed, back = ref.matrix(rng.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32)), ref.identity(HIDDEN, "F16")
+    gate, up, down = (ref.random_tensor("Q4_1", HIDDEN, HIDDEN, rng)[0] for _ in range(3))
+
+    def attend(x: Array, window: int | None) -> Array:
+        return x + F.attention(x, F.linear(x, back), F.linear(x, back), head_dim=32, scale=0.2, rope=None, window=window)
+
+    def model(batch: Batch) -> Array:
+        x = attend(F.embedding(batch.tokens, embed), None)
+        x = attend(x + F.linear(F.gated_linear(x, gate, up, "silu"), down), 40)
+        return F.linear(x[batch.output_rows], embed)
+
+    run = CpuRunner(record(model), max_position_embeddings=CONTEXT, max_num_seqs=16, cache_tokens=16 * CONTEXT, threads=2)
+    assert set(run.windows) == {None, 40}
+    starts = [20 + 19 * i for i in range(12)]
+    streams = []
+    for i, start in enumerate(starts):
+        tables = [list(range(block, block + 10)) for block in (20 * i, 20 * i + 10)]
+        run.forward([Segment([(7 * i + p) % VOCABULARY for p in range(start)], 0, tables[0], 0, further_tables=tables[1:])])
+        streams.append(Segment([i], start, tables[0], 1, further_tables=tables[1:]))
+    alone = [run.forward([stream]).copy() for stream in streams]
+    assert not run.program.state.read_blocks[:, 0].any()
+    assert run.forward(streams).tobytes() == np.concatenate(alone).tobytes()
+    for group, window in enumerate(run.windows):
+        count, *blocks = run.program.state.read_blocks[group].tolist()
+        oldest = [max(0, start - 39) if window else 0 for start in starts]
+        assert blocks[:count] == [
+            20 * i + 10 * group + block for i, start in enumerate(starts) for block in range(oldest[i] // 32, start // 32 + 1)
+        ]
+
+
 def test_bytes_of_a_token() -> None:
     """Two heads of 32 dimensions, keys and values; int16 and those of 8 bits have a scale of 16 bits. The cache takes that and no more."""
     sizes = {"f32": 512, "f16": 256, "bf16": 256, "int16": 264, "int8": 136, "f8e4m3": 136}
