@@ -89,6 +89,7 @@ class CpuLowering(CpuLaunching):
             self._refine_logits(x, matrix, out)
 
     def _refine_logits(self, x: Array, matrix: Matrix, logits: Buffer) -> None:
+        """The likeliest once more, of finer activations. A model may scale its logits before they are sampled from: so the margin, too."""
         vocabulary, columns = matrix.tensor.shape
         groups = geometry.logits_groups(vocabulary)
         factor = next((user.attributes["factor"] for user in self.users.get(self.node.output, []) if user.op == "scale"), 1.0)
@@ -97,7 +98,7 @@ class CpuLowering(CpuLaunching):
         common = (logits.address, 4 * padded(vocabulary), vocabulary, groups, pieces, peaks.address)
         self._launch(spec("logits.peaks"), common, x.rows, units=pieces, reads=(logits,), writes=(peaks,))
         source = self.rows_of[x]
-        margin = _float_bits(_LOGITS_MARGIN / abs(factor))
+        margin = _float_bits(_LOGITS_MARGIN / max(abs(factor), 1e-6))
         slots = (*common, margin, matrix.address, source.address, self._row_bytes(x), columns // 32, matrix.tile_bytes, 0, 0)
         self._launch(
             spec("logits.refine", layout=matrix.format.name),
