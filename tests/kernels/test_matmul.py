@@ -118,14 +118,18 @@ def test_the_largest_sums(kind: str, quants: slice) -> None:
     assert np.all(np.abs(F.linear(x, tensor) - x @ weights.T) <= ref.product_bound(weights, x))
 
 
-def logits_of(kind: str, rows: int, tokens: int, deviation: float) -> tuple[NDArray[np.float32], ref.Floats, ref.Floats]:
-    """Logits with such a standard deviation; and how far they are from products of int8 and of int16, times what roundings may cost."""
+def logits_of(
+    kind: str, rows: int, tokens: int, deviation: float, factor: float = 1.0
+) -> tuple[NDArray[np.float32], ref.Floats, ref.Floats]:
+    """Logits with such a standard deviation, before the model scales them by a power of two; and how far they are from products of int8 and
+    of int16, times what roundings may cost.
+    """
     rng = np.random.default_rng(3)
     columns = columns_for(kind, 1)
     tensor, weights = ref.random_tensor(kind, rows, columns, rng)
     x = rng.standard_normal((tokens, columns))
     x = (x * deviation / (x @ weights.T).std()).astype(np.float32)
-    found = evaluate(lambda x: F.linear(x[OutputRows()], tensor), x)
+    found = evaluate(lambda x: F.linear(x[OutputRows()], tensor) * factor, x) / np.float32(factor)
     distances = []
     for largest, roundings in ((127, 1), (32767, 2)):  # integer sums of 16 bits are beyond 2**24: they are rounded once more
         used = ref.quantized(x, largest).astype(np.float64)
@@ -147,6 +151,16 @@ def test_the_likeliest_logits_come_from_sixteen_bits(kind: str, tokens: int) -> 
         assert np.all(from_8[distance > 4.2, tile] <= 1)
     assert np.any(from_8 > 1)
     assert np.any(from_16 > 1)
+
+
+def test_the_margin_is_of_logits_as_they_are_sampled_from() -> None:
+    found, _, from_16 = logits_of("Q4_1", 1003, 3, 2.0, factor=0.125)
+    assert np.all(found > found.max(axis=1, keepdims=True) - 8 * 4)
+    assert np.all(from_16 <= 1)
+    found, from_8, _ = logits_of("Q4_1", 1003, 3, 4.0, factor=8.0)
+    for first in range(0, 1003, 16):
+        far = found[:, first : first + 16].max(axis=1) < found.max(axis=1) - 1
+        assert np.all(from_8[far, first : first + 16] <= 1)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
