@@ -274,6 +274,7 @@ class CpuRunner(PagedRunner):
 
     def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
         outputs = self._fill(program.state, segments)
+        self._write_read_blocks(program.state, segments)
         program.run()
         return program.logits[:outputs]
 
@@ -299,18 +300,19 @@ class CpuRunner(PagedRunner):
                     of = others if first + state.query_tile <= count - segment.outputs else items
                     of.append((tokens + first, min(state.query_tile, count - first), row, -1, 0))
             tokens += count
-        self._read_blocks(state, () if few_sequences else segments)
         with_outputs = len(items)
         items += others
         if items:
             state.items[: len(items)] = items
         return len(items), merges, with_outputs
 
-    def _read_blocks(self, state: State, segments: Sequence[Segment]) -> None:
-        """Write down which blocks of the cache attention will read, for whoever has time to fetch them."""
+    def _write_read_blocks(self, state: State, segments: Sequence[Segment]) -> None:
+        """Write which blocks of the cache attention will read, for whoever has time to fetch them: none in a step of few sequences."""
         for group, window in enumerate(self.windows):
             blocks: list[int] = []
-            for segment in segments:
+            for segment in segments if len(segments) > SPLIT_TOKENS else ():
+                if len(blocks) >= READ_BLOCKS:
+                    break
                 first = max(0, segment.start + 1 - window) // self.block_size if window else 0
                 blocks += self._tables(segment)[group][first : -(-(segment.start + len(segment.tokens)) // self.block_size)]
             blocks = blocks[:READ_BLOCKS]
