@@ -124,6 +124,7 @@ class PagedRunner(ABC):
             used = state.block_tables[group, row, :blocks]
             used[:] = table[:blocks]
             if used.view(np.uint32).max() >= self.num_blocks:  # negative ones, too
+                used[:] = 0
                 raise ValueError("a block does not exist")
         if count == 1:
             token = segment.tokens[0]

@@ -88,6 +88,15 @@ def test_segments_that_cannot_be(segment: Segment, message: str, run: CpuRunner)
     assert run.forward([good]).tobytes() == before.tobytes()
 
 
+@pytest.mark.parametrize("block", [-1, 10**6])
+def test_a_block_that_is_refused_is_not_kept(block: int, run: CpuRunner) -> None:
+    """Attention looks at 64 positions at once, and so at an entry behind those of a shorter table."""
+    with pytest.raises(ValueError, match="a block does not exist"):
+        run.forward([Segment([1], 40, [0, block], 1)])
+    tables = run.program.state.block_tables
+    assert 0 <= tables.min() <= tables.max() < run.num_blocks
+
+
 def test_outputs_of_long_segments_are_those_of_short_ones(run: CpuRunner) -> None:
     """Attention is dealt out in tiles, and in the last layer none of them is computed but for outputs."""
     ids = np.random.default_rng(1).integers(0, VOCABULARY, 200).tolist()
