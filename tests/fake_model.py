@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,9 @@ class AlphabetRunner:
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         return logits
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
+        if meanwhile is not None:
+            meanwhile()
         self.steps += 1
         time.sleep(self.delay)
         rows = [token for segment in segments if segment.outputs for token in list(segment.tokens)[-segment.outputs :]]
@@ -134,7 +136,9 @@ class ScriptedRunner(AlphabetRunner):
         self._begin = 0
         self._reply: list[int] = []
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
+        if meanwhile is not None:
+            meanwhile()
         time.sleep(self.delay)
         logits = np.zeros((sum(segment.outputs for segment in segments), VOCAB_SIZE), np.float32)
         for segment in segments:

@@ -199,13 +199,13 @@ def run_program(launches, count, counters, step, thread, threads):
 
 
 def lead() -> Any:
-    """Begin a step and, unless a thread sleeps, work through it as thread 0 until all is done.
+    """Begin a step and, if it is asked to (``joins``) and no thread sleeps, work through it as thread 0 until all is done.
 
-    If threads sleep, their number is left in the synchronisation block and nothing is run: wake those whose line now holds 2, then call
-    `work`.
+    Otherwise the threads that are awake have begun, and the caller has to wake those whose line now holds 2 (the synchronisation block says
+    how many) and to call `work`.
     """
 
-    def lead_program(sync, threads, launches, count, counters):
+    def lead_program(sync, threads, launches, count, counters, joins):
         step = (atomic_load(sync + STEP) | 1) + 1  # even, also after a step that was interrupted
         unit_counts = counters + count * (threads + 1) * LINE
         for index in range(count):
@@ -222,7 +222,7 @@ def lead() -> Any:
             if atomic_load(sleeping) == 1 and atomic_exchange(sleeping, 2) == 1:
                 asleep += 1
         store_i64(sync + TO_WAKE, asleep)
-        if asleep == 0:
+        if joins and asleep == 0:
             run_program(launches, count, counters, step, LEADER, threads)
             atomic_store(sync + STEP, step + 1)
 

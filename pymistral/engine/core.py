@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from contextlib import suppress
 from itertools import accumulate
 from math import inf
 from time import monotonic, perf_counter
@@ -21,7 +22,6 @@ from .speculative import Speculation
 from .text import TextStream
 from .types import (
     ChoiceFinished,
-    Delta,
     EngineRequest,
     EngineStats,
     Event,
@@ -33,7 +33,6 @@ from .types import (
     Sampling,
     Segment,
     Tokenizer,
-    TokenLogprob,
 )
 
 logger = logging.getLogger("pymistral.engine")
@@ -85,6 +84,7 @@ class EngineCore:
         )
         self.stats = EngineStats(0, 0, runner.num_blocks, runner.num_blocks, 0)
         self.jobs: dict[Job, None] = {}
+        self._unread: list[Sequence] = []
         self._to_wake: dict[Callable[[], object], None] = {}
         self._arrivals = 0
         self._next_deadline = inf
@@ -188,6 +188,11 @@ class EngineCore:
             return
         self._retire(job)
         self.stats.failed += 1
+        for sequence in job.sequences:
+            with suppress(Exception):  # what cannot be read is left out
+                sequence.read()
+            if sequence.unsent_text:
+                self._send(sequence)
         self._emit(job, RequestFailed(error, [sequence.text.text for sequence in job.sequences], job.final_usage()))
         job.sequences = []
 
@@ -196,8 +201,8 @@ class EngineCore:
         if self._next_deadline < inf:
             self._check_deadlines()
         batch = self.scheduler.schedule()
-        self.wake()  # whoever got the last step's tokens takes them while this one is computed, not while it waits for Python
         if not batch:
+            self.deliver()
             return
         begin = perf_counter()
         for sequence in batch if self.scheduler.prompt_tokens else ():
@@ -205,7 +210,8 @@ class EngineCore:
                 self._start(sequence, begin)
         drafted = self._draft(batch) if self.speculation is not None else 0
         try:
-            logits = self.runner.forward([sequence.segment for sequence in batch])
+            # What the last step made is passed on while this one is computed, in which Python has little to do.
+            logits = self.runner.forward([sequence.segment for sequence in batch], self.deliver)
         except Exception as error:
             self._fail_batch(batch, error)
             return
@@ -222,7 +228,7 @@ class EngineCore:
         """Sample the row of each sequence, and the rows of its guesses for as long as the guesses are what was sampled."""
         rows: list[tuple[int, Sequence]] = []
         for row, sequence in zip(accumulate((s.segment.outputs for s in batch), initial=0), batch, strict=False):
-            if sequence.segment.outputs:
+            if sequence.segment.outputs and not sequence.finished:
                 rows.append((row, sequence))
         while rows:
             sampled_tokens = sample_rows(self.runner, logits, [sequence.sampler for _, sequence in rows], [row for row, _ in rows])
@@ -315,23 +321,25 @@ class EngineCore:
                 self._accept(child, sampled)
 
     def _accept(self, sequence: Sequence, sampled: SampledToken | Exception) -> None:
-        """Append a token to its sequence, and those that it forces; end the sequence if it must end; pass on new text."""
+        """Append a token to its sequence, and those that it forces; end the sequence if it must end. Its text can wait for `deliver`."""
         try:
             if isinstance(sampled, Exception):
                 raise sampled
             forced = sequence.sampler.accept(sampled.id)
             sure = None if sampled.logprob is None else 0.0
-            text, last = "", len(forced)
+            last = len(forced)
             for index, token in enumerate((sampled, *(SampledToken(token, sure) for token in forced))):
                 sequence.tokens.append(token.id)
                 self.stats.completion_tokens += 1
                 if token.id in sequence.stops:
-                    self._finish(sequence, "stop", sequence.stops[token.id], text)
+                    self._finish(sequence, "stop", sequence.stops[token.id])
                     return
-                text += self._append(sequence, token)
-                if sequence.text.matched is not None:
-                    self._finish(sequence, "stop", sequence.text.matched, text)
-                    return
+                sequence.unread.append(token)
+                if sequence.text.stops:
+                    sequence.read()
+                    if sequence.text.matched is not None:
+                        self._finish(sequence, "stop", sequence.text.matched)
+                        return
                 if index < last and len(sequence.tokens) >= sequence.max_tokens:
                     break
         except Exception as error:
@@ -339,44 +347,34 @@ class EngineCore:
             return
         constraint = sequence.sampler.constraint
         if constraint is not None and constraint.complete and index == last:
-            self._finish(sequence, "stop", None, text)
-        elif len(sequence.tokens) >= sequence.max_tokens:
-            if constraint is not None and not (constraint.accepting and index == last):
-                self._fail_unfinished(sequence, text)
-            else:
-                self._finish(sequence, "length", None, text)
-        elif text:
-            self._send(sequence, text)
+            self._finish(sequence, "stop", None)
+        elif len(sequence.tokens) < sequence.max_tokens:
+            self._unread.append(sequence)
+        elif constraint is not None and not (constraint.accepting and index == last):
+            self._fail_unfinished(sequence)
+        else:
+            self._finish(sequence, "length", None)
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> str:
-        """The text that a token makes certain."""
-        sequence.unsent.append(token.id)
-        if token.logprob is not None:
-            sequence.logprobs.append(TokenLogprob(token.id, token.logprob, token.top))
-        return sequence.text.push(token.id)
-
-    def _fail_unfinished(self, sequence: Sequence, text: str) -> None:
+    def _fail_unfinished(self, sequence: Sequence) -> None:
         """A constraint promises a shape: a text that was cut short does not have it, and is no answer."""
-        if text:
-            self._send(sequence, text)
         made = counted(len(sequence.tokens) - sequence.prompt_length, "token")
         error = InferenceError(f"the answer was cut after {made}, before its constraint was satisfied; allow more with max_len")
         self.fail(sequence.job, error)
 
-    def _send(self, sequence: Sequence, text: str) -> None:
-        delta = Delta(sequence.choice, text, sequence.unsent, sequence.logprobs)
-        sequence.unsent, sequence.logprobs = [], []
-        self._emit(sequence.job, delta)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, stop: str | int | None = None, text: str = "") -> None:
-        job = sequence.job
+    def _finish(self, sequence: Sequence, reason: FinishReason, stop: str | int | None = None) -> None:
+        job, text = sequence.job, sequence.text
         self._remove(sequence)
-        text += sequence.text.finish()
-        if sequence.text.matched is not None and reason == "length":
-            reason, stop = "stop", sequence.text.matched
-        if text or sequence.unsent:
-            self._send(sequence, text)
-        self._emit(job, ChoiceFinished(sequence.choice, reason, sequence.text.text, stop))
+        try:
+            sequence.read()
+            sequence.unsent_text += text.finish()
+        except Exception as error:
+            self.fail(job, as_inference_error(error))
+            return
+        if text.matched is not None and reason == "length":
+            reason, stop = "stop", text.matched
+        if sequence.unsent_text or sequence.unsent:
+            self._send(sequence)
+        self._emit(job, ChoiceFinished(sequence.choice, reason, text.text, stop))
         if not job.done and all(other.finished for other in job.sequences):
             self._retire(job)
             if reason == "canceled":
@@ -385,6 +383,9 @@ class EngineCore:
                 self.stats.finished += 1
             self._emit(job, RequestFinished(job.final_usage()))
             job.sequences = []
+
+    def _send(self, sequence: Sequence) -> None:
+        self._emit(sequence.job, sequence.take_delta())
 
     def _retire(self, job: Job) -> None:
         job.done = True
@@ -403,12 +404,19 @@ class EngineCore:
         if job.wake is not None:
             self._to_wake[job.wake] = None
 
-    def wake(self) -> None:
-        """Wake those who have got events since the last time."""
-        if self._to_wake:
-            for wake in self._to_wake:
-                wake()
-            self._to_wake.clear()
+    def deliver(self) -> None:
+        """Pass on the text of the tokens that were accepted since the last time, and wake those who have got something."""
+        for sequence in self._unread:
+            try:
+                sequence.read()
+            except Exception as error:
+                self.fail(sequence.job, as_inference_error(error))
+            if sequence.unsent_text:
+                self._send(sequence)
+        self._unread.clear()
+        for wake in self._to_wake:
+            wake()
+        self._to_wake.clear()
 
     def _fail_batch(self, batch: list[Sequence], error: Exception) -> None:
         """The step failed: nothing that it wrote to the cache counts."""

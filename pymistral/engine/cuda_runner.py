@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -98,8 +98,9 @@ class CudaRunner(PagedRunner):
         self._program: CudaProgram | None = None  # of the last step
         self._waits = False  # whether the GPU may still read the state
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
-        """Start one flat step; returns where the logits ``[rows, vocab_size]`` will be, once `read_logits` or `sample` ask for them.
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
+        """Start one flat step and call ``meanwhile``; returns where the logits ``[rows, vocab_size]`` will be, once `read_logits` or
+        `sample` ask for them.
 
         Raises
         ------
@@ -115,6 +116,8 @@ class CudaRunner(PagedRunner):
             self._waits = True
             self.model.copy_state(len(segments))
             self._program.run()
+        if meanwhile is not None:
+            meanwhile()
         return self._logits[:outputs, : self.vocab_size]
 
     def _size(self, segments: Sequence[Segment], outputs: int) -> Size:

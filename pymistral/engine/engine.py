@@ -232,14 +232,14 @@ class Engine:
         self._core.fail_all(error)
         while self._posted:
             self._posted.popleft()()
-        self._core.wake()
+        self._core.deliver()
         self._core.release()
 
     def _loop(self) -> None:
         core, posted, log = self._core, self._posted, self._log
         while not self._closing:
             if posted:
-                core.wake()  # before what may take long
+                core.deliver()  # before what may take long
             while posted:
                 posted.popleft()()
             if core.jobs:
@@ -249,7 +249,7 @@ class Engine:
                 continue
             if log is not None:
                 log.flush()
-            core.wake()
+            core.deliver()
             with self._wake:
                 while not posted and not self._closing:
                     self._wake.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,8 +244,10 @@ class CpuRunner(PagedRunner):
             raise ValueError(f"logits {shape} in place of {before}: another model")
         self.prompt_program, self.program = programs
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.
+
+        Other threads compute while this one calls ``meanwhile``, which must not raise; then it computes as well.
 
         Raises
         ------
@@ -253,13 +255,13 @@ class CpuRunner(PagedRunner):
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
         if not self.prompts_apart or all(segment.generated == len(segment.tokens) for segment in segments):
-            return self._run(self.program, segments)
+            return self._run(self.program, segments, meanwhile)
         for segment in segments:
             count = len(segment.tokens)
             if not (count and 0 <= segment.generated <= count and 0 <= segment.outputs <= count):
                 raise ValueError(f"segment of {count} tokens, {segment.generated} generated, with {segment.outputs} outputs does not fit")
         parts = [_divided(segment) for segment in segments]
-        of_prompts = self._run(self.prompt_program, [prompt for prompt, _ in parts if prompt.tokens])
+        of_prompts = self._run(self.prompt_program, [prompt for prompt, _ in parts if prompt.tokens], meanwhile)
         generated = [part for _, part in parts if part.tokens]
         if not generated:
             return of_prompts
@@ -273,10 +275,10 @@ class CpuRunner(PagedRunner):
             row, first, second = end, first + prompt.outputs, second + part.outputs
         return logits
 
-    def _run(self, program: CpuProgram, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def _run(self, program: CpuProgram, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
         outputs = self._fill(program.state, segments)
         self._write_read_blocks(program.state, segments)
-        program.run()
+        program.run(meanwhile)
         return program.logits[:outputs]
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:

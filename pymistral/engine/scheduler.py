@@ -249,6 +249,8 @@ class Scheduler:
     def advance(self, batch: list[Sequence]) -> None:
         """The step has been computed: its tokens are in the cache, blocks that became full may be shared, and windows have moved on."""
         for sequence in batch:
+            if sequence.finished:  # while the step was computed
+                continue
             sequence.computed += sequence.scheduled
             self._register(sequence)
             if self.cache.slides:

@@ -7,9 +7,9 @@ from collections.abc import Sequence as Tokens
 from time import perf_counter
 
 from .kv_cache import BlockTables, chain_key
-from .sampler import Sampler
+from .sampler import SampledToken, Sampler
 from .text import TextStream
-from .types import EngineRequest, OnEvent, Segment, TokenLogprob, Usage
+from .types import Delta, EngineRequest, OnEvent, Segment, TokenLogprob, Usage
 
 
 class Job:
@@ -68,7 +68,9 @@ class Sequence:
         "stops",
         "text",
         "tokens",
+        "unread",
         "unsent",
+        "unsent_text",
     )
 
     def __init__(
@@ -102,9 +104,27 @@ class Sequence:
         """Guesses that the step computes behind the scheduled tokens."""
         self.accepted = 0
         """How many of them were sampled, too."""
+        self.unread: list[SampledToken] = []
+        """Tokens whose text has not been looked at."""
         self.unsent: list[int] = []
+        self.unsent_text = ""
         self.logprobs: list[TokenLogprob] = []
         self.finished = False
+
+    def read(self) -> None:
+        """Look at the text of new tokens."""
+        while self.unread:
+            token = self.unread.pop(0)
+            self.unsent.append(token.id)
+            if token.logprob is not None:
+                self.logprobs.append(TokenLogprob(token.id, token.logprob, token.top))
+            self.unsent_text += self.text.push(token.id)
+
+    def take_delta(self) -> Delta:
+        """What was read and not sent."""
+        delta = Delta(self.choice, self.unsent_text, self.unsent, self.logprobs)
+        self.unsent, self.unsent_text, self.logprobs = [], "", []
+        return delta
 
     def use(self, blocks: BlockTables) -> None:
         """Have these block tables."""

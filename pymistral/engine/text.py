@@ -10,11 +10,11 @@ from .types import DecodeStream
 class TextStream:
     """The text of one choice. Holds back whatever may still turn out to be the beginning of a stop string."""
 
-    __slots__ = ("_decoder", "_held", "_pieces", "_stops", "matched")
+    __slots__ = ("_decoder", "_held", "_pieces", "matched", "stops")
 
     def __init__(self, decoder: DecodeStream, stops: Sequence[str] = ()) -> None:
         self._decoder = decoder
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._pieces: list[str] = []
         self._held = ""
         self.matched: str | None = None
@@ -25,7 +25,7 @@ class TextStream:
         text = self._decoder.step(token)
         if not text:
             return ""
-        if self._stops:
+        if self.stops:
             text = self._filter(text)
         if text:
             self._pieces.append(text)
@@ -36,7 +36,7 @@ class TextStream:
         if self.matched is not None:
             return ""
         text = self._decoder.flush()
-        if self._stops:
+        if self.stops:
             text = self._filter(text)
             if self.matched is None:
                 text += self._held
@@ -52,14 +52,14 @@ class TextStream:
     def _filter(self, text: str) -> str:
         text = self._held + text
         first = len(text)
-        for stop in self._stops:
+        for stop in self.stops:
             found = text.find(stop)
             if 0 <= found < first:
                 first, self.matched = found, stop
         if self.matched is not None:
             self._held = ""
             return text[:first]
-        held = max(_overlap(text, stop) for stop in self._stops)
+        held = max(_overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

@@ -66,8 +66,11 @@ class Runner(Protocol):
     def windows(self) -> Sequence[int | None]:
         """How many of the latest positions each group of layers sees; ``None``: all. Blocks of one pool hold the positions of any group."""
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
         """Run one flat step; return logits ``[rows, vocab_size]`` in segment order, valid until the next call.
+
+        ``meanwhile`` is called when the step has begun, for the device or other threads to compute in the time that it takes. It does not
+        raise.
 
         They may still be on a device: `sample` knows them by their addresses; `read_logits` before Python does.
         """

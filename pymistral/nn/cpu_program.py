@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,13 +49,15 @@ class CpuProgram:
     _alive: list[Any] = field(repr=False)
     _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
-    def run(self) -> None:
-        """Run one step. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
+    def run(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Run one step, and call ``meanwhile`` when it has begun. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
         self.packing.wait()
-        if self._eager:
-            self.run_checked()
-        else:
-            self._pool.run(self._launches)
+        if not self._eager:
+            self._pool.run(self._launches, meanwhile)
+            return
+        if meanwhile is not None:
+            meanwhile()
+        self.run_checked()
 
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""

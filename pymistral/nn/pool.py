@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class ThreadPool:
         self._recent: deque[Launches] = deque()
         addresses = load_kernels(EXECUTOR_KERNELS, progress)
         lead, work, follow = (addresses[kernel] for kernel in EXECUTOR_KERNELS)
-        self._lead, self._work, self._follow = entry_point(lead, 5), entry_point(work, 2), entry_point(follow, 5)
+        self._lead, self._work, self._follow = entry_point(lead, 6), entry_point(work, 2), entry_point(follow, 5)
         self._start()
 
     def _start(self) -> None:
@@ -95,8 +95,8 @@ class ThreadPool:
         for worker in self._workers:
             worker.start()
 
-    def run(self, launches: Launches) -> None:
-        """Run a program to its end. One at a time; the caller's thread works too."""
+    def run(self, launches: Launches, meanwhile: Callable[[], object] | None = None) -> None:
+        """Run a program to its end. One at a time; the caller's thread works too, once it has called ``meanwhile``."""
         if self._forked:
             with _pools_lock:
                 if self._forked:
@@ -107,13 +107,22 @@ class ThreadPool:
                 if len(self._recent) > _RECENT:
                     self._settle()
                     self._recent.popleft()
-            self._lead(self._sync_address, self.threads, *launches.arguments)
-            if self._to_wake[0]:
-                for thread, state in enumerate(self._sleeping):
-                    if state[0] == 2:
-                        state[0] = 0
-                        self._wake[thread].release()
-                self._work(self._sync_address, self.threads)
+            self._lead(self._sync_address, self.threads, *launches.arguments, meanwhile is None)
+            asleep = self._to_wake[0]
+            if asleep:
+                self._wake_sleepers()
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                if asleep or meanwhile is not None:
+                    self._work(self._sync_address, self.threads)
+
+    def _wake_sleepers(self) -> None:
+        for thread, state in enumerate(self._sleeping):
+            if state[0] == 2:
+                state[0] = 0
+                self._wake[thread].release()
 
     def _settle(self) -> None:
         """Wait until no thread is inside a program: between steps, none enters one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,9 @@ class NoiseRunner:
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         return logits
 
-    def forward(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
+        if meanwhile is not None:
+            meanwhile()
         return self._rows[self._rng.integers(0, len(self._rows), sum(segment.outputs for segment in segments))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class FakeRunner:
     def read_logits(self, logits: np.ndarray) -> np.ndarray:
         return logits
 
-    def forward(self, segments: Sequence[Segment]) -> np.ndarray:
+    def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
         if self.delay:
             time.sleep(self.delay)
         assert 0 < len(segments) <= self.max_num_seqs
@@ -98,6 +98,8 @@ class FakeRunner:
             if self.fail_on is not None and self.fail_on in prefix:
                 raise ValueError("the runner met a token that it cannot bear")
             rows += [logits_of(prefix[: len(prefix) - s.outputs + 1 + i], self.eos_bonus) for i in range(s.outputs)]
+        if meanwhile is not None:
+            meanwhile()
         return np.stack(rows) if rows else np.empty((0, VOCAB), np.float32)
 
     def tables(self, s: Segment) -> list[Sequence[int]]:

@@ -263,11 +263,13 @@ def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
     core = make_core(runner, prefill_chunk=10)
     _, stream = submit(core, [65, 66], Params(max_len=80))
     core.step()
+    core.deliver()
     _, late = submit(core, [66] * 300, Params(max_len=2))
     steps = 0
     while late.end is None:
         before = len(stream.tokens[0])
         core.step()
+        core.deliver()
         steps += 1
         assert len(stream.tokens[0]) == before + 1
         assert sum(count for _, count in runner.steps[-1]) <= 11
@@ -285,10 +287,12 @@ class TimedRunner(FakeRunner):
         self.prompt_tokens: list[int] = []
         monkeypatch.setattr("pymistral.engine.core.perf_counter", lambda: self.now)
 
-    def forward(self, segments: Sequence[Any]) -> np.ndarray:
+    def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
         prompt = sum(len(s.tokens) for s in segments if len(s.tokens) > 1)
         self.now += self.seconds(sum(len(s.tokens) == 1 for s in segments), prompt)
         self.prompt_tokens.append(prompt)
+        if meanwhile is not None:
+            meanwhile()
         return np.tile(np.arange(VOCAB, dtype=np.float32) == 65, (sum(s.outputs for s in segments), 1)).astype(np.float32)
 
 
@@ -540,6 +544,38 @@ def test_a_receiver_that_raises_is_canceled() -> None:
     assert other.finished[0].reason == "length"
 
 
+def test_text_is_passed_on_while_the_next_step_is_computed() -> None:
+    core = make_core(FakeRunner(), max_num_seqs=2)
+    woken: list[int] = []
+    collector = Collector()
+    core.add(core.prepare(EngineRequest([65], Params(max_len=3)), collector, lambda: woken.append(len(collector.events))))
+    seen = []
+    for _ in range(3):
+        core.step()
+        seen.append(collector.texts.get(0, ""))
+    core.deliver()
+    text = ByteTokenizer().decode(greedy_alone([65], 3, 128, 0.0)[0])
+    assert seen == ["", text[:1], text]  # the last step ends the request, which waits for nothing
+    assert woken == [1, 2, len(collector.events)]
+
+
+def test_text_that_cannot_be_decoded_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that is under way goes on, for the others."""
+    core = make_core(FakeRunner())
+    job, broken = submit(core, [65, 66], Params(max_len=20))
+    _, other = submit(core, [65], Params(max_len=6))
+    core.step()
+
+    def fail(token: int) -> str:
+        raise ValueError("not a text")
+
+    monkeypatch.setattr(job.sequences[0].text, "_decoder", type("Broken", (), {"step": staticmethod(fail), "flush": staticmethod(str)}))
+    drain(core)
+    assert isinstance(broken.end, RequestFailed)
+    assert "not a text" in str(broken.end.error)
+    assert other.tokens[0] == greedy_alone([65], 6, 128, 0.0)[0]
+
+
 def test_deadlines() -> None:
     core = make_core(FakeRunner())
     now = time.monotonic()
@@ -643,7 +679,9 @@ def test_50000_tokens_leave_nothing_behind() -> None:
     class Instant(FakeRunner):
         row = np.tile(np.arange(VOCAB, dtype=np.float32) == 65, (32, 1)).astype(np.float32)
 
-        def forward(self, segments: Sequence[Any]) -> np.ndarray:
+        def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+            if meanwhile is not None:
+                meanwhile()
             return self.row[: sum(segment.outputs for segment in segments)]
 
     core = make_core(Instant(num_blocks=64, block_size=16, max_num_seqs=32))

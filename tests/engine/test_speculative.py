@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from types import SimpleNamespace
 from typing import Any
@@ -69,8 +69,8 @@ class Lookalike(FakeRunner):
         self.noise = noise
         self.sample = SamplingProgram(self.vocab_size, threads=1).run
 
-    def forward(self, segments: Sequence[Any]) -> np.ndarray:
-        rows = super().forward(segments)
+    def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+        rows = super().forward(segments, meanwhile)
         rows = rows + self.noise * np.random.default_rng(len(self.steps)).standard_normal(rows.shape).astype(np.float32)
         return np.concatenate([rows, np.full((len(rows), 3), -50.0, np.float32)], axis=1)
 
@@ -262,7 +262,9 @@ def test_guesses_keep_the_distribution(kind: str) -> None:
 
         table = np.random.default_rng(1).standard_normal((4, 4, 4)) * 1.2
 
-        def forward(self, segments: Sequence[Any]) -> np.ndarray:
+        def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+            if meanwhile is not None:
+                meanwhile()
             rows = []
             for s in segments:
                 self.write(s)

@@ -90,6 +90,40 @@ def test_every_thread_takes_part() -> None:
         pool.run(launches)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_the_caller_does_meanwhile(threads: int) -> None:
+    pool = ThreadPool(threads)
+    try:
+        scratch = zeros((threads, COLUMNS))
+        launches, _alive = norm_launches(pool, 20_000, scratch)
+        pool.run(launches)  # all are awake
+        for pause in (0.0, 0.1):  # the second time the others are through before the caller comes, and fall asleep
+            scratch[:] = 0
+            at_work: list[bool] = []
+
+            def meanwhile(pause: float = pause, at_work: list[bool] = at_work) -> None:
+                time.sleep(pause)
+                at_work.append(bool(scratch.any()))
+
+            pool.run(launches, meanwhile)
+            assert scratch.any()
+            assert len(at_work) == 1
+        assert at_work == [threads > 1]
+
+        def fail() -> None:
+            raise RuntimeError("the caller's own")
+
+        scratch[:] = 0
+        with pytest.raises(RuntimeError, match="own"):
+            pool.run(launches, fail)
+        assert scratch.any()
+        scratch[:] = 0
+        pool.run(launches)
+        assert scratch.any()
+    finally:
+        pool.close()
+
+
 def test_a_thread_that_falls_asleep_as_a_step_begins_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "_PATIENCE", 1)
     pool = ThreadPool(3)
