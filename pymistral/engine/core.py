@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
-from itertools import accumulate
 from math import inf
 from time import monotonic, perf_counter
 
@@ -227,9 +226,11 @@ class EngineCore:
     def _sample(self, batch: list[Sequence], logits: NDArray[np.float32], now: float) -> None:
         """Sample the row of each sequence, and the rows of its guesses for as long as the guesses are what was sampled."""
         rows: list[tuple[int, Sequence]] = []
-        for row, sequence in zip(accumulate((s.segment.outputs for s in batch), initial=0), batch, strict=False):
+        row = 0
+        for sequence in batch:
             if sequence.segment.outputs and not sequence.finished:
                 rows.append((row, sequence))
+            row += sequence.segment.outputs
         while rows:
             sampled_tokens = sample_rows(self.runner, logits, [sequence.sampler for _, sequence in rows], [row for row, _ in rows])
             confirmed = []
@@ -241,7 +242,7 @@ class EngineCore:
                     job.unforked = False
                     job.first_token = now
                     if len(job.sequences) > 1:
-                        self._fork(sequence, logits[row])
+                        self._fork(sequence, logits, row)
                 if count := self._verify(sequence, sampled):
                     confirmed.append((row + count, sequence))
             rows = confirmed
@@ -310,13 +311,13 @@ class EngineCore:
         self.stats.prompt_tokens += job.usage.prompt_tokens
         self.stats.cached_prompt_tokens += sequence.computed
 
-    def _fork(self, parent: Sequence, logits: NDArray[np.float32]) -> None:
-        """Start the other choices: each draws its own first token from the logits of the prompt."""
+    def _fork(self, parent: Sequence, logits: NDArray[np.float32], row: int) -> None:
+        """Start the other choices: each draws its own first token from the logits of the prompt, a row of the step's."""
         children = parent.job.sequences[1:]
         for child in children:
             self.scheduler.fork(parent, child)
-        same = np.broadcast_to(logits, (len(children), logits.size))
-        for child, sampled in zip(children, sample_rows(self.runner, same, [s.sampler for s in children]), strict=True):
+        tokens = sample_rows(self.runner, logits, [child.sampler for child in children], [row] * len(children))
+        for child, sampled in zip(children, tokens, strict=True):
             if not parent.job.done:
                 self._accept(child, sampled)
 

@@ -121,11 +121,10 @@ class PagedRunner(ABC):
         for group, table in enumerate(tables):
             if len(table) < blocks:
                 raise ValueError(f"a block table of {len(table)} blocks of {size} does not cover {end} positions")
-            used = state.block_tables[group, row, :blocks]
-            used[:] = table[:blocks]
-            if used.view(np.uint32).max() >= self.num_blocks:  # negative ones, too
-                used[:] = 0
+            used = table[:blocks]
+            if min(used) < 0 or max(used) >= self.num_blocks:
                 raise ValueError("a block does not exist")
+            state.block_tables[group, row, :blocks] = used
         if count == 1:
             token = segment.tokens[0]
             if not 0 <= token < self._embeddings:

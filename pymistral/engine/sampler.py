@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from ..errors import InferenceError
 from ..kernels.cpu import sampling_layout as at
-from ..nn.memory import address
+from ..nn.memory import address, address_in_step
 from ..nn.sampling import SamplingRow
 from .types import ConstraintState, LogitsProcessor, Runner, Sampling
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
+_FLOAT32 = np.dtype(np.float32)
 GREEDY_BELOW = 1e-7
 LONGEST_DRY_MATCH = 50
 
@@ -301,10 +302,10 @@ def sample_rows(
         return []
     if rows is None:
         rows = range(len(samplers))
-    if logits.dtype != np.float32 or logits.shape[1:] != (runner.vocab_size,) or len(logits) <= max(rows) or logits.strides[1] != 4:
+    if logits.dtype != _FLOAT32 or logits.shape[1:] != (runner.vocab_size,) or len(logits) <= max(rows) or logits.strides[1] != 4:
         # the kernel trusts them
         raise ValueError(f"logits of {logits.dtype} {logits.shape} for {max(rows) + 1} rows of {runner.vocab_size}")
-    begin, stride = address(logits), logits.strides[0]
+    begin, stride = address_in_step(logits[0]), logits.strides[0]
     errors: dict[Sampler, Exception] = {}
     for sampler, row in zip(samplers, rows, strict=True):
         try:

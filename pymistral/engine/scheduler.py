@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence as Tokens
 from operator import attrgetter
 from statistics import median
@@ -31,7 +31,7 @@ class PrefillPacer:
 
     def __init__(self, stretch: float = 2.5, least: int = 4, panel: int = 1) -> None:
         self.stretch, self.least, self.panel = stretch, least, panel
-        self._alone: dict[int, deque[float]] = {}
+        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=63))
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
         """Seconds for each token that prompts made a step compute, and tokens of prompts, of the latest steps that had some."""
 
@@ -51,7 +51,7 @@ class PrefillPacer:
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
-            self._alone.setdefault(streams.bit_length(), deque(maxlen=63)).append(seconds)
+            self._alone[streams.bit_length()].append(seconds)
         elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
             alone = self._step_seconds(streams) if streams else 0.0
             computed = self._computed(streams + prompt_tokens) - streams

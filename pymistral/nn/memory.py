@@ -33,6 +33,13 @@ def address(array: NDArray[np.generic]) -> int:
     return array.ctypes.data  # half the time of __array_interface__
 
 
+def address_in_step(array: NDArray[np.generic]) -> int:
+    """`address` of a contiguous array that may be written, for what runs once a step: NumPy's way runs Python of its own, which the weights
+    have pushed out of all caches since the step before.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+
+
 def mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
     """The mapped file that the array is a view of, if it is one and the system may be told to forget parts of it."""
     base: object = array
