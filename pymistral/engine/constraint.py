@@ -344,6 +344,8 @@ class TriggeredState:
 def fault(matcher: LLMatcher) -> str:
     """What llguidance has to say, without the dump of its state or its stack."""
     message = re.split("\n<(?:state|backtrace)>|\n *while processing json-schema:", str(matcher.get_error()))[0].strip()
+    if message.startswith("min/maxProperties"):
+        message += '; list them in "required", or leave "minProperties" and "maxProperties" out'
     return "no text can satisfy it" if message == "NoExtensionBias" else message
 
 

@@ -113,12 +113,14 @@ class _Schema:
             raise refusal(place, "it requires itself without end, so no finite JSON satisfies it")
         if "oneOf" in schema and self._exclusive(schema["oneOf"], place):
             schema = {("anyOf" if key == "oneOf" and "anyOf" not in schema else key): value for key, value in schema.items()}
-        if schema.get("format") in FORMATS and "pattern" not in schema and _allows(schema, "string"):
-            schema["pattern"] = FORMATS[schema.pop("format")]
+        if schema.get("format") in FORMATS and _allows(schema, "string"):
+            schema = _with_pattern(schema, FORMATS[schema["format"]])
         schema = _within_reach(schema, place)
         schema = _without_touching_bounds(schema)
         if _unbounded_integer(schema):
-            schema = _bounded(schema)
+            schema = _bounded(schema, MOST_EXACT)
+        elif _decimal(schema):
+            schema = _bounded(schema, FURTHEST_BOUND)
         if isinstance(schema.get("pattern"), str):
             schema["pattern"] = common_pattern(schema["pattern"])
         return map_subschemas(schema, place, self.prepare)
@@ -153,7 +155,8 @@ class _Schema:
             and least > max(1, len(set(schema.get("required", ()))))
             and schema.get("additionalProperties") is not False
         ):
-            raise refusal(place, f"'minProperties' {least} cannot be enforced for keys that the schema does not name")
+            remedy = "leave it out, or name the keys in 'properties' and 'required'"
+            raise refusal(place, f"'minProperties' {least} cannot be enforced for keys that the schema does not name; {remedy}")
 
     def target(self, reference: object) -> Any:
         """What a local reference points at, or None: llguidance reports what does not exist."""
@@ -298,6 +301,14 @@ def _allows(schema: dict[str, Any], kind: str) -> bool:
     return kind in _types(schema)
 
 
+def _with_pattern(schema: dict[str, Any], pattern: str) -> dict[str, Any]:
+    """The schema with a pattern in place of its format, beside a pattern that it has already."""
+    schema = {key: value for key, value in schema.items() if key != "format"}
+    if "pattern" not in schema:
+        return {**schema, "pattern": pattern}
+    return {**schema, "allOf": [*schema.get("allOf", ()), {"pattern": pattern}]}
+
+
 def _within_reach(schema: dict[str, Any], place: str) -> dict[str, Any]:
     """llguidance's bounds have 64 bits: those of whole numbers that allow more are drawn in, and the others are refused."""
     kinds = set(_types({"type": schema.get("type", TYPES)}))
@@ -330,14 +341,25 @@ def _unbounded_integer(schema: dict[str, Any]) -> bool:
     return integers and not {"const", "enum"} & schema.keys()
 
 
-def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """The integers that every reader of JSON reads exactly (RFC 7493): a weak model would write digits without end."""
+def _decimal(schema: dict[str, Any]) -> bool:
+    """Whether llguidance writes the numbers of a schema without an exponent, as all that are bounded or multiples of something."""
+    kinds = schema.get("type")
+    numbers = kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
+    limited = "multipleOf" in schema or _bound(schema, "Minimum") is not None or _bound(schema, "Maximum") is not None
+    return numbers and limited and not {"const", "enum"} & schema.keys()
+
+
+def _bounded(schema: dict[str, Any], most: int) -> dict[str, Any]:
+    """The numbers no further from zero than the most: a weak model would write digits without end.
+
+    Of integers, the most is what every reader of JSON reads exactly (RFC 7493); of others, hundreds of digits would read as infinity.
+    """
     low, high = _bound(schema, "Minimum"), _bound(schema, "Maximum")
     bounds = {}
-    if low is None and (high is None or high > -MOST_EXACT):
-        bounds["minimum"] = -MOST_EXACT
-    if high is None and (low is None or low < MOST_EXACT):
-        bounds["maximum"] = MOST_EXACT
+    if low is None and (high is None or high > -most):
+        bounds["minimum"] = -most
+    if high is None and (low is None or low < most):
+        bounds["maximum"] = most
     return {**schema, **bounds}
 
 

@@ -203,6 +203,7 @@ SHAPES: list[Any] = [
     {"type": "integer", "minimum": -(10**30), "exclusiveMaximum": 10**30},
     {"type": "string", "minLength": 3, "maxLength": 3, "pattern": "^[é🎉]+$"},
     {"type": "string", "format": "date", "pattern": "^2"},
+    *[{"type": "string", "format": "date", "pattern": "-02-[23]"}] * 8,
     {"enum": [1, 1.0, "1", None, [1], {"a": 1}]},
     {"type": "object", "propertyNames": {"minLength": 2, "maxLength": 3}, "additionalProperties": {"type": "boolean"}, "maxProperties": 3},
     {"type": "object", "propertyNames": {"$ref": "#/$defs/x"}, "additionalProperties": {"const": 1}, "$defs": {"x": {"enum": ["a", "b"]}}},

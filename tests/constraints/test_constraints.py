@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,26 @@ async def test_a_request_with_such_a_grammar_is_refused() -> None:
             with pytest.raises(RequestValidationError, match="constraint cannot be used"):
                 await model.send_chat_request(RequestBuilder().add_message("user", "Hi").set_constraint(constraint))
         assert await other == "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize(
+    ("limits", "remedy"),
+    [
+        ({"maxProperties": 1, "required": ["a"]}, 'list them in "required", or leave "minProperties" and "maxProperties" out$'),
+        ({"minProperties": 3, "additionalProperties": True}, "leave it out, or name the keys in 'properties' and 'required'$"),
+    ],
+)
+def test_limits_of_properties_come_with_a_remedy(noise: tuple[EngineCore, GrammarCompiler], limits: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(RequestValidationError, match=remedy):
+        noise[1].compile(Constraint.json_schema({"type": "object", "properties": {"a": {}, "b": {}}, **limits}))
+
+
+@pytest.mark.parametrize("limits", [{"minimum": 0}, {"maximum": 9}, {"multipleOf": 0.5}, {"exclusiveMinimum": -1}])
+def test_a_number_with_one_limit_is_finite(noise: tuple[EngineCore, GrammarCompiler], limits: dict[str, Any]) -> None:
+    grammar = noise[1].compile(Constraint.json_schema({"type": ["number", "null"], **limits}))
+    sign = b"-" if "maximum" in limits else b""
+    assert grammar.after(sign + b"9" * 18) is not None
+    assert grammar.after(sign + b"9" * 20) is None
 
 
 def test_a_grammar_is_compiled_once(noise: tuple[EngineCore, GrammarCompiler]) -> None:
