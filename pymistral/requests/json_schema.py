@@ -23,6 +23,8 @@ KNOWN = UNSUPPORTED | frozenset(
     | {"pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"$anchor", "$defs", "definitions", "$schema", "$id", "x-guidance"}
 )
+REFUSED = "x-refused"
+"""In the schema of a type that cannot be enforced: why, and what to write instead."""
 MOST_EXACT = 2**53 - 1
 FURTHEST_BOUND = 9 * 10**18
 ONE = ("additionalProperties", "items", "additionalItems")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_args, ge
 
 from ..errors import ModelError, RequestValidationError
 from .constraint import Constraint
-from .json_schema import KNOWN, SUPPORTED_FORMATS, map_subschemas
+from .json_schema import KNOWN, REFUSED, SUPPORTED_FORMATS, map_subschemas, refusal
 from .request import ChatRequest, RequestBuilder
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ def _left_to_pydantic(schema: Any, place: str) -> Any:
     """The schema without what no grammar can enforce but pydantic makes good, or checks, when it reads the answer."""
     if not isinstance(schema, dict):
         return schema
+    if REFUSED in schema:
+        raise refusal(place, schema[REFUSED])
+    if schema.get("format") == "regex":
+        raise refusal(place, "a regular expression cannot be enforced while generating; give str, and compile it then")
     schema = {key: value for key, value in schema.items() if key in KNOWN}  # examples need not have a form in JSON
     if schema.get("type") == "array":
         schema.pop("uniqueItems", None)  # a set drops what comes twice

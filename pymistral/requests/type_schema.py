@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import datetime
 import re
+from collections.abc import Iterable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic.types import EncodedStr, PathType
 from pydantic_core import PydanticSerializationError, SchemaValidator, to_json
 
-from .json_schema import IPV4
+from .json_schema import IPV4, REFUSED
 
 EXACT_DIGITS = 15
 """Of a decimal number that goes through a float."""
 MOST_PLACES = 9
 """That llguidance's multipleOf can tell."""
+MOST_MULTIPLE = 8_000_000
+"""Beyond 2^23 pydantic takes floats for no multiples of 0.1 and the like: it allows a distance of 1e-9, and floats are further apart."""
+_NO_PATH = "what files there are on this machine cannot be enforced while generating; give pathlib.Path, and look for the file then"
+UNREADABLE: dict[Any, str] = {
+    EncodedStr.decode_str: "base64 of text, and only of text, cannot be enforced while generating; give str, or Base64Bytes",
+    PathType.validate_file: _NO_PATH,
+    PathType.validate_directory: _NO_PATH,
+    PathType.validate_new: _NO_PATH,
+}
+"""Functions with which pydantic validates its own types, and why what they accept cannot be asked for."""
+_BOUNDS = ("gt", "ge", "lt", "le", "now_op")
 _LABEL = "[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,2}"
 _HOST = rf"(?:(?:{_LABEL}\.)*[A-Za-z]{_LABEL}|{IPV4})"
 _PATH = r"/[\w.~!$&'()*+,;=:@/?%#-]*"
@@ -28,18 +44,37 @@ class TypeSchema(GenerateJsonSchema):
         """A default says nothing of what may be answered, and need not have a form in JSON."""
         return self.generate_inner(schema["schema"])
 
+    def definitions_schema(self, schema: Any) -> JsonSchemaValue:
+        self._defined = {definition["ref"]: definition for definition in schema["definitions"]}
+        return super().definitions_schema(schema)
+
+    def float_schema(self, schema: Any) -> JsonSchemaValue:
+        found = super().float_schema(schema)
+        if Fraction(schema.get("multiple_of", 1)).denominator > 1024:  # no binary fraction
+            found["minimum"] = max(found.get("minimum", -MOST_MULTIPLE), -MOST_MULTIPLE)
+            found["maximum"] = min(found.get("maximum", MOST_MULTIPLE), MOST_MULTIPLE)
+        return found
+
+    def fraction_schema(self, schema: Any) -> JsonSchemaValue:
+        """Digits over digits; not a number as well, which could be beyond floats."""
+        found = {"type": "string", "pattern": "^-?[0-9]{1,15}(?:/[1-9][0-9]{0,14})?$"}
+        return _refused_if(schema, (*_BOUNDS, "multiple_of"), found)
+
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
         """A number: the string that pydantic takes as well could hold anything."""
         found: JsonSchemaValue = {"type": "number"}
         names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum", "multiple_of": "multipleOf"}
         found |= {name: float(schema[bound]) for bound, name in names.items() if bound in schema}
         places, digits = schema.get("decimal_places"), schema.get("max_digits")
-        if places is None and digits is None:
-            return found
-        if places is not None and places <= MOST_PLACES:
-            found.setdefault("multipleOf", float(f"1e-{places}"))
-        whole = EXACT_DIGITS - min(places or 0, MOST_PLACES)
-        most = 10.0 ** (whole if digits is None else min(whole, digits - (places or 0)))
+        if "multiple_of" in schema and places is None:
+            places = max(0, -int(Decimal(schema["multiple_of"]).as_tuple().exponent))
+        if places is None:
+            what = "max_digits of a decimal cannot be enforced while generating without decimal_places; give both"
+            return found if digits is None else {REFUSED: what}
+        told = min(places, MOST_PLACES)
+        found.setdefault("multipleOf", float(f"1e-{told}"))
+        whole = EXACT_DIGITS - told
+        most = 10.0 ** (whole if digits is None else min(whole, digits - places))
         if "minimum" not in found:
             found["exclusiveMinimum"] = max(found.get("exclusiveMinimum", -most), -most)
         if "maximum" not in found:
@@ -57,11 +92,40 @@ class TypeSchema(GenerateJsonSchema):
             return {**found, "pattern": "^(?:[0-9a-f]{2})*$"}
         return {**found, "format": "base64url" if coding == "base64" else "binary"}
 
+    def date_schema(self, schema: Any) -> JsonSchemaValue:
+        found = super().date_schema(schema)
+        if not any(bound in schema for bound in _BOUNDS):
+            return found
+        today, day, now = datetime.date.today(), datetime.timedelta(1), schema.get("now_op")
+        after = [bound for bound in (schema.get("gt"), today if now == "future" else None) if bound]
+        before = [bound for bound in (schema.get("lt"), today if now == "past" else None) if bound]
+        first = max(schema.get("ge", datetime.date.min), *[bound + day for bound in after], datetime.date.min)
+        last = min(schema.get("le", datetime.date.max), *[bound - day for bound in before], datetime.date.max)
+        if first > last:
+            return {REFUSED: f"no date lies between {first} and {last}; change the bounds"}
+        return {**found, "pattern": f"^{_between(str(first), str(last))}$"}
+
     def time_schema(self, schema: Any) -> JsonSchemaValue:
-        return _zoned(schema, super().time_schema(schema))
+        return _refused_if(schema, _BOUNDS, _zoned(schema, super().time_schema(schema)))
 
     def datetime_schema(self, schema: Any) -> JsonSchemaValue:
-        return _zoned(schema, super().datetime_schema(schema))
+        return _refused_if(schema, _BOUNDS, _zoned(schema, super().datetime_schema(schema)))
+
+    def timedelta_schema(self, schema: Any) -> JsonSchemaValue:
+        none_is_less = schema.get("ge") == datetime.timedelta(0)
+        return _refused_if(schema, set(_BOUNDS) - ({"ge"} if none_is_less else set()), super().timedelta_schema(schema))
+
+    def set_schema(self, schema: Any) -> JsonSchemaValue:
+        return self._of_hashable(schema, super().set_schema(schema))
+
+    def frozenset_schema(self, schema: Any) -> JsonSchemaValue:
+        return self._of_hashable(schema, super().frozenset_schema(schema))
+
+    def function_after_schema(self, schema: Any) -> JsonSchemaValue:
+        function = getattr(schema["function"]["function"], "__func__", schema["function"]["function"])
+        if function in UNREADABLE:
+            return {REFUSED: UNREADABLE[function]}
+        return super().function_after_schema(schema)
 
     def url_schema(self, schema: Any) -> JsonSchemaValue:
         return self._of_schemes(schema, super().url_schema(schema))
@@ -99,6 +163,38 @@ class TypeSchema(GenerateJsonSchema):
     def dataclass_field_schema(self, schema: Any) -> JsonSchemaValue:
         return self._field(schema, super().dataclass_field_schema(schema))
 
+    def _of_hashable(self, schema: Any, found: JsonSchemaValue) -> JsonSchemaValue:
+        items = schema.get("items_schema", {"type": "any"})
+        if items["type"] == "any":
+            return {**found, "items": {"type": ["null", "boolean", "number", "string"]}}
+        if name := self._unhashable(items):
+            return {
+                REFUSED: f"a set cannot hold {name}, which has no hash; give a list, or items that have one, as tuples and frozen models"
+            }
+        return found
+
+    def _unhashable(self, schema: Any) -> str | None:
+        """What in a set's items pydantic cannot put into a set."""
+        waiting, seen = [schema], set()
+        while waiting:
+            part = waiting.pop()
+            kind = part["type"]
+            if kind in ("list", "set", "dict", "typed-dict", "any"):
+                return str(kind)
+            if kind in ("model", "dataclass") and part["cls"].__hash__ is None:
+                return str(part["cls"].__name__)
+            if kind == "definition-ref" and part["schema_ref"] not in seen:
+                seen.add(part["schema_ref"])
+                waiting.append(self._defined[part["schema_ref"]])
+            if kind in ("nullable", "default"):
+                waiting.append(part["schema"])
+            if kind == "tuple":
+                waiting += part["items_schema"]
+            if kind in ("union", "tagged-union"):
+                choices = part["choices"].values() if kind == "tagged-union" else part["choices"]
+                waiting += [choice[0] if isinstance(choice, tuple) else choice for choice in choices]
+        return None
+
     def _of_schemes(self, schema: Any, found: JsonSchemaValue) -> JsonSchemaValue:
         if schemes := schema.get("allowed_schemes"):
             del found["format"]
@@ -120,7 +216,10 @@ class TypeSchema(GenerateJsonSchema):
         found.pop("propertyNames", None)
         patterns = found.pop("patternProperties", {})
         found.setdefault("additionalProperties", next(iter(patterns.values()), True))
-        found["propertyNames"] = self._key(self.generate_inner(schema["keys_schema"]))
+        keys = self.generate_inner(schema["keys_schema"])
+        if REFUSED in keys:
+            return {REFUSED: f"its keys: {keys[REFUSED]}"}
+        found["propertyNames"] = self._key(keys)
         return found
 
     def _key(self, keys: JsonSchemaValue) -> JsonSchemaValue:
@@ -154,6 +253,33 @@ def _reads(validator: SchemaValidator, value: Any) -> bool:
     except (ValidationError, PydanticSerializationError):
         return False
     return True
+
+
+def _refused_if(schema: Any, names: Iterable[str], found: JsonSchemaValue) -> JsonSchemaValue:
+    """What was found, unless the type has one of these bounds."""
+    if given := [name for name in names if name in schema]:
+        what = schema["now_op"] if given[0] == "now_op" else given[0]
+        return {REFUSED: f"{what!r} of a {schema['type']} cannot be enforced while generating; leave it out, and check the answer for it"}
+    return found
+
+
+def _between(first: str, last: str) -> str:
+    """A pattern of the texts from one to another, both of the same form, in which digits differ and nothing else does."""
+    if first[:1] == last[:1]:
+        return first and first[0] + _between(first[1:], last[1:])
+    least, most = re.sub("[0-9]", "0", first[1:]), re.sub("[0-9]", "9", first[1:])
+    anything = re.sub("[0-9]", "[0-9]", first[1:])
+    options = []
+    low, high = int(first[0]), int(last[0])
+    if first[1:] != least:
+        options.append(f"{low}{_between(first[1:], most)}")
+        low += 1
+    if last[1:] != most:
+        options.append(f"{high}{_between(least, last[1:])}")
+        high -= 1
+    if low <= high:
+        options.append(f"[{low}-{high}]{anything}")
+    return f"(?:{'|'.join(options)})"
 
 
 def _zoned(schema: Any, found: JsonSchemaValue) -> JsonSchemaValue:

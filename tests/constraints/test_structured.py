@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum, IntEnum
+from fractions import Fraction
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
@@ -19,15 +20,22 @@ from pydantic import (
     AliasPath,
     AwareDatetime,
     Base64Bytes,
+    Base64Str,
     BaseModel,
     ConfigDict,
+    DirectoryPath,
     Field,
+    FilePath,
     FileUrl,
+    FutureDate,
     HttpUrl,
     IPvAnyAddress,
     IPvAnyNetwork,
     Json,
     NaiveDatetime,
+    NewPath,
+    PastDate,
+    PastDatetime,
     PostgresDsn,
     TypeAdapter,
     field_validator,
@@ -112,6 +120,17 @@ class Raw(BaseModel):
     data: bytes
 
 
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    x: bool
+
+
+class Lease(BaseModel):
+    begin: datetime.date = Field(gt=datetime.date(2019, 12, 31), le=datetime.date(2024, 2, 29))
+    end: datetime.date | None = Field(ge=datetime.date(1999, 5, 5))
+    signed: datetime.date = Field(lt=datetime.date(1000, 1, 1))
+
+
 class Options(TypedDict, total=False):
     verbose: bool
     level: Literal[1, 2, "three"]
@@ -129,6 +148,12 @@ TYPES: list[Any] = [
     *(dict[Annotated[int, Field(ge=3, le=5)], bool], dict[Literal["a", "b"], bool], OrderedDict[int, bool]),
     *(NaiveDatetime, AwareDatetime, datetime.timedelta, UUID4, HttpUrl, FileUrl, PostgresDsn, complex, Price, Raw, Base64Bytes),
     *(ipaddress.IPv4Network, ipaddress.IPv6Network, ipaddress.IPv4Interface, IPvAnyAddress, IPvAnyNetwork),
+    *(Fraction, set[tuple[int, bool]], set[Frozen], set[Any], PastDate, FutureDate, Lease),
+    *(
+        Annotated[float, Field(multiple_of=0.1)],
+        Annotated[float, Field(multiple_of=0.3, ge=0)],
+        Annotated[Decimal, Field(multiple_of="0.3")],
+    ),
     *(Annotated[int, Field(multiple_of=7)], Annotated[Decimal, Field(decimal_places=1)], Annotated[Decimal, Field(decimal_places=12)]),
 ]
 
@@ -215,6 +240,53 @@ def test_types_that_cannot_be() -> None:
             StructuredOutput(no_type)
     with pytest.raises(RequestValidationError, match=r"Looking: .*#/properties/text: 'not' cannot be enforced"):
         StructuredOutput(Looking)
+
+
+class Item(BaseModel):
+    x: int
+
+
+Day = Annotated[datetime.date, Field(ge=datetime.date(2020, 12, 9), lt=datetime.date(2021, 1, 3))]
+
+
+@pytest.mark.parametrize(
+    ("type", "message"),
+    [
+        (Annotated[datetime.datetime, Field(gt=datetime.datetime(2020, 1, 1))], "datetime: .* at #: 'gt' of a datetime cannot be enforced"),
+        (Annotated[datetime.time, Field(le=datetime.time(12))], "'le' of a time cannot be enforced .*; leave it out, and check the answer"),
+        (Annotated[datetime.timedelta, Field(lt=datetime.timedelta(1))], "'lt' of a timedelta cannot be enforced"),
+        (Annotated[Fraction, Field(gt=0)], "'gt' of a fraction cannot be enforced"),
+        (Annotated[Decimal, Field(max_digits=3)], "max_digits of a decimal cannot be enforced .*; give both"),
+        (list[PastDatetime], "at #/items: 'past' of a datetime cannot be enforced"),
+        (Annotated[datetime.date, Field(gt=datetime.date(2020, 1, 1), lt=datetime.date(2020, 1, 2))], "no date lies between"),
+        (set[list[int]], "a set cannot hold list, which has no hash; give a list, or items that have one"),
+        (tuple[Item, frozenset[tuple[int, Item | None]]], "at #/prefixItems/1: a set cannot hold Item, which has no hash"),
+        (re.Pattern[str], "a regular expression cannot be enforced .*; give str"),
+        (Base64Str, "base64 of text, and only of text, cannot be enforced .*; give str, or Base64Bytes"),
+        (dict[str, FilePath], "at #/additionalProperties: what files there are on this machine .*; give pathlib.Path"),
+        (dict[DirectoryPath, int], "its keys: what files there are on this machine"),
+        (NewPath, "what files there are on this machine"),
+    ],
+)
+def test_what_only_validation_could_tell_is_refused(type: Any, message: str) -> None:
+    with pytest.raises(RequestValidationError, match=message):
+        StructuredOutput(type)
+
+
+def test_the_days_between_bounds(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    grammar = noise[1].compile(StructuredOutput(Day).constraint)
+    days = [datetime.date(2020, 12, 1) + datetime.timedelta(n) for n in range(60)]
+    allowed = [day for day in days if grammar.after(f'"{day}"'.encode()) is not None]
+    assert (allowed[0], allowed[-1], len(allowed)) == (datetime.date(2020, 12, 9), datetime.date(2021, 1, 2), 25)
+
+
+def test_multiples_stay_where_floats_tell_them(noise: tuple[EngineCore, GrammarCompiler]) -> None:
+    output = StructuredOutput(Annotated[float, Field(multiple_of=0.1)])
+    grammar = noise[1].compile(output.constraint)
+    with pytest.raises(ValueError, match=r"multiple of 0\.1"):
+        output.parse("8711977.7")  # it is one
+    assert grammar.after(b"8711977.7") is None
+    assert grammar.after(b"7999999.9") is not None
 
 
 def test_a_type_without_values_is_named_with_its_field(noise: tuple[EngineCore, GrammarCompiler]) -> None:
