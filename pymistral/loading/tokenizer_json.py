@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 MAX_TOKENS = 1 << 24
+BEFORE = "\x02"
+"""A character that merges with no other: what comes behind it gets no space."""
 
 
 class JsonTokenizer(Tokenizer):
@@ -41,7 +44,22 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        return self._encoder.encode(text, after_special=False) if text else []  # the package finds added tokens by itself
+        """As of every `Tokenizer`; the package finds the tokens that are text by itself."""
+        special = any(token in self.special_token_ids for _, _, token in self._find_special(text))
+        encode = (self._unspecial if special else self._backend).encode
+        ids: list[int] = encode(text, add_special_tokens=False).ids
+        if not (self._space_prefix and ids):
+            return ids
+        before: list[int] = encode(BEFORE, add_special_tokens=False).ids
+        behind: list[int] = encode(BEFORE + text, add_special_tokens=False).ids
+        return behind[len(before) :] if behind[: len(before)] == before else ids
+
+    @cached_property
+    def _unspecial(self) -> tokenizers.Tokenizer:
+        """A copy that takes special tokens for text: the original is in use by other threads, and few texts need this."""
+        copy = type(self._backend).from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
 
 class Pieces:

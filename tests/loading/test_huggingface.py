@@ -371,6 +371,19 @@ def test_tokenizer(tmp_path: Path) -> None:
     stream = tokenizer.decode_stream()
     assert "".join(stream.step(token) for token in ids) + stream.flush() == "héllo\nx"
     assert tokenizer.encode("\ud800") == list("\ufffd".encode())
+    assert tokenizer.encode_continuation("") == []
+
+
+def test_special_tokens_in_a_continuation_are_text(tmp_path: Path) -> None:
+    """What is special would end the text that a grammar demands; what was added as text is one token there as well."""
+    description = byte_tokenizer()
+    special = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    added = [{"id": 256, "content": "<eos>", "special": True, **special}, {"id": 257, "content": "<td>", "special": False, **special}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "added_tokens": added}))
+    tokenizer = tokenizer_of(tmp_path)
+    assert tokenizer.encode("<eos><td>") == [256, 257]
+    assert tokenizer.encode_continuation("x<eos><td>") == [*b"x<eos>", 257]
+    assert tokenizer.encode("<eos>") == [256]
 
 
 def test_bos_and_eos(tmp_path: Path) -> None:
@@ -402,6 +415,8 @@ def test_sentencepiece_in_json(tmp_path: Path) -> None:
     assert ids == [1, 5, 2, 4, *(6 + byte for byte in "é".encode())]
     assert tokenizer.decode(ids[1:]) == "a bé"
     assert tokenizer.id_to_bytes(5) == b" a"
+    assert tokenizer.encode_continuation("a a") == [3, 5]
+    assert tokenizer.encode_continuation(" a") == [5]
 
 
 def test_a_tokenizer_from_elsewhere(write: Write, tmp_path: Path) -> None:
