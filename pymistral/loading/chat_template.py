@@ -37,7 +37,7 @@ MAX_SECONDS = 5.0  # of the rendering thread's own time: a busy machine fails no
 MAX_CHARACTERS = 1 << 24  # written by one render, or held by one value
 MAX_WIDTH = 10_000  # of a padding, an indentation, a group
 MAX_BITS = 1 << 14  # of an integer
-MAX_SOURCE = 1 << 20
+MAX_SOURCE = 1 << 17  # characters, which Jinja may take 3 s to compile; models' own templates have up to about 20,000
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -68,7 +68,9 @@ class ChatTemplate:
             logger.info("the model has no chat template: using ChatML")
             source = CHATML
         if len(source) > MAX_SOURCE:
-            raise ModelLoadError(f"the chat template has {len(source)} characters; the most that is accepted are {MAX_SOURCE}")
+            raise ModelLoadError(
+                f"the chat template has {len(source)} characters, and more than {MAX_SOURCE} are no template; pass another"
+            )
         self.source = source
         self._variables = {"bos_token": bos_token or "", "eos_token": eos_token or "", **variables}
         self._style = MessageStyle.of(source)

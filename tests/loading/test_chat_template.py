@@ -104,6 +104,7 @@ def test_the_callers_messages_are_left_alone():
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be compiled"),
         ("{% if 1 %}" * 500 + "{% endif %}" * 500, "cannot be compiled"),
         ("x" * (1 << 21), "2097152 characters"),
+        ("{{a}}" * 50_000, "250000 characters, .* pass another"),
     ],
 )
 def test_templates_that_are_none(source, message):
