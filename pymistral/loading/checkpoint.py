@@ -201,9 +201,9 @@ class GgufLoader:
                 self.fail(f"{self.prefix}.{key} is {config[name]}, not above 0")
         if config["num_hidden_layers"] > len(self.tensors):  # before anything is listed for each layer
             self.fail(f"{self.prefix}.block_count is {config['num_hidden_layers']}, more than the {len(self.tensors)} tensors of the file")
-        for name in ("rope_theta", "rope_local_base_freq", "residual_multiplier", "embedding_multiplier", "logits_scaling"):
-            if name in config and not config[name] > 0:
-                self.fail(f"{name} is {config[name]}, not above 0")
+        for key, name in names.REALS.items():
+            if name != "attention_multiplier" and not config.get(name, 1) > 0:  # of which 0 says nothing
+                self.fail(f"{self.prefix}.{key} is {config[name]}, not above 0")
 
     def _vocabulary(self, config: dict[str, Any]) -> None:
         tokens = self.metadata.length("tokenizer.ggml.tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,15 @@ def test_granite_scale_of_0_is_that_of_the_heads(write: Write) -> None:
 # what is refused
 
 
+@pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
+@pytest.mark.parametrize("value", [0.0, -30.0])
+def test_soft_caps_are_above_0(write: Write, cap: str, value: float) -> None:
+    """Logits are divided by them."""
+    path = write("gemma2", {f"gemma2.{cap}": value})
+    with pytest.raises(ModelLoadError, match=rf"^{re.escape(str(path))}: gemma2\.{cap} is {value}, not above 0\. Fetch the file again"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -369,7 +379,7 @@ def test_granite_scale_of_0_is_that_of_the_heads(write: Write) -> None:
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "not a finite number"),
         ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "epsilon is 0.0, not above 0"),
         ({"llama.rope.freq_base": float("inf")}, "llama.rope.freq_base is inf"),
-        ({"llama.rope.freq_base": -1.0}, "rope_theta is -1.0"),
+        ({"llama.rope.freq_base": -1.0}, "llama.rope.freq_base is -1.0, not above 0"),
         ({"llama.attention.head_count_kv": 3}, "head_count_kv is 3, which does not divide the 4"),
         ({"llama.attention.head_count_kv": 0}, "head_count_kv is 0"),
         ({"llama.attention.key_length": 7}, "heads have 7 dimensions"),
