@@ -332,13 +332,27 @@ def result_text(result: Any) -> str:
     """A tool's result as the model reads it: text as it is, anything else as JSON."""
     if isinstance(result, str):
         return _encodable(result)
-    from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
+    from pydantic_core import PydanticSerializationError, to_json
 
     try:
         return to_json(result, fallback=str, inf_nan_mode="constants").decode()
-    except PydanticSerializationError:  # among others for halves of surrogate pairs, which json writes as they are
-        value = to_jsonable_python(result, fallback=str, inf_nan_mode="constants")
-        return _encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    except (PydanticSerializationError, UnicodeEncodeError):  # for halves of surrogate pairs, which json writes as they are
+        return _encodable(json.dumps(_jsonable(result), ensure_ascii=False, separators=(",", ":")))
+
+
+def _jsonable(result: Any) -> Any:
+    from pydantic_core import to_jsonable_python
+
+    try:
+        return to_jsonable_python(result, fallback=str, inf_nan_mode="constants")
+    except UnicodeEncodeError:  # it lets halves of surrogate pairs through in texts, but not in keys
+        return to_jsonable_python(_with_encodable_keys(result), fallback=str, inf_nan_mode="constants")
+
+
+def _with_encodable_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_encodable(key) if isinstance(key, str) else key: _with_encodable_keys(item) for key, item in value.items()}
+    return [_with_encodable_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _encodable(text: str) -> str:

@@ -277,6 +277,7 @@ async def test_results_that_are_too_long_are_cut() -> None:
         (float("nan"), "NaN"),
         ("half \ud83d", "half \ufffd"),
         ({"a": ["half \ud83d", "é", 1]}, '{"a":["half \ufffd","é",1]}'),
+        ({"é": [{"half \ud83d": (1,)}]}, '{"é":[{"half \ufffd":[1]}]}'),
         ("", ""),
     ],
 )
