@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from typing import Any
 
 from .dialect import CallTrigger, Dialect, Handlers, Schemas, alternatives, json_call, quoted
 from .json_calls import arguments, call_object
@@ -25,6 +27,10 @@ class Mistral(Dialect):
     def required(self, schemas: Schemas) -> str:
         return f"start: {self.mark(BEGIN)} {self._body(schemas)}"
 
+    def adapt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]], Any]:
+        messages, tools = super().adapt(messages, tools)
+        return with_call_ids(messages), tools
+
     def _body(self, schemas: Schemas) -> str:
         call = alternatives(schemas, json_call())
         return f'" "? "[" call (", " call)* "]"\ncall: {call}'
@@ -39,6 +45,34 @@ class MistralNamed(Mistral):
     def _body(self, schemas: Schemas) -> str:
         call_id = f"({self.mark(CALL_ID)} /[a-zA-Z0-9]{{9}}/)?" if CALL_ID in self.source else ""
         return alternatives(schemas, lambda name, arguments: f"{quoted(name)} {call_id} {self.mark(ARGUMENTS)} {arguments}")
+
+
+def with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a number in place of each id that has not the form that the templates demand, or is missing.
+
+    It is the same whenever the conversation is shown, so that its beginning stays in the prefix cache.
+    """
+    numbers = itertools.count(1)
+    new_ids: dict[str, str] = {}
+    waiting: list[str] = []
+    turns = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                number, given = f"{next(numbers):09}", str(call.get("id"))
+                new_id = given if re.fullmatch("[a-zA-Z0-9]{9}", given) else number
+                new_ids[given] = new_id
+                calls.append({**call, "id": new_id})
+            message = {**message, "tool_calls": calls}
+            waiting = [call["id"] for call in calls]
+        elif message["role"] == "tool" and waiting:
+            known = new_ids.get(message.get("tool_call_id", ""))
+            answered = known if known in waiting else waiting[0]
+            waiting.remove(answered)
+            message = {**message, "tool_call_id": answered}
+        turns.append(message)
+    return turns
 
 
 def _read_calls(scanner: Scanner) -> Reading:

@@ -63,6 +63,28 @@ def test_a_call_needs_no_type(source: str) -> None:
         assert "city0" in prompt_of(source, request.add_tool_message("result0", "abcdefgh0"))
 
 
+@pytest.mark.parametrize("ids", [(None, None), ("call_0", "call_1"), ("abcdefgh0", None)], ids=["none", "others", "some"])
+@pytest.mark.parametrize("source", [*map(template, FAMILIES)], ids=FAMILIES)
+def test_a_call_needs_no_id_and_may_have_any(source: str, ids: tuple[str | None, ...]) -> None:
+    """As histories from elsewhere have them; Mistral's templates refuse all but nine letters and digits."""
+    calls = [{**call(index), "id": id} for index, id in enumerate(ids)]
+    results = [{"role": "tool", "tool_call_id": id, "content": f"result{index}"} for index, id in enumerate(ids)]
+    history = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    request = RequestBuilder.of([{key: value for key, value in message.items() if value is not None} for message in history])
+    prompt = prompt_of(source, request)
+    assert [text for text in ("city0", "city1", "result0", "result1") if text not in prompt] == []
+    assert prompt == prompt_of(source, request)
+
+
+def test_results_have_the_ids_that_their_calls_got() -> None:
+    calls = [{**call(index), "id": f"call_{index}"} for index in range(2)]
+    request = RequestBuilder().add_message("user", "Weather?").add_message_with_tool_call("assistant", "", calls)
+    request.add_tool_message("result1", "call_1").add_tool_message("result0", "call_0")
+    prompt = prompt_of(template("mistral"), request)
+    assert prompt.count('"id": "000000001"') == prompt.count('"content": result0, "call_id": "000000001"') == 1
+    assert prompt.count('"id": "000000002"') == prompt.count('"content": result1, "call_id": "000000002"') == 1
+
+
 @pytest.mark.parametrize("arguments", ["", " ", "null", "[41]", '"42"', '{"city": "4', "4 3"])
 @pytest.mark.parametrize("source", [*map(template, FAMILIES)], ids=FAMILIES)
 def test_arguments_that_are_no_object(source: str, arguments: str) -> None:
