@@ -12,11 +12,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import wraps
 from itertools import chain
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -222,12 +223,24 @@ def check_amplifier(budget: Budget, name: str, value: Any, arguments: Sequence[A
         budget.allow(extent(value) * max([1, *factors]))
 
 
+# A width of five digits, or one that is computed, behind a % or behind what may be the end of a name in brackets.
+WIDE_PERCENT = re.compile(r"[%)][^a-zA-Z%)]*(?:\d{5}|\*)")
+WIDE_SPECIFICATION = re.compile(r"\d{5}|\{")
+
+
 def check_format(budget: Budget, template: str, arguments: Sequence[Any]) -> None:
     """Refuse widths that are large, or given by an argument, and fields that repeat a long argument."""
-    if re.search(r"\d{5}|\{[^{}]*\{|%[^a-zA-Z%]*\*", template):
-        raise BudgetExceeded("it formats a value to a width that is large or computed")
     fields = template.count("{") + template.count("%")
     budget.allow(len(template) + fields * max([0, *map(extent, arguments)]))
+    if WIDE_PERCENT.search(template) or any(map(WIDE_SPECIFICATION.search, specifications(template))):
+        raise BudgetExceeded("it formats a value to a width that is large or computed")
+
+
+def specifications(template: str) -> Iterator[str]:
+    """What `str.format` would read as the forms of fields, up to its first error."""
+    with suppress(ValueError):
+        for _, _, specification, _ in Formatter().parse(template):
+            yield specification or ""
 
 
 class _Generator(CodeGenerator):

@@ -170,6 +170,11 @@ BOMBS = [
     f"{{{{ '%{HUGE}d' % 1 }}}}",
     f"{{{{ '%*d' % ({HUGE}, 1) }}}}",
     f"{{{{ '%{HUGE}d' | format(1) }}}}",
+    *(f"{{{{ '%({name}){flags}{HUGE}d' % {{'{name}': 1}} }}}}" for name in ("a", "(a)b", "a%(b)") for flags in ("", " 0", "-.")),
+    "{{ '%(a)*d' % {'a': 1} }}",
+    f"{{{{ '{{a[}}]:{HUGE}}}'.format(a={{'}}': 1}}) }}}}",
+    f"{{{{ '{{a[}}]:{{b}}}}'.format(a={{'}}': 1}}, b={HUGE}) }}}}",
+    f"{{{{ '{{:{HUGE}}}{{'.format(1) }}}}",
     f"{{{{ '{{:{HUGE}}}'.format(1) }}}}",
     f"{{{{ '{{:{{}}}}'.format(1, {HUGE}) }}}}",
     f"{{{{ '{{a:{HUGE}}}'.format_map(dict(a=1)) }}}}",
@@ -221,6 +226,19 @@ def test_a_long_text_can_be_cut_and_padded():
     long = [{"role": "user", "content": "word " * 20_000}]
     assert ChatTemplate("{{ messages[0].content | truncate(1000, true, '') }}").render(long) == "word " * 200
     assert ChatTemplate("{{ messages[0].content.ljust(1000) }}").render(long) == "word " * 20_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "'No. 12345 of %s' % 'x'",
+        "'No. 12345 of {}'.format('x')",
+        "'No. 12345 of %s' | format('x')",
+        "'No. {b[12345]} of {a}'.format(a='x', b={12345: 12345})",
+    ],
+)
+def test_digits_that_are_no_width(value):
+    assert ChatTemplate("{{ " + value + " }}").render(HELLO) == "No. 12345 of x"
 
 
 def test_a_template_survives_a_stopped_render(monkeypatch):
