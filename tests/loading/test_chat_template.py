@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pymistral.errors import ModelLoadError, RequestValidationError
-from pymistral.loading import chat_template
+from pymistral.loading import chat_template, template_budget
 from pymistral.loading.chat_template import ChatTemplate
 
 DATA = Path(__file__).parent.parent / "data"
@@ -208,7 +208,7 @@ BOMBS = [
 
 @pytest.mark.parametrize("source", BOMBS, ids=range(len(BOMBS)))
 def test_bombs_are_stopped(source, monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.2)
     bomb = ChatTemplate(source)
     start = time.thread_time()
     with pytest.raises(RequestValidationError, match=r"stopped|Range too big"):
@@ -242,7 +242,7 @@ def test_digits_that_are_no_width(value):
 
 
 def test_a_template_survives_a_stopped_render(monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.1)
     source = ChatTemplate("{% if go %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}ok")
     with pytest.raises(RequestValidationError, match="runs for more than"):
         source.render(HELLO, go=True)
