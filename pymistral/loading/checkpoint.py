@@ -152,7 +152,7 @@ class GgufLoader:
         return checkpoint
 
     def _tokenizer(self) -> Tokenizer:
-        from .tokenizer import tokenizer_from_gguf
+        from .tokenizer_gguf import tokenizer_from_gguf
 
         try:
             return tokenizer_from_gguf(self.metadata)

@@ -504,9 +504,9 @@ def fake_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModelLoadError("tokenizer.ggml.broken is there")
         return SimpleNamespace(vocab_size=len(metadata["tokenizer.ggml.tokens"]), end_token_ids=(2, 5))
 
-    module = ModuleType("pymistral.loading.tokenizer")
+    module = ModuleType("pymistral.loading.tokenizer_gguf")
     module.tokenizer_from_gguf = tokenizer_from_gguf  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pymistral.loading.tokenizer", module)
+    monkeypatch.setitem(sys.modules, "pymistral.loading.tokenizer_gguf", module)
 
 
 @pytest.mark.usefixtures("fake_tokenizer")
@@ -561,7 +561,7 @@ def test_a_tokenizer_that_is_not_supported_can_be_given(write: Write, tmp_path: 
 
 
 def test_load_gguf_of_the_real_models(smollm2_path: Path, gemma3_path: Path) -> None:
-    pytest.importorskip("pymistral.loading.tokenizer")
+    pytest.importorskip("pymistral.loading.tokenizer_gguf")
     smollm2, gemma3 = load_gguf(smollm2_path), load_gguf(gemma3_path)
     assert smollm2.tokenizer.decode(smollm2.tokenizer.encode("Hello, world")) == "Hello, world"
     assert "<|im_start|>" in (smollm2.chat_template or "")

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pymistral.loading.tokenizer import BYTE_CHARACTERS, TokenType, tokenizer_from_gguf
+from pymistral.loading.tokenizer import BYTE_CHARACTERS, TokenType
+from pymistral.loading.tokenizer_gguf import tokenizer_from_gguf
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 

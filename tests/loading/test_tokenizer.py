@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pymistral.errors import ModelLoadError, RequestValidationError
 from pymistral.loading.pre_tokenizers import KINDS
-from pymistral.loading.tokenizer import BYTE_CHARACTERS, TokenType, merge, tokenizer_from_gguf
+from pymistral.loading.tokenizer import BYTE_CHARACTERS, TokenType, merge
+from pymistral.loading.tokenizer_gguf import tokenizer_from_gguf
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "data" / "tokenizer_goldens.json").read_text())
 CORPUS: list[str] = GOLDENS["corpus"]

@@ -20,7 +20,8 @@ import gguf
 from llama_cpp import Llama
 
 from pymistral.loading.pre_tokenizers import KINDS
-from pymistral.loading.tokenizer import BYTE_CHARACTERS, Tokenizer, tokenizer_from_gguf
+from pymistral.loading.tokenizer import BYTE_CHARACTERS, Tokenizer
+from pymistral.loading.tokenizer_gguf import tokenizer_from_gguf
 
 OUTPUT = Path(__file__).parent.parent / "data" / "tokenizer_goldens.json"
 
