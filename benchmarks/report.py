@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN = "{{ messages[0].content }}"
+"""A chat template for files that have none: the prompt as it is."""
 PACKAGES = ("pymistral", "numba", "llvmlite", "numpy")
 
 Cell = str | int | float | None
@@ -106,6 +108,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write NAME.json, NAME.md and NAME.png there")
     return parser
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether a GGUF file or a folder says how to write a chat."""
+    from pymistral.loading.checkpoint import GgufLoader
+    from pymistral.loading.huggingface import chat_template
+
+    return (chat_template(model) if model.is_dir() else GgufLoader(model).text("tokenizer.chat_template")) is not None
 
 
 def machine() -> dict[str, Any]:

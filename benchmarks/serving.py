@@ -31,7 +31,7 @@ from pymistral.loading.hub import DEFAULT_MODEL, resolve
 from pymistral.nn.pool import available_threads
 
 from .engines import EngineError, Test, Worker, interpreters, start_all
-from .report import Report, arguments, median
+from .report import PLAIN, Report, arguments, has_chat_template, median
 
 STREAMS = (1, 2, 4, 8, 16, 32)
 CROWDS = (1, 4, 16)  # streams that a new prompt meets
@@ -352,7 +352,8 @@ def main() -> None:
 async def _run(
     path: Path, threads: int, sizes: Sizes, streams: Sequence[int], crowds: Sequence[int], worker: Worker | None, turns: int
 ) -> Results:
-    async with await ModelBuilder(path, threads=threads, max_num_seqs=max(streams)).build() as model:
+    template = None if has_chat_template(path) else PLAIN
+    async with await ModelBuilder(path, threads=threads, max_num_seqs=max(streams), chat_template=template).build() as model:
         return await measure(model, sizes, streams, crowds, worker, turns)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pymistral.loading.hub import DEFAULT_MODEL, resolve
 
-from .report import Report, arguments, median
+from .report import PLAIN, Report, arguments, has_chat_template, median
 
 # Loads a model, generates, and tells seconds and peak memory (VmHWM, KiB) on the way.
 _MEMORY = """
@@ -34,8 +34,7 @@ from pymistral import ModelBuilder, RequestBuilder
 from pymistral.blocking import BlockingModel
 imported = peak()
 start = time.perf_counter()
-template = "{{ messages[0].content }}"  # not every file has one
-model = BlockingModel.from_builder(ModelBuilder(sys.argv[1], threads=int(sys.argv[2]) or None, chat_template=template))
+model = BlockingModel.from_builder(ModelBuilder(sys.argv[1], threads=int(sys.argv[2]) or None, chat_template=sys.argv[4]))
 loaded, seconds = peak(), time.perf_counter() - start
 request = RequestBuilder().add_message("user", "Count. " * 100).set_sampler_max_len(int(sys.argv[3]))
 tokens = model.send_chat_request(request).usage.total_tokens
@@ -73,7 +72,7 @@ def first_byte(command: Sequence[str], **environment: str) -> float:
 
 def load_and_generate(model: Path, threads: int, tokens: int) -> list[float]:
     """Seconds to load; peak MiB after the imports, after loading, after an answer; private MiB at the end, and those of the KV cache."""
-    command = [sys.executable, "-c", _MEMORY, str(model), str(threads), str(tokens)]
+    command = [sys.executable, "-c", _MEMORY, str(model), str(threads), str(tokens), PLAIN]
     output = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
     return [float(word) for word in output.split()]
 
@@ -128,12 +127,15 @@ def main() -> None:
     for name in args.model or [DEFAULT_MODEL]:
         path = resolve(name)
         run = [python, "-m", "pymistral", "run", "-m", str(path), *threads, "--max-len", "1", "-s", "You are a helpful assistant.", "Hello"]
-        add(path.name, "first token, warm", "s", repeat(lambda run=run: first_byte(run)), 1.0)  # type: ignore[misc]
-        cold = []
-        for _ in range(1 if args.quick else 3):
-            with tempfile.TemporaryDirectory() as empty:
-                cold.append(first_byte(run, PYMISTRAL_CACHE=empty))
-        add(path.name, "first token, cold", "s", cold, 8.0)
+        if has_chat_template(path):
+            add(path.name, "first token, warm", "s", repeat(lambda run=run: first_byte(run)), 1.0)  # type: ignore[misc]
+            cold = []
+            for _ in range(1 if args.quick else 3):
+                with tempfile.TemporaryDirectory() as empty:
+                    cold.append(first_byte(run, PYMISTRAL_CACHE=empty))
+            add(path.name, "first token, cold", "s", cold, 8.0)
+        else:
+            report.notes.append(f"{path.name}: no first token, since `pymistral run` needs a chat template and the file has none")
         runs = [load_and_generate(path, args.threads, 16 if args.quick else 128) for _ in range(2 if args.quick else 3)]
         size = path.stat().st_size / 2**20
         add(path.name, "load", "s", [run[0] for run in runs], next((s for gb, s in LOADING if path.stat().st_size <= gb * 1e9), None))

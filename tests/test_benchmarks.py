@@ -13,7 +13,7 @@ from pymistral.kernels.cpu.isa import current_isa
 
 from benchmarks.accuracy import score
 from benchmarks.engines import Test as EngineTest
-from benchmarks.report import shown
+from benchmarks.report import has_chat_template, shown
 from benchmarks.scaling import SHAPES, Machine, step
 from pymistral.quantization.types import GgmlType
 
@@ -74,6 +74,17 @@ def test_serving(smollm2_path: Path) -> None:
     one = rows["decode", 1]
     assert 0.5 < one["tokens_per_sec"] * one["gap"] / 1e3 < 2  # two ways to measure the same
     assert len([note for note in result["notes"] if "wanted" in note]) == 3
+
+
+def test_files_without_a_chat_template(smollm2_path: Path, gemma3_path: Path) -> None:
+    """They are sent plain prompts; `pymistral run`, whose first token is timed, refuses them."""
+    assert has_chat_template(smollm2_path)
+    assert not has_chat_template(gemma3_path)
+    serving = ("benchmarks.serving", "--quick", "--json", "-t", "1", "-m", str(gemma3_path), "--python", "llama_cpp=/nowhere")
+    assert all(row["model"] == gemma3_path.name for row in json.loads(run(*serving))["rows"])
+    startup = json.loads(run("benchmarks.startup", "--quick", "--json", "-t", "1", "-m", str(gemma3_path)))
+    assert "load" in [row["what"] for row in startup["rows"]]
+    assert any("needs a chat template" in note for note in startup["notes"])
 
 
 @pytest.mark.parametrize("name", ["pp512", "tg128", "tg128 @ 2000"])
