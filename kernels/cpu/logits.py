@@ -1,9 +1,9 @@
-"""The likeliest logits once more, of activations of 16 bits.
+"""The likeliest logits once more, of finer activations: of 16 bits where all were made of 8, of float32 where they were made of bfloat16.
 
-16 bits double a product that is a large part of a step, and show in few of its results: the logits near the largest one, which have nearly
-all of the probability. So the product takes int8 (`matmul.matmul`), and then tiles in which a logit is near the token's largest one
-are multiplied again, by int16. Which these are depends on the token alone. Where very many are near, no single one matters much, and the
-margin is made smaller.
+Finer ones double a product that is a large part of a step, and show in few of its results: the logits near the largest one, which have
+nearly all of the probability. So the product takes coarse ones (`matmul.matmul`, `bf16_matmul.matmul`), and then tiles in which a logit is
+near the token's largest one are multiplied again. Which these are depends on the token alone. Where very many are near, no single one
+matters much, and the margin is made smaller.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from .geometry import LOGITS_GROUP
 from .helpers import inline
-from .matmul import tile_product
+from .matmul import float_tile_product, tile_product
 from .quantize import quantize_row_to_words
 from .register_tiles import store_tile
 from .simd import (
@@ -32,6 +32,7 @@ from .simd import (
     splat_i32,
     store_f32,
 )
+from .tiles import FLOAT_FORMATS
 
 _LOWEST = -3.4e38
 _MOST_GROUPS = 32  # with tiles that are multiplied again
@@ -84,12 +85,17 @@ def _limit(peaks, groups, margin):
 
 
 def refine(*, layout: str) -> Any:
-    """Multiply tiles by int16 in which a logit is within a margin of the largest one of its row. Units are pieces of a row.
+    """Multiply tiles again in which a logit is within a margin of the largest one of its row. Units are pieces of a row.
 
     Slots: 0 to 5 as those of `peaks`, 6 margin (f32 bits), 7 weights, 8 x (float rows), 9 bytes of a row of x, 10 blocks of 32 columns,
-    11 bytes of a tile, 12 scratch, 13 bytes of scratch for a thread (`geometry.word_row_bytes`).
+    11 bytes of a tile, 12 scratch, 13 bytes of scratch for a thread (`geometry.word_row_bytes`; of quantised weights).
     """
-    product = tile_product(layout, 1, item=2)
+    float_weights = layout in FLOAT_FORMATS
+    product = float_tile_product(layout, 1) if float_weights else tile_product(layout, 1, item=2)
+
+    @inline
+    def product_of(w, x, words, blocks):
+        return product(w, x, 32 * blocks, 0, 0) if float_weights else product(w, 0, words, blocks, 0)
 
     def kernel(slots, begin, end, thread):
         row_bytes, vocabulary, groups, pieces = load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 32)
@@ -107,9 +113,10 @@ def refine(*, layout: str) -> Any:
                     for tile in range(group * LOGITS_GROUP, min((group + 1) * LOGITS_GROUP, tiles)):
                         target = logits + 64 * tile
                         if mask_bits(at_least(load_f32x16(target), splat_f32(limit))):
-                            if quantized != row:
-                                quantize_row_to_words(load_i64(slots + 64) + row * load_i64(slots + 72), words, 32 * blocks)
+                            x = load_i64(slots + 64) + row * load_i64(slots + 72)
+                            if not float_weights and quantized != row:
+                                quantize_row_to_words(x, words, 32 * blocks)
                                 quantized = row
-                            store_tile(product(load_i64(slots + 56) + tile * tile_bytes, 0, words, blocks, 0), target, 0)
+                            store_tile(product_of(load_i64(slots + 56) + tile * tile_bytes, x, words, blocks), target, 0)
 
     return kernel

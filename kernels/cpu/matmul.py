@@ -362,8 +362,9 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     return kernel
 
 
-def float_matmul(*, layout: str) -> Any:
-    """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
+@cache
+def float_tile_product(layout: str, tokens: int) -> Any:
+    """A function ``(weights, x, columns, row_bytes, scales) -> tile``: 16 rows by ``tokens`` rows of float32; ``scales`` is of f8e4m3."""
     item = FLOAT_FORMATS[layout].item_bytes
 
     @inline
@@ -376,32 +377,35 @@ def float_matmul(*, layout: str) -> Any:
             return load_f16x16(at)
         return load_bf16x16(at)
 
-    def product_of(tokens):
-        @inline
-        def plain(w, x, columns, row_bytes):
-            tile = zero_tile(tokens)
-            for column in range(columns):
-                tile = fma_tile(tile, weights_of(w + 16 * item * column), x + 4 * column, row_bytes)
-            return tile
+    @inline
+    def plain(w, x, columns, row_bytes):
+        tile = zero_tile(tokens)
+        for column in range(columns):
+            tile = fma_tile(tile, weights_of(w + 16 * item * column), x + 4 * column, row_bytes)
+        return tile
 
-        @inline
-        def scaled(w, x, columns, row_bytes, scales):
-            total = zero_tile(tokens)
-            share = columns // scales
-            values = w + 64 * scales
-            for i in range(scales):
-                tile = plain(values + 16 * share * i, x + 4 * share * i, share, row_bytes)
-                total = add_tiles(total, multiply_tile(tile, load_f32x16(w + 64 * i)))
-            return total
+    @inline
+    def scaled(w, x, columns, row_bytes, scales):
+        total = zero_tile(tokens)
+        share = columns // scales
+        values = w + 64 * scales
+        for i in range(scales):
+            tile = plain(values + 16 * share * i, x + 4 * share * i, share, row_bytes)
+            total = add_tiles(total, multiply_tile(tile, load_f32x16(w + 64 * i)))
+        return total
 
-        @inline
-        def product(w, x, columns, row_bytes, scales):
-            return scaled(w, x, columns, row_bytes, scales) if layout == "f8e4m3" else plain(w, x, columns, row_bytes)
+    @inline
+    def product(w, x, columns, row_bytes, scales):
+        return scaled(w, x, columns, row_bytes, scales) if layout == "f8e4m3" else plain(w, x, columns, row_bytes)
 
-        return product
+    return product
 
+
+def float_matmul(*, layout: str) -> Any:
+    """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
+    item = FLOAT_FORMATS[layout].item_bytes
     panel = current_isa().tokens
-    one, four, full = product_of(1), product_of(4), product_of(panel)
+    one, four, full = (float_tile_product(layout, tokens) for tokens in (1, 4, panel))
 
     @inline
     def write(tile, target, row_bytes, accumulate):

@@ -111,8 +111,8 @@ class CpuLaunching(Lowering):
         return self.panels_of[x]
 
     def _takes_wide(self, array: Array, matrix: Tensor) -> bool:
-        """Whether the product is of pairs of bfloat16. What logits come straight from stays float32: its rows are few."""
-        return array is not self.makes_logits and geometry.multiplies_bf16(tile_format(matrix).name, array.columns)
+        """Whether the product is of pairs of bfloat16."""
+        return bool(geometry.multiplies_bf16(tile_format(matrix).name, array.columns))
 
     def _new_wide(self, array: Array) -> Buffer:
         rows = geometry.wide_tokens(self._max_rows(array))

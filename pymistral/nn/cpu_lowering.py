@@ -85,7 +85,7 @@ class CpuLowering(CpuLaunching):
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
         )
-        if x is self.makes_logits and x in self.panels_of and not accumulate:
+        if x is self.makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
             self._refine_logits(x, matrix, out)
 
     def _refine_logits(self, x: Array, matrix: Matrix, logits: Buffer) -> None:
@@ -207,7 +207,7 @@ class CpuLowering(CpuLaunching):
         gated, raised = self._new(shape, np.float32), self._new(shape, np.float32)
         self._product(x, node.attributes["gate"], gated, accumulate=False)
         self._product(x, node.attributes["up"], raised, accumulate=False)
-        wide = self._only_feeds(node.output, self._takes_wide)
+        wide = node.output is not self.makes_logits and self._only_feeds(node.output, self._takes_wide)
         if wide:
             out, kernel = self._new_wide(node.output), spec("elementwise.gate", activation=activation, panels="wide")
         else:
@@ -252,6 +252,7 @@ class CpuLowering(CpuLaunching):
         elif out is not None and self.users.get(out) and self._only_feeds(out, self._takes_wide):
             panels = self._new_wide(out)
             kernel = spec("norm.norm", panels="wide")
+            rows = self._rows(out) if out is self.makes_logits else None
         elif out is not None:
             rows = self._rows(out)
         slots = (

@@ -121,8 +121,8 @@ def test_the_largest_sums(kind: str, quants: slice) -> None:
 def logits_of(
     kind: str, rows: int, tokens: int, deviation: float, factor: float = 1.0
 ) -> tuple[NDArray[np.float32], ref.Floats, ref.Floats]:
-    """Logits with such a standard deviation, before the model scales them by a power of two; and how far they are from products of int8 and
-    of int16, times what roundings may cost.
+    """Logits with such a standard deviation, before the model scales them by a power of two; and how far they are from products of coarse
+    and of fine activations (int8 and int16; bfloat16 and float32), times what roundings may cost.
     """
     rng = np.random.default_rng(3)
     columns = columns_for(kind, 1)
@@ -130,6 +130,9 @@ def logits_of(
     x = rng.standard_normal((tokens, columns))
     x = (x * deviation / (x @ weights.T).std()).astype(np.float32)
     found = evaluate(lambda x: F.linear(x[OutputRows()], tensor) * factor, x) / np.float32(factor)
+    if kind == "BF16":
+        of_floats = [(used, (columns + 1) * ref.EPSILON * (np.abs(used) @ np.abs(weights).T)) for used in (ref.cached(x, "bf16"), x)]
+        return found, *(np.abs(found - used.astype(np.float64) @ weights.T) / bound for used, bound in of_floats)
     distances = []
     for largest, roundings in ((127, 1), (32767, 2)):  # integer sums of 16 bits are beyond 2**24: they are rounded once more
         used = ref.quantized(x, largest).astype(np.float64)
@@ -137,10 +140,12 @@ def logits_of(
     return found, distances[0], distances[1]
 
 
-@pytest.mark.parametrize("kind", ref.QUANTIZED)
+@pytest.mark.parametrize("kind", [*ref.QUANTIZED, "BF16"])
 @pytest.mark.parametrize("tokens", [1, 4, 14])
-def test_the_likeliest_logits_come_from_sixteen_bits(kind: str, tokens: int) -> None:
-    """Tiles of 16 with a logit not further than 4 from the largest one; all others come from 8 bits."""
+def test_the_likeliest_logits_come_from_finer_activations(kind: str, tokens: int) -> None:
+    """Tiles of 16 with a logit not further than 4 from the largest one; all others come from 8 bits, or from pairs of bfloat16."""
+    if kind == "BF16" and not current_isa().has_bf16:
+        pytest.skip("this CPU has no products of bfloat16: all logits come from float32")
     rows = 1003
     found, from_8, from_16 = logits_of(kind, rows, tokens, 4.0)
     largest = found.max(axis=1, keepdims=True)
@@ -186,6 +191,8 @@ def test_logits_that_are_no_numbers_stay_so(tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", ref.FLOATS)
 def test_logits_of_floats_take_activations_as_they_are(kind: str) -> None:
+    if kind == "BF16" and current_isa().has_bf16:
+        pytest.skip("only the likeliest do")
     rng = np.random.default_rng(5)
     tensor, weights = ref.random_tensor(kind, 33, 64, rng)
     x = activations(rng, 5, 64)
