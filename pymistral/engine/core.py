@@ -272,16 +272,18 @@ class EngineCore:
         """Accept a token. If it and those that it forces are the next guesses: how many they are, else 0."""
         length = len(sequence.tokens)
         if not isinstance(sampled, Exception):
-            self._confirm(sequence, sampled.id)  # before the token ends the sequence, and its blocks are passed on
+            self._confirm(sequence, length, sampled.id)  # before the token ends the sequence, and its blocks are passed on
         self._accept(sequence, sampled)
         if sequence.finished:
             return 0
-        for forced in sequence.tokens[length + 1 :]:
-            self._confirm(sequence, forced)
+        for position in range(length + 1, len(sequence.tokens)):
+            self._confirm(sequence, position, sequence.tokens[position])
         return len(sequence.tokens) - length if sequence.computed == len(sequence.tokens) else 0
 
-    def _confirm(self, sequence: Sequence, token: int) -> None:
-        """If the token at the first position behind those in the cache was guessed, it is in the cache already."""
+    def _confirm(self, sequence: Sequence, position: int, token: int) -> None:
+        """If the position is the first behind those in the cache, and its token was guessed, it is in the cache already."""
+        if position != sequence.computed:  # a token before it was not guessed: this one, if it was, is elsewhere
+            return
         if sequence.accepted < len(sequence.draft) and sequence.draft[sequence.accepted] == token:
             sequence.accepted += 1
             sequence.computed += 1

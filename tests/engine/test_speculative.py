@@ -84,6 +84,21 @@ def drafter(kind: str, wrong: Sequence[bool], eos_bonus: float) -> Any:
     return DraftModel(small, VOCAB)
 
 
+class Doubles:
+    """A constraint that allows any text, and has an X follow each token with an odd number."""
+
+    accepting, complete = True, False
+
+    def start(self) -> Doubles:
+        return Doubles()
+
+    def allowed(self) -> None:
+        return None
+
+    def accept(self, token: int) -> bytes:
+        return b"X" if token % 2 else b""
+
+
 prompts = st.builds(
     lambda prefix, tail: prefix + tail,
     st.sampled_from([[], [65] * 7, [65, 66, 67] * 4, list(b"system prompt")]),
@@ -105,7 +120,14 @@ params = st.builds(
     stop_toks=st.none() | st.just(["A", "bc", STOP_TOKEN]),
 )
 extras = st.sampled_from(
-    [{}, {}, {"return_logprobs": True}, {"constraint": Only(b"aBCDEFGeFghi")}, {"logits_processors": [lambda row, tokens: -row]}]
+    [
+        {},
+        {},
+        {"return_logprobs": True},
+        {"constraint": Only(b"aBCDEFGeFghi")},
+        {"constraint": Doubles()},
+        {"logits_processors": [lambda row, tokens: -row]},
+    ]
 )
 
 
@@ -397,6 +419,22 @@ def test_a_request_that_ends_early_returns_exactly_its_text() -> None:
         tokens, reason = greedy_alone([start, 66], 40, 128, 3.0)
         assert (collector.tokens.get(0, []), collector.finished[0].reason) == (tokens, reason)
         assert EOS not in collector.tokens.get(0, [])
+
+
+def test_a_forced_token_behind_one_that_was_not_guessed_is_no_guess_come_true() -> None:
+    """The guess stands at the position of the token before it."""
+
+    class Stubborn(Foresight):
+        def draft(self, wanted: list[tuple[Any, int]]) -> list[list[int]]:
+            return [[ord("X")] * count for _, count in wanted]
+
+    def answer(speculation: Speculation | None) -> list[int]:
+        core = make_core(FakeRunner(), speculation=speculation)
+        _, collector = submit(core, [65, 66], Params(max_len=60), constraint=Doubles())
+        drain(core)
+        return collector.tokens[0]
+
+    assert answer(Always(Stubborn([]), 4)) == answer(None)
 
 
 def test_engine_requests_need_nothing_new() -> None:
