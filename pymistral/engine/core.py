@@ -243,6 +243,8 @@ class EngineCore:
                     job.first_token = now
                     if len(job.sequences) > 1:
                         self._fork(sequence, logits, row)
+                    if job.done:  # what went wrong with a choice ends all
+                        continue
                 if count := self._verify(sequence, sampled):
                     confirmed.append((row + count, sequence))
             rows = confirmed

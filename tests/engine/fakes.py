@@ -201,6 +201,10 @@ class Params:
     seed: int | None = None
 
 
+class WrongOrder(BaseException):
+    """No `Exception`, which the engine would take for a receiver's own trouble and only log."""
+
+
 @dataclass
 class Collector:
     """Gathers a request's events and checks their order."""
@@ -213,17 +217,18 @@ class Collector:
     end: RequestFinished | RequestFailed | None = None
 
     def __call__(self, event: Any) -> None:
-        assert self.end is None, "an event after the last one"
+        if self.end is not None:
+            raise WrongOrder(f"{event} after the last event")
         self.events.append(event)
         if isinstance(event, Delta):
-            assert event.choice not in self.finished
-            assert event.text or event.tokens
+            if event.choice in self.finished or not (event.text or event.tokens):
+                raise WrongOrder(f"{event} of a choice that has ended, or with nothing in it")
             self.texts[event.choice] = self.texts.get(event.choice, "") + event.text
             self.tokens.setdefault(event.choice, []).extend(event.tokens)
             self.logprobs.setdefault(event.choice, []).extend(event.logprobs)
         elif isinstance(event, ChoiceFinished):
-            assert event.choice not in self.finished
-            assert event.text == self.texts.get(event.choice, "")
+            if event.choice in self.finished or event.text != self.texts.get(event.choice, ""):
+                raise WrongOrder(f"{event} of a choice that has ended, or with another text")
             self.finished[event.choice] = event
         else:
             self.end = event

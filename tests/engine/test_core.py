@@ -515,6 +515,24 @@ def test_an_error_in_one_request_ends_that_one_alone() -> None:
     assert core.snapshot().failed == 1
 
 
+@pytest.mark.parametrize("max_len", [1, 6])
+def test_nothing_follows_the_error_of_a_choice_that_begins(max_len: int) -> None:
+    core = make_core(FakeRunner())
+    calls = []
+
+    def fails_second(row: np.ndarray, context: Sequence[int]) -> None:
+        calls.append(len(context))
+        if len(calls) == 2:
+            raise KeyError("oops")
+
+    _, collector = submit(core, [65, 66], Params(max_len=max_len, n_choices=3), logits_processors=[fails_second])
+    drain(core)
+    core.deliver()
+    assert isinstance(collector.end, RequestFailed)
+    assert calls == [2, 2, 2]
+    assert core.snapshot().completion_tokens == 0
+
+
 def test_a_failed_step_ends_its_requests_and_leaves_nothing_in_the_cache() -> None:
     runner = FakeRunner()
     core = make_core(runner)
