@@ -199,6 +199,8 @@ class EngineCore:
         """Compute one step, and pass on what came of it."""
         if self._next_deadline < inf:
             self._check_deadlines()
+        if self.speculation is not None and self.speculation.drafter.computes:
+            self.deliver()  # text must not wait for guesses, and what ends here is in no batch yet
         batch = self.scheduler.schedule()
         if not batch:
             self.deliver()

@@ -38,6 +38,11 @@ class Drafter(Protocol):
     """Guesses how texts go on."""
 
     @property
+    def computes(self) -> bool:
+        """Whether guesses are computed, by a model that may have to read a whole prompt first; else they take next to no time."""
+        ...
+
+    @property
     def seconds(self) -> float:
         """What a guess takes; 0 for next to nothing, or as long as it is not known."""
         ...
@@ -54,7 +59,7 @@ class Drafter(Protocol):
 class PromptLookup:
     """Guesses that a text goes on as it did when its last ``n`` tokens occurred in it before: good for edits, quotes and repetitions."""
 
-    seconds = 0.0
+    computes, seconds = False, 0.0
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -99,6 +104,8 @@ class DraftModel:
     Its guesses are drawn with the request's sampling parameters and the random number that the position will have, so that two models that
     agree about the distribution mostly draw the same token.
     """
+
+    computes = True
 
     def __init__(self, runner: Runner, vocab_size: int) -> None:
         self.runner = runner

@@ -25,7 +25,7 @@ from .test_core import Only, check_invariants, drain, greedy_alone, make_core, s
 class Foresight:
     """Guesses what greedy decoding will say, except for some of the tokens."""
 
-    seconds = 0.0
+    computes, seconds = False, 0.0
 
     def __init__(self, wrong: Sequence[bool], eos_bonus: float = 0.0) -> None:
         self.wrong, self.eos_bonus = wrong, eos_bonus
@@ -400,6 +400,23 @@ def test_a_draft_model_that_takes_too_long_is_not_asked(monkeypatch: pytest.Monk
     drain(core)
     assert collector.tokens[0] == greedy_alone([65, 66], 100, 128, 0.0)[0]
     assert 5 <= collector.end.usage.drafted_tokens < 40
+
+
+def test_text_does_not_wait_for_a_draft_model() -> None:
+    """Which has to read the whole prompt before its first guess."""
+    collector = Collector()
+    known: list[tuple[int, int]] = []
+
+    class Observed(Lookalike):
+        def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+            known.append((len(job.sequences[0].tokens) - 3, len(collector.tokens.get(0, ()))))
+            return super().forward(segments, meanwhile)
+
+    core = make_core(FakeRunner(), speculation=Always(DraftModel(Observed(1.0), VOCAB), 3))
+    core.add(job := core.prepare(EngineRequest([65, 66, 67], Params(max_len=20)), collector))
+    drain(core)
+    assert known
+    assert all(made == received for made, received in known)
 
 
 def test_many_streams_are_not_guessed_for() -> None:
