@@ -28,6 +28,10 @@ logger = logging.getLogger("pymistral.engine")
 LOG_SECONDS = 5.0
 
 
+class EngineThread(threading.Thread):
+    """The thread of an engine. It waits for that of no other engine, since it may be within a step, for whose end that one may wait."""
+
+
 class RequestHandle:
     """A submitted request."""
 
@@ -99,7 +103,7 @@ class Engine:
         self._closing = False
         self._process = os.getpid()
         self._log = ThroughputLog(self._core) if throughput_logging else None
-        self._thread = threading.Thread(target=self._run, name=f"pymistral-engine-{name}", daemon=True)
+        self._thread = EngineThread(target=self._run, name=f"pymistral-engine-{name}", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -166,14 +170,16 @@ class Engine:
         return replace(self._core.snapshot())
 
     def close(self) -> None:
-        """End all requests with `EngineClosedError`, and the thread. A step that is being computed is finished first."""
+        """End all requests with `EngineClosedError`, and the thread. A step that is being computed is finished first, for which a call
+        on an engine's thread (such as a collection of garbage that ends another model) does not wait.
+        """
         if self._left_behind:
             return
         with self._wake:
             self._closing = True
             self._wake.notify()
         atexit.unregister(self.close)
-        if threading.current_thread() is not self._thread:
+        if not isinstance(threading.current_thread(), EngineThread):
             self._thread.join()
 
     @property

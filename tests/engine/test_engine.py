@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,6 +233,33 @@ def test_a_receiver_may_close_the_engine() -> None:
     assert isinstance(waiter.end, RequestFailed)
     engine.close()
     assert not any(thread is engine._thread for thread in engine_threads())
+
+
+def test_a_receiver_may_close_an_engine_whose_step_waits_for_its_own() -> None:
+    """As a collection of garbage on an engine's thread may, that finds a model which nobody closed."""
+
+    class InTurn(FakeRunner):
+        one_at_a_time = threading.Lock()
+
+        def forward(self, segments: Sequence[Any], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+            with self.one_at_a_time:
+                return super().forward(segments, meanwhile)
+
+    first, second = make_engine(InTurn(delay=0.01)), make_engine(InTurn(delay=0.01))
+    waiter, closed = Waiter(), Waiter()
+
+    def receive(event: Any) -> None:
+        if len(waiter.events) == 4:
+            second.close()
+        waiter(event)
+
+    submit(second, b"a", closed, max_len=1000)
+    first.submit(EngineRequest(list(b"b"), Params(max_len=20)), receive)
+    assert isinstance(closed.wait().end, RequestFailed)
+    assert isinstance(waiter.wait().end, RequestFinished)
+    first.close()
+    second._thread.join(30)
+    assert not engine_threads()
 
 
 def test_exclusive_work_between_steps(engine: Engine) -> None:
