@@ -414,6 +414,8 @@ class EngineCore:
     def deliver(self) -> None:
         """Pass on the text of the tokens that were accepted since the last time, and wake those who have got something."""
         for sequence in self._unread:
+            if sequence.finished:  # and has passed on all that it had
+                continue
             try:
                 sequence.read()
             except Exception as error:

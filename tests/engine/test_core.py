@@ -19,7 +19,7 @@ from pymistral.engine.core import EngineCore
 from pymistral.engine.sequence import Job
 from pymistral.errors import InferenceError, RequestValidationError
 
-from .fakes import EOS, STOP_TOKEN, VOCAB, ByteTokenizer, Collector, Dry, FakeRunner, Params, logits_of
+from .fakes import EOS, STOP_TOKEN, VOCAB, ByteStream, ByteTokenizer, Collector, Dry, FakeRunner, Params, logits_of
 from .test_kv_cache import check_pool
 
 
@@ -673,6 +673,21 @@ def test_a_constrained_text_that_is_cut_fails(max_len: int) -> None:
     assert isinstance(collector.end, RequestFailed)
     assert f"cut after {max_len} token{'' if max_len == 1 else 's'}, before" in str(collector.end.error)
     assert collector.end.texts == ["aBCDEFGe"[:max_len]]
+
+
+def test_nothing_follows_the_error_of_a_text_that_cannot_be_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what another choice had to say behind such a token of its own."""
+
+    def decode(stream: ByteStream, token: int) -> str:
+        if token == ord("a"):
+            raise ValueError("not a text")
+        return chr(token)
+
+    monkeypatch.setattr(ByteStream, "step", decode)
+    core = make_core(FakeRunner())
+    _, collector = submit(core, [65], Params(n_choices=3), constraint=Only(b"aBCDe"))
+    drain(core)
+    assert isinstance(collector.end, RequestFailed)
 
 
 def test_a_constraint_may_end_exactly_at_max_len() -> None:
