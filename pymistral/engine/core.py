@@ -209,7 +209,10 @@ class EngineCore:
         for sequence in batch if self.scheduler.prompt_tokens else ():
             if not sequence.job.first_step:
                 self._start(sequence, begin)
-        drafted = self._draft(batch) if self.speculation is not None else 0
+        drafted = 0
+        if self.speculation is not None:
+            drafted = self._draft(batch)
+            begin = perf_counter()  # what guesses take is known of their drafter
         try:
             # What the last step made is passed on while this one is computed, in which Python has little to do.
             logits = self.runner.forward([sequence.segment for sequence in batch], self.deliver)

@@ -384,8 +384,9 @@ def test_guesses_are_made_where_they_pay() -> None:
     assert speculation.lengths([0.9] * 4, [16] * 4, 4, 60) == [0] * 4
 
 
-def test_a_draft_model_that_takes_too_long_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on when a model computes, and at no other time."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes on when a model computes, and at no other time."""
     now = [0.0]
 
     def compute(seconds: float) -> None:
@@ -394,6 +395,22 @@ def test_a_draft_model_that_takes_too_long_is_not_asked(monkeypatch: pytest.Monk
     monkeypatch.setattr(fakes, "time", SimpleNamespace(sleep=compute))
     for module in ("core", "speculative"):
         monkeypatch.setattr(f"pymistral.engine.{module}.perf_counter", lambda: now[0])
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_a_draft_model_takes_counts_once() -> None:
+    small = Lookalike(0.0, num_blocks=64, block_size=4, delay=0.002)
+    core = make_core(FakeRunner(delay=0.01), speculation=Speculation(DraftModel(small, VOCAB), 8))
+    submit(core, [65, 66], Params(max_len=100))
+    drain(core)
+    assert core.snapshot().drafted_tokens > 40
+    assert core.speculation is not None
+    assert core.speculation.drafter.seconds == pytest.approx(0.002)
+    assert core.speculation.cost.each < 0.0005  # whatever the step has to check, it takes 10 ms
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_draft_model_that_takes_too_long_is_not_asked() -> None:
     small = Lookalike(0.0, num_blocks=64, block_size=4, delay=0.002)
     core = make_core(FakeRunner(delay=0.001), speculation=Speculation(DraftModel(small, VOCAB), 4))
     _, collector = submit(core, [65, 66], Params(max_len=100))
