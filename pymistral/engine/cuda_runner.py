@@ -99,8 +99,8 @@ class CudaRunner(PagedRunner):
         self._waits = False  # whether the GPU may still read the state
 
     def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
-        """Start one flat step and call ``meanwhile``; returns where the logits ``[rows, vocab_size]`` will be, once `read_logits` or
-        `sample` ask for them.
+        """Start one flat step and call ``meanwhile``, or before it if its program must be made first; returns where the logits
+        ``[rows, vocab_size]`` will be, once `read_logits` or `sample` ask for them.
 
         Raises
         ------
@@ -112,7 +112,11 @@ class CudaRunner(PagedRunner):
             self._waits = False
         outputs = self._fill(self.model.state, segments)
         if segments:
-            self._program = self.programs.of(self._size(segments, outputs))
+            size = self._size(segments, outputs)
+            if meanwhile is not None and size not in self.programs:  # to make one takes longer than a step
+                meanwhile()
+                meanwhile = None
+            self._program = self.programs.of(size)
             self._waits = True
             self.model.copy_state(len(segments))
             self._program.run()

@@ -35,6 +35,9 @@ class CudaPrograms:
         # The largest at once, so that memory that is too small shows when the model is built. With it come all weights.
         self.of(Size(model.limits.max_tokens, model.limits.max_outputs, model.can_prefill))
 
+    def __contains__(self, size: Size) -> bool:
+        return size in self._programs
+
     def of(self, size: Size) -> CudaProgram:
         """The one for steps up to a size."""
         known = self._programs.get(size)

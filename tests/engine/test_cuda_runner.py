@@ -152,6 +152,21 @@ def test_the_engine_over_it(kind: str) -> None:
     assert generate({"temperature": 0.0})[0] == together[0]
 
 
+def test_what_is_done_meanwhile_does_not_wait_for_a_program_to_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner("90", True)
+    order: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: (order.append(name), original(*arguments))[1])
+
+    note(run.gpu, "capture")
+    note(run.model, "copy_state")
+    for _ in range(2):
+        run.forward([Segment([1], 0, [0], 1)], lambda: order.append("meanwhile"))
+    assert order == ["meanwhile", "capture", "copy_state", "copy_state", "meanwhile"]
+
+
 def test_too_little_memory() -> None:
     graph = runner("90").model.graph
     gpu = SimulatedGpu(memory=(512 << 20) + step_bytes(graph, 2048) + (64 << 10))
