@@ -60,6 +60,15 @@ class ModelManagementError(PymistralError):
     """A model id is unknown, already taken, or not loaded."""
 
 
+def as_inference_error(error: Exception) -> PymistralError:
+    """The error for the caller, with the cause attached."""
+    if isinstance(error, PymistralError):
+        return error
+    wrapped = InferenceError(f"{type(error).__name__} while generating: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def counted(number: int, noun: str) -> str:
     """``1 token``, ``2 tokens``: how a message says how many."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -12,7 +12,7 @@ from time import monotonic, perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InferenceError, PymistralError, RequestValidationError, counted
+from ..errors import InferenceError, PymistralError, RequestValidationError, as_inference_error, counted
 from .kv_cache import BlockPool, PagedCache
 from .sampler import SampledToken, Sampler, fresh_seed, sample_rows
 from .scheduler import Scheduler
@@ -209,10 +209,8 @@ class EngineCore:
         for sequence in batch if self.scheduler.prompt_tokens else ():
             if not sequence.job.first_step:
                 self._start(sequence, begin)
-        drafted = 0
-        if self.speculation is not None:
-            drafted = self._draft(batch)
-            begin = perf_counter()  # what guesses take is known of their drafter
+        drafted = self._draft(batch) if self.speculation is not None else 0
+        begin = perf_counter()  # what guesses take is known of their drafter
         try:
             # What the last step made is passed on while this one is computed, in which Python has little to do.
             logits = self.runner.forward([sequence.segment for sequence in batch], self.deliver)
@@ -409,7 +407,7 @@ class EngineCore:
             job.on_event(event)
         except Exception:
             logger.exception("The receiver of a request's events raised an exception; the request is canceled")
-            job.on_event = ignore
+            job.on_event = lambda event: None
             self.cancel(job)
         if job.wake is not None:
             self._to_wake[job.wake] = None
@@ -500,16 +498,3 @@ def check_tokens(tokens: Tokens[int], where: str, vocab_size: int) -> None:
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         raise RequestValidationError(f"{where} holds the token {wrong}; the vocabulary has the tokens 0 to {vocab_size - 1}")
-
-
-def as_inference_error(error: Exception) -> PymistralError:
-    """The error for the caller, with the cause attached."""
-    if isinstance(error, PymistralError):
-        return error
-    wrapped = InferenceError(f"{type(error).__name__} while generating: {error}")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def ignore(event: Event) -> None:
-    """Receive the events of a request whose receiver has failed."""
