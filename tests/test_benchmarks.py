@@ -130,7 +130,8 @@ def test_speculative(smollm2_path: Path) -> None:
     assert {row["kind"] for row in result["rows"]} == {"plain", "prompt lookup", "draft model"}
     assert all(row["answer"] == "the same" for row in result["rows"])
     assert all(row["accepted"] <= row["drafted"] for row in result["rows"])
-    assert all(row["accepted"] > 0 for row in result["rows"] if row["kind"] == "draft model" and row["temperature"] == 0)
+    # The target as its own draft is soon left alone, since its guesses cost what they save.
+    assert sum(row["accepted"] for row in result["rows"] if row["kind"] == "prompt lookup" and row["temperature"] == 0) > 0
 
 
 def test_soak(smollm2_path: Path) -> None:
