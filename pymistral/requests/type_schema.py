@@ -31,6 +31,7 @@ UNREADABLE: dict[Any, str] = {
     PathType.validate_new: _NO_PATH,
 }
 """Functions with which pydantic validates its own types, and why what they accept cannot be asked for."""
+_LAST_DAY = datetime.date.max.toordinal()
 _BOUNDS = ("gt", "ge", "lt", "le", "now_op")
 _LABEL = "[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,2}"
 _HOST = rf"(?:(?:{_LABEL}\.)*[A-Za-z]{_LABEL}|{IPV4})"
@@ -96,14 +97,15 @@ class TypeSchema(GenerateJsonSchema):
         found = super().date_schema(schema)
         if not any(bound in schema for bound in _BOUNDS):
             return found
-        today, day, now = datetime.date.today(), datetime.timedelta(1), schema.get("now_op")
+        today, now = datetime.date.today(), schema.get("now_op")
         after = [bound for bound in (schema.get("gt"), today if now == "future" else None) if bound]
         before = [bound for bound in (schema.get("lt"), today if now == "past" else None) if bound]
-        first = max(schema.get("ge", datetime.date.min), *[bound + day for bound in after], datetime.date.min)
-        last = min(schema.get("le", datetime.date.max), *[bound - day for bound in before], datetime.date.max)
+        first = max(schema.get("ge", datetime.date.min).toordinal(), *[bound.toordinal() + 1 for bound in after], 1)
+        last = min(schema.get("le", datetime.date.max).toordinal(), *[bound.toordinal() - 1 for bound in before], _LAST_DAY)
         if first > last:
-            return {REFUSED: f"no date lies between {first} and {last}; change the bounds"}
-        return {**found, "pattern": f"^{_between(str(first), str(last))}$"}
+            return {REFUSED: "no date lies within its bounds; change them"}
+        days = [str(datetime.date.fromordinal(day)) for day in (first, last)]
+        return {**found, "pattern": f"^{_between(*days)}$"}
 
     def time_schema(self, schema: Any) -> JsonSchemaValue:
         return _refused_if(schema, _BOUNDS, _zoned(schema, super().time_schema(schema)))
