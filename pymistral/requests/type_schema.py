@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic.types import EncodedStr, PathType
+from pydantic.types import ByteSize, EncodedStr, ImportString, PathType
 from pydantic_core import PydanticSerializationError, SchemaValidator, to_json
 
 from .json_schema import IPV4, REFUSED
@@ -24,13 +24,19 @@ MOST_PLACES = 9
 MOST_MULTIPLE = 8_000_000
 """Beyond 2^23 pydantic takes floats for no multiples of 0.1 and the like: it allows a distance of 1e-9, and floats are further apart."""
 _NO_PATH = "what files there are on this machine cannot be enforced while generating; give pathlib.Path, and look for the file then"
-UNREADABLE: dict[Any, str] = {
-    EncodedStr.decode_str: "base64 of text, and only of text, cannot be enforced while generating; give str, or Base64Bytes",
-    PathType.validate_file: _NO_PATH,
-    PathType.validate_directory: _NO_PATH,
-    PathType.validate_new: _NO_PATH,
+_SIZE = r"^[0-9]{1,15}(?:\.[0-9]{1,3})? ?(?:[KMGTP]i?)?B$"
+_OWN: dict[Any, JsonSchemaValue] = {
+    ByteSize._validate.__func__: {"anyOf": [{"type": "string", "pattern": _SIZE}, {"type": "integer", "minimum": 0}]},  # type: ignore[attr-defined]
+    EncodedStr.decode_str: {REFUSED: "base64 of text, and only of text, cannot be enforced while generating; give str, or Base64Bytes"},
+    ImportString._serialize: {
+        REFUSED: "an answer may not say what is imported; give Literal of the names that may be chosen, and import then"
+    },
+    PathType.validate_file: {REFUSED: _NO_PATH},
+    PathType.validate_directory: {REFUSED: _NO_PATH},
+    PathType.validate_new: {REFUSED: _NO_PATH},
 }
-"""Functions with which pydantic validates its own types, and why what they accept cannot be asked for."""
+"""What to ask for where pydantic's own types are validated, or written, by these functions: its schemas tell less."""
+_SCALARS = ["null", "boolean", "number", "string"]
 _LAST_DAY = datetime.date.max.toordinal()
 _BOUNDS = ("gt", "ge", "lt", "le", "now_op")
 _LABEL = "[A-Za-z0-9]{1,20}(?:-[A-Za-z0-9]{1,20}){0,2}"
@@ -40,6 +46,16 @@ _PATH = r"/[\w.~!$&'()*+,;=:@/?%#-]*"
 
 class TypeSchema(GenerateJsonSchema):
     """Pydantic's own schemas are a little wider than its validation in places, which costs nothing but here."""
+
+    def generate_inner(self, schema: Any) -> JsonSchemaValue:
+        for place in ("function", "serialization"):
+            described = schema.get(place)
+            function = described.get("function") if isinstance(described, dict) else None
+            function = getattr(function, "__func__", function)
+            for own, found in _OWN.items():
+                if function is own:  # one of a user's need not have a hash
+                    return dict(found)
+        return super().generate_inner(schema)
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
         """A default says nothing of what may be answered, and need not have a form in JSON."""
@@ -87,11 +103,13 @@ class TypeSchema(GenerateJsonSchema):
         return {"type": "string", "pattern": f"^-?{number}[+-]{number}j$"}
 
     def bytes_schema(self, schema: Any) -> JsonSchemaValue:
-        found = super().bytes_schema(schema)
         coding = getattr(self._config, "val_json_bytes", "utf8")
-        if coding == "hex":
-            return {**found, "pattern": "^(?:[0-9a-f]{2})*$"}
-        return {**found, "format": "base64url" if coding == "base64" else "binary"}
+        least, most = schema.get("min_length", 0), schema.get("max_length")  # of bytes, where JSON counts characters
+        if most is not None and least > most:
+            return {REFUSED: f"no bytes are at least {least} and at most {most}; change its bounds"}
+        if least == 0 and most is None and coding != "hex":
+            return {"type": "string", "format": "base64url" if coding == "base64" else "binary"}
+        return {"type": "string", "pattern": f"^{_coded(coding, least, most)}$"}
 
     def date_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().date_schema(schema)
@@ -123,11 +141,10 @@ class TypeSchema(GenerateJsonSchema):
     def frozenset_schema(self, schema: Any) -> JsonSchemaValue:
         return self._of_hashable(schema, super().frozenset_schema(schema))
 
-    def function_after_schema(self, schema: Any) -> JsonSchemaValue:
-        function = getattr(schema["function"]["function"], "__func__", schema["function"]["function"])
-        if function in UNREADABLE:
-            return {REFUSED: UNREADABLE[function]}
-        return super().function_after_schema(schema)
+    def custom_error_schema(self, schema: Any) -> JsonSchemaValue:
+        if schema["custom_error_type"] == "is_hashable":
+            return {"type": _SCALARS}
+        return super().custom_error_schema(schema)
 
     def url_schema(self, schema: Any) -> JsonSchemaValue:
         return self._of_schemes(schema, super().url_schema(schema))
@@ -168,7 +185,7 @@ class TypeSchema(GenerateJsonSchema):
     def _of_hashable(self, schema: Any, found: JsonSchemaValue) -> JsonSchemaValue:
         items = schema.get("items_schema", {"type": "any"})
         if items["type"] == "any":
-            return {**found, "items": {"type": ["null", "boolean", "number", "string"]}}
+            return {**found, "items": {"type": _SCALARS}}
         if name := self._unhashable(items):
             return {
                 REFUSED: f"a set cannot hold {name}, which has no hash; give a list, or items that have one, as tuples and frozen models"
@@ -263,6 +280,22 @@ def _refused_if(schema: Any, names: Iterable[str], found: JsonSchemaValue) -> Js
         what = schema["now_op"] if given[0] == "now_op" else given[0]
         return {REFUSED: f"{what!r} of a {schema['type']} cannot be enforced while generating; leave it out, and check the answer for it"}
     return found
+
+
+def _coded(coding: str, least: int, most: int | None) -> str:
+    """A pattern of so many bytes; those of text are ASCII's."""
+    if coding == "utf8":
+        return f"[ -~]{_times(least, most)}"
+    if coding == "hex":
+        return f"(?:[0-9a-f]{{2}}){_times(least, most)}"
+    tails = {0: "", 1: "[A-Za-z0-9_-][AQgw]==", 2: "[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]="}
+    whole = {n: (max(0, -(-(least - n) // 3)), most if most is None else (most - n) // 3) for n in tails}
+    possible = {n: _times(*times) for n, times in whole.items() if times[1] is None or times[0] <= times[1]}
+    return f"(?:{'|'.join(f'(?:[A-Za-z0-9_-]{{4}}){times}{tails[n]}' for n, times in possible.items())})"
+
+
+def _times(least: int, most: int | None) -> str:
+    return f"{{{least},{'' if most is None else most}}}"
 
 
 def _between(first: str, last: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import datetime
 import ipaddress
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from decimal import Decimal
 from enum import Enum, IntEnum
 from fractions import Fraction
@@ -17,11 +18,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import pytest
 from pydantic import (
     UUID4,
+    AfterValidator,
     AliasPath,
     AwareDatetime,
     Base64Bytes,
     Base64Str,
     BaseModel,
+    ByteSize,
     ConfigDict,
     DirectoryPath,
     Field,
@@ -29,6 +32,7 @@ from pydantic import (
     FileUrl,
     FutureDate,
     HttpUrl,
+    ImportString,
     IPvAnyAddress,
     IPvAnyNetwork,
     Json,
@@ -120,6 +124,26 @@ class Raw(BaseModel):
     data: bytes
 
 
+class Hashed(BaseModel):
+    model_config = ConfigDict(val_json_bytes="hex")
+    digest: bytes = Field(min_length=4, max_length=4)
+
+
+class Bounded(BaseModel):
+    model_config = ConfigDict(val_json_bytes="base64")
+    data: bytes = Field(min_length=4, max_length=8)
+    byte: bytes = Field(min_length=1, max_length=1)
+
+
+class NoHash:
+    """A validator that is an object, as `functools.partial` is, but has no hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, value: str) -> str:
+        return value
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
     x: bool
@@ -154,6 +178,8 @@ TYPES: list[Any] = [
         Annotated[float, Field(multiple_of=0.3, ge=0)],
         Annotated[Decimal, Field(multiple_of="0.3")],
     ),
+    *(ByteSize, Hashable, set[Hashable], Hashed, Bounded, Annotated[bytes, Field(min_length=2, max_length=3)]),
+    Annotated[str, AfterValidator(NoHash())],
     *(Annotated[int, Field(multiple_of=7)], Annotated[Decimal, Field(decimal_places=1)], Annotated[Decimal, Field(decimal_places=12)]),
 ]
 
@@ -267,11 +293,30 @@ Day = Annotated[datetime.date, Field(ge=datetime.date(2020, 12, 9), lt=datetime.
         (dict[str, FilePath], "at #/additionalProperties: what files there are on this machine .*; give pathlib.Path"),
         (dict[DirectoryPath, int], "its keys: what files there are on this machine"),
         (NewPath, "what files there are on this machine"),
+        (ImportString, "an answer may not say what is imported; give Literal of the names"),
+        (list[ImportString[int]], "at #/items: an answer may not say what is imported"),
+        (Annotated[bytes, Field(min_length=4, max_length=3)], "no bytes are at least 4 and at most 3; change its bounds"),
     ],
 )
 def test_what_only_validation_could_tell_is_refused(type: Any, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         StructuredOutput(type)
+
+
+@pytest.mark.parametrize("coding", ["utf8", "hex", "base64"])
+@pytest.mark.parametrize(("least", "most"), [(0, 4), (3, 5), (4, 4), (5, None)])
+def test_bytes_are_counted_not_characters(noise: tuple[EngineCore, GrammarCompiler], coding: str, least: int, most: int | None) -> None:
+    bounds = Field(min_length=least, max_length=most)
+
+    class Coded(BaseModel):
+        model_config = ConfigDict(val_json_bytes=coding)  # type: ignore[typeddict-item]
+        data: Annotated[bytes, bounds]
+
+    grammar = noise[1].compile(StructuredOutput(Coded).constraint)
+    for count in range(8):
+        data = {"utf8": "x" * count, "hex": "e4" * count, "base64": base64.urlsafe_b64encode(b"\xe4" * count).decode()}[coding]
+        after = grammar.after(f'{{"data": "{data}"}}'.encode())
+        assert (after is not None) == (least <= count and (most is None or count <= most)), count
 
 
 def test_the_days_between_bounds(noise: tuple[EngineCore, GrammarCompiler]) -> None:
