@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic.types import ByteSize, EncodedStr, ImportString, PathType
 from pydantic_core import PydanticSerializationError, SchemaValidator, to_json
 
 from .json_schema import IPV4, REFUSED
@@ -24,18 +23,20 @@ MOST_PLACES = 9
 MOST_MULTIPLE = 8_000_000
 """Beyond 2^23 pydantic takes floats for no multiples of 0.1 and the like: it allows a distance of 1e-9, and floats are further apart."""
 _NO_PATH = "what files there are on this machine cannot be enforced while generating; give pathlib.Path, and look for the file then"
+_FRACTION = "^-?[0-9]{1,15}(?:/[1-9][0-9]{0,14})?$"
 _SIZE = r"^[0-9]{1,15}(?:\.[0-9]{1,3})? ?(?:[KMGTP]i?)?B$"
-_OWN: dict[Any, JsonSchemaValue] = {
-    ByteSize._validate.__func__: {"anyOf": [{"type": "string", "pattern": _SIZE}, {"type": "integer", "minimum": 0}]},  # type: ignore[attr-defined]
-    EncodedStr.decode_str: {REFUSED: "base64 of text, and only of text, cannot be enforced while generating; give str, or Base64Bytes"},
-    ImportString._serialize: {
+_OWN: dict[str, JsonSchemaValue] = {
+    "ByteSize._validate": {"anyOf": [{"type": "string", "pattern": _SIZE}, {"type": "integer", "minimum": 0}]},
+    "EncodedStr.decode_str": {REFUSED: "base64 of text, and only of text, cannot be enforced while generating; give str, or Base64Bytes"},
+    "ImportString._serialize": {
         REFUSED: "an answer may not say what is imported; give Literal of the names that may be chosen, and import then"
     },
-    PathType.validate_file: {REFUSED: _NO_PATH},
-    PathType.validate_directory: {REFUSED: _NO_PATH},
-    PathType.validate_new: {REFUSED: _NO_PATH},
+    "PathType.validate_file": {REFUSED: _NO_PATH},
+    "PathType.validate_directory": {REFUSED: _NO_PATH},
+    "PathType.validate_new": {REFUSED: _NO_PATH},
+    "fraction_validator": {"type": "string", "pattern": _FRACTION},  # before pydantic 2.13, which has a schema of its own for them
 }
-"""What to ask for where pydantic's own types are validated, or written, by these functions: its schemas tell less."""
+"""What to ask for where pydantic's own types are validated, or written, by these functions of its: its schemas tell less."""
 _SCALARS = ["null", "boolean", "number", "string"]
 _LAST_DAY = datetime.date.max.toordinal()
 _BOUNDS = ("gt", "ge", "lt", "le", "now_op")
@@ -48,13 +49,11 @@ class TypeSchema(GenerateJsonSchema):
     """Pydantic's own schemas are a little wider than its validation in places, which costs nothing but here."""
 
     def generate_inner(self, schema: Any) -> JsonSchemaValue:
-        for place in ("function", "serialization"):
-            described = schema.get(place)
-            function = described.get("function") if isinstance(described, dict) else None
-            function = getattr(function, "__func__", function)
-            for own, found in _OWN.items():
-                if function is own:  # one of a user's need not have a hash
-                    return dict(found)
+        for described in (schema.get("function"), schema.get("serialization"), schema.get("lax_schema", {}).get("function")):
+            function: Any = described.get("function") if isinstance(described, dict) else None
+            name = getattr(function, "__qualname__", "")
+            if name in _OWN and function.__module__.startswith("pydantic."):
+                return dict(_OWN[name])
         return super().generate_inner(schema)
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
@@ -74,8 +73,7 @@ class TypeSchema(GenerateJsonSchema):
 
     def fraction_schema(self, schema: Any) -> JsonSchemaValue:
         """Digits over digits; not a number as well, which could be beyond floats."""
-        found = {"type": "string", "pattern": "^-?[0-9]{1,15}(?:/[1-9][0-9]{0,14})?$"}
-        return _refused_if(schema, (*_BOUNDS, "multiple_of"), found)
+        return _refused_if(schema, (*_BOUNDS, "multiple_of"), {"type": "string", "pattern": _FRACTION})
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
         """A number: the string that pydantic takes as well could hold anything."""
@@ -112,7 +110,7 @@ class TypeSchema(GenerateJsonSchema):
         return {"type": "string", "pattern": f"^{_coded(coding, least, most)}$"}
 
     def date_schema(self, schema: Any) -> JsonSchemaValue:
-        found = super().date_schema(schema)
+        found = {"type": "string", "format": "date"}  # without what pydantic before 2.9 adds of bounds, which is no JSON
         if not any(bound in schema for bound in _BOUNDS):
             return found
         today, now = datetime.date.today(), schema.get("now_op")
