@@ -47,6 +47,7 @@ _IPV6 = "(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}"
 _ANY_IP = f"(?:{IPV4}|{_IPV6})"
 _NETWORK4 = rf"{_BYTE}(?:\.0\.0\.0/8|\.{_BYTE}(?:\.0\.0/16|\.{_BYTE}(?:\.0/24|\.{_BYTE}(?:/32)?)))"  # of those whose host part is zero
 _INTERFACE4, _INTERFACE6 = f"{IPV4}(?:/(?:[12]?[0-9]|3[0-2]))?", f"{_IPV6}(?:/(?:[1-9]?[0-9]|1[01][0-9]|12[0-8]))?"
+BASE64URL, ONE_BYTE, TWO_BYTES = "[A-Za-z0-9_-]", "[AQgw]==", "[AEIMQUYcgkosw048]="  # a character; how the last one or two bytes end
 FORMATS = {
     "date": f"^{_DATE}$",
     "time": f"^{_TIME}{_ZONE}$",
@@ -54,8 +55,8 @@ FORMATS = {
     "local-time": f"^{_TIME}$",
     "local-date-time": f"^{_DATE}T{_TIME}$",
     "duration": f"^P(?:{_DAYS}(?:{_HOURS})?|{_HOURS}|{_COUNT}W)$",
-    "base64": "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$",
-    "base64url": "^(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-][AQgw]==|[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]=)?$",
+    "base64": f"^(?:[A-Za-z0-9+/]{{4}})*(?:[A-Za-z0-9+/]{ONE_BYTE}|[A-Za-z0-9+/]{{2}}{TWO_BYTES})?$",
+    "base64url": f"^(?:{BASE64URL}{{4}})*(?:{BASE64URL}{ONE_BYTE}|{BASE64URL}{{2}}{TWO_BYTES})?$",
     "ipvanyaddress": f"^{_ANY_IP}$",
     "ipv4interface": f"^{_INTERFACE4}$",
     "ipv6interface": f"^{_INTERFACE6}$",

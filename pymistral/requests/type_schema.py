@@ -14,7 +14,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticSerializationError, SchemaValidator, to_json
 
-from .json_schema import IPV4, REFUSED
+from .json_schema import BASE64URL, IPV4, ONE_BYTE, REFUSED, TWO_BYTES
 
 EXACT_DIGITS = 15
 """Of a decimal number that goes through a float."""
@@ -37,6 +37,7 @@ _OWN: dict[str, JsonSchemaValue] = {
     "fraction_validator": {"type": "string", "pattern": _FRACTION},  # before pydantic 2.13, which has a schema of its own for them
 }
 """What to ask for where pydantic's own types are validated, or written, by these functions of its: its schemas tell less."""
+_HOOKS = ("pydantic_js_functions", "pydantic_js_annotation_functions")
 _SCALARS = ["null", "boolean", "number", "string"]
 _LAST_DAY = datetime.date.max.toordinal()
 _BOUNDS = ("gt", "ge", "lt", "le", "now_op")
@@ -49,12 +50,17 @@ class TypeSchema(GenerateJsonSchema):
     """Pydantic's own schemas are a little wider than its validation in places, which costs nothing but here."""
 
     def generate_inner(self, schema: Any) -> JsonSchemaValue:
-        for described in (schema.get("function"), schema.get("serialization"), schema.get("lax_schema", {}).get("function")):
-            function: Any = described.get("function") if isinstance(described, dict) else None
-            name = getattr(function, "__qualname__", "")
-            if name in _OWN and function.__module__.startswith("pydantic."):
-                return dict(_OWN[name])
+        """What `_OWN` says takes the place of pydantic's own schema, and of nothing that a user said, as with WithJsonSchema."""
+        if own := _own(schema):
+            metadata = dict(schema.get("metadata", {}))
+            for key in _HOOKS:
+                hooks = metadata.get(key, [])
+                metadata[key] = [hook for hook in hooks if not hook.__module__.startswith(("pydantic.types", "pydantic._internal"))]
+            schema = {**schema, "type": "any", "own": own, "metadata": metadata}
         return super().generate_inner(schema)
+
+    def any_schema(self, schema: Any) -> JsonSchemaValue:
+        return dict(_OWN[schema["own"]]) if "own" in schema else super().any_schema(schema)
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
         """A default says nothing of what may be answered, and need not have a form in JSON."""
@@ -264,6 +270,16 @@ class TypeSchema(GenerateJsonSchema):
         return found
 
 
+def _own(schema: Any) -> str | None:
+    """The function of a schema that `_OWN` names."""
+    for described in (schema.get("function"), schema.get("serialization"), schema.get("lax_schema", {}).get("function")):
+        function: Any = described.get("function") if isinstance(described, dict) else None
+        name: str = getattr(function, "__qualname__", "")
+        if name in _OWN and function.__module__.startswith("pydantic."):
+            return name
+    return None
+
+
 def _reads(validator: SchemaValidator, value: Any) -> bool:
     try:
         validator.validate_json(to_json(value))
@@ -286,10 +302,10 @@ def _coded(coding: str, least: int, most: int | None) -> str:
         return f"[ -~]{_times(least, most)}"
     if coding == "hex":
         return f"(?:[0-9a-f]{{2}}){_times(least, most)}"
-    tails = {0: "", 1: "[A-Za-z0-9_-][AQgw]==", 2: "[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]="}
+    tails = {0: "", 1: BASE64URL + ONE_BYTE, 2: f"{BASE64URL}{{2}}{TWO_BYTES}"}
     whole = {n: (max(0, -(-(least - n) // 3)), most if most is None else (most - n) // 3) for n in tails}
     possible = {n: _times(*times) for n, times in whole.items() if times[1] is None or times[0] <= times[1]}
-    return f"(?:{'|'.join(f'(?:[A-Za-z0-9_-]{{4}}){times}{tails[n]}' for n, times in possible.items())})"
+    return f"(?:{'|'.join(f'(?:{BASE64URL}{{4}}){times}{tails[n]}' for n, times in possible.items())})"
 
 
 def _times(least: int, most: int | None) -> str:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import datetime
 import ipaddress
+import json
 import re
 import uuid
 from collections import OrderedDict
@@ -42,6 +43,7 @@ from pydantic import (
     PastDatetime,
     PostgresDsn,
     TypeAdapter,
+    WithJsonSchema,
     field_validator,
 )
 from typing_extensions import TypedDict
@@ -301,6 +303,16 @@ Day = Annotated[datetime.date, Field(ge=datetime.date(2020, 12, 9), lt=datetime.
 def test_what_only_validation_could_tell_is_refused(type: Any, message: str) -> None:
     with pytest.raises(RequestValidationError, match=message):
         StructuredOutput(type)
+
+
+@pytest.mark.parametrize(("type", "answer"), [(FilePath, __file__), (ImportString, "math.cos"), (ByteSize, "7 KB"), (Fraction, "1/3")])
+def test_a_schema_that_the_user_gives_is_taken(noise: tuple[EngineCore, GrammarCompiler], type: Any, answer: str) -> None:
+    output = StructuredOutput(list[Annotated[type, WithJsonSchema({"enum": [answer]})]])
+    grammar = noise[1].compile(output.constraint)
+    text = json.dumps([answer])
+    assert grammar.after(text.encode()) is not None
+    assert grammar.after(b'["0') is None
+    output.parse(text)
 
 
 @pytest.mark.parametrize("coding", ["utf8", "hex", "base64"])
