@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.isa import current_isa
 
 from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
 
@@ -51,7 +52,7 @@ _EDGES = np.array([0.0, -0.0, 6e-8, 6.1e-5, 65504.0], np.float16)
 
 
 def random_tensor(kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False) -> tuple[Tensor, Floats]:
-    """A tensor of random bits, and its values. ``edges`` mixes in extreme scales."""
+    """A tensor of random bits, and its values as they are multiplied. ``edges`` mixes in extreme scales."""
     type = GgmlType[kind]
     if kind in FLOATS:
         values = rng.standard_normal((rows, columns)).astype(np.float32)
@@ -74,7 +75,7 @@ def random_tensor(kind: str, rows: int, columns: int, rng: np.random.Generator, 
             if edges:
                 extreme = rng.random(len(blocks)) < 0.15
                 blocks[extreme, 0] = rng.choice([0, 1, 2, 150], extreme.sum())
-    return Tensor(f"{kind} {rows}x{columns}", type, (rows, columns), data), values_of(kind, data, rows, columns)
+    return Tensor(f"{kind} {rows}x{columns}", type, (rows, columns), data), multiplied_values(kind, data, rows, columns)
 
 
 def _random_halves(count: int, rng: np.random.Generator, edges: bool) -> NDArray[np.float16]:
@@ -92,6 +93,55 @@ def values_of(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> Fl
         return data.view(np.float16).reshape(rows, columns).astype(np.float64)
     values = gguf.quants.dequantize(data.reshape(rows, -1), gguf.GGMLQuantizationType[kind])
     return values.reshape(rows, columns).astype(np.float64)
+
+
+def is_paired(kind: str) -> bool:
+    """Whether its scales and minimums are rounded to pairs of 16 bits (kernels/cpu/tiles.py)."""
+    return kind in ("Q4_1", "Q4_K") and current_isa().pairs_scales
+
+
+def pairs_of(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> tuple[Floats, Floats, Floats]:
+    """Of each row and 32 columns ``a`` and ``b``, and what they count: a weight is ``unit * (a * (quant - 8) + 8 * b)``."""
+    blocks = data.reshape(rows, -1, BLOCK_SIZES[GgmlType[kind]][1])
+    halves = np.ascontiguousarray(blocks[:, :, :4]).view(np.float16).astype(np.float32)
+    scale, minimum = halves[:, :, 0], halves[:, :, 1]
+    if kind == "Q4_1":
+        middle = scale + minimum / np.float32(8)
+        unit = np.maximum(np.abs(scale), np.abs(middle)).max(axis=1, keepdims=True) / np.float32(32767)
+        some = np.where(unit == 0, np.float32(1), unit)
+        a, b = (np.floor(part / some + np.float32(0.5)) for part in (scale, middle))
+        return a.astype(np.float64), b.astype(np.float64), np.broadcast_to(unit, a.shape).astype(np.float64)
+    minimum = minimum / np.float32(8)
+    of_minimum = np.abs(minimum) > np.abs(scale)
+    larger, other = np.where(of_minimum, minimum, scale), np.where(of_minimum, scale, minimum)
+    some = np.where(larger == 0, np.float32(1), larger)
+    share = np.minimum(np.floor(np.float32(1 << 14) * (other / some) + np.float32(0.5)), 16383).astype(np.int64)[:, :, None]
+    packed = blocks[:, :, 4:16].astype(np.int64)  # 6 bits of a scale, 6 of a minimum: ggml's get_scale_min_k4
+    low = (packed[:, :, :4] & 63, packed[:, :, 4:8] & 63)
+    high = (packed[:, :, 8:] & 15 | packed[:, :, :4] >> 6 << 4, packed[:, :, 8:] >> 4 | packed[:, :, 4:8] >> 6 << 4)
+    scales, minimums = (np.concatenate(both, axis=2) for both in zip(low, high, strict=True))
+    leads = of_minimum[:, :, None]
+    a = np.where(leads, (scales * share + 32) >> 6, scales << 8)
+    b = a - np.where(leads, minimums << 8, -((32 - minimums * share) >> 6))
+    unit = np.broadcast_to(larger[:, :, None] / np.float32(256), a.shape)
+    return tuple(part.reshape(rows, -1).astype(np.float64) for part in (a, b, unit))  # type: ignore[return-value]
+
+
+def multiplied_values(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> Floats:
+    """What kernels multiply: a file's weights, rounded where they are paired."""
+    values = values_of(kind, data, rows, columns)
+    if not is_paired(kind):
+        return values
+    a, b, unit = pairs_of(kind, data, rows, columns)
+    blocks = data.reshape(rows, -1, BLOCK_SIZES[GgmlType[kind]][1])
+    if kind == "Q4_1":
+        low, high = (blocks[:, :, 4:] >> shift & 15 for shift in (0, 4))
+        quants = np.concatenate([low, high], axis=2)
+    else:  # 32 bytes hold 64 columns: the first 32 in their low halves
+        packed = blocks[:, :, 16:].reshape(rows, -1, 4, 32)
+        quants = np.stack([packed & 15, packed >> 4], axis=3)
+    quants = quants.reshape(rows, -1, 32).astype(np.float64)
+    return (unit[:, :, None] * (a[:, :, None] * (quants - 8) + 8 * b[:, :, None])).reshape(rows, columns)
 
 
 def vector(values: Sequence[float] | Floats, name: str = "norm") -> Tensor:
@@ -126,18 +176,22 @@ def quantized(x: NDArray[np.float32], largest: int = 127) -> NDArray[np.float32]
     return (np.rint(blocks * inverse) * (peak / np.float32(largest))).astype(np.float32).reshape(x.shape)
 
 
-def product_bound(weights: Floats, x: Floats) -> Floats:
+def product_bound(weights: Floats, x: Floats, kind: str) -> Floats:
     """How far a quantised product may be from float64.
 
-    The integer dot products are exact. Each block of 32 adds one rounding of ``scale * scale``, one of the multiply-add, and with
-    minimums as much again;
+    The integer dot products are exact, but where scales are paired eight times the sum of a block's activations may be 1 too small. Each
+    block of 32 adds one rounding of ``scale * scale``, one of the multiply-add, and with minimums as much again;
     the terms are at most three times the block's largest weight (a minimum may cancel what it is added to) times the activations.
     """
     rows, columns = weights.shape
     size = 256 if columns % 256 == 0 else 32
     peaks = np.abs(weights).reshape(rows, -1, size).max(axis=2)
     sums = np.abs(x).reshape(len(x), -1, size).sum(axis=2)
-    return 3 * (columns // 32 + 4) * EPSILON * (sums @ peaks.T) + 1e-30
+    bound: Floats = 3 * (columns // 32 + 4) * EPSILON * (sums @ peaks.T) + 1e-30
+    if is_paired(kind):  # a quant in the middle, by an eighth of an activation's step; no block lacks weights of both sides of the middle
+        steps = np.abs(x).reshape(len(x), -1, 32).max(axis=2) / 127
+        bound += steps / 8 @ np.abs(weights).reshape(rows, -1, 32).max(axis=2).T
+    return bound
 
 
 def silu(x: Floats) -> Floats:

@@ -126,10 +126,18 @@ def write_out(out, out_row, outputs, sums, rows, group, head_dim):
             store_f32x16(target + i, load_f32x16(outputs + row * head_dim * 4 + i) * inverse)
 
 
+@inline
+def _place(cache, table, block_size, kv_heads, head, at, head_dim):
+    """Where 32 positions of a head begin, of keys or of values."""
+    block = load_i32(table + at // block_size * 4) * kv_heads + head
+    return cache + (block * block_size + at % block_size) * head_dim * 2
+
+
 def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
     """One chunk for ``rows`` query rows, token by token: scores, softmax, weighted values.
 
-    ``queries`` are bfloat16 ``[head_dim / 2][rows][2]``, ``scores`` float32 ``[rows][CHUNK]``, outputs ``[rows][head_dim]``.
+    ``queries`` are bfloat16 ``[head_dim / 2][rows][2]``, ``scores`` float32 ``[rows][CHUNK]``, outputs ``[rows][head_dim]``. ``next_keys``
+    and ``more_keys`` are where the 64 keys lie that will be read after this chunk.
     """
     line_bytes, output_bytes = CHUNK * 4, head_dim * 4
     twice, fourfold = 2 * rows, 4 * rows
@@ -157,13 +165,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         return grid
 
     @inline
-    def place(cache, table, block_size, kv_heads, head, at):
-        """Where 32 positions of a head begin, of keys or of values."""
-        block = load_i32(table + at // block_size * 4) * kv_heads + head
-        return cache + (block * block_size + at % block_size) * head_dim * 2
-
-    @inline
-    def attend(slots, queries, table, head, position, tokens, start, stop, scores, outputs, maxima, sums):
+    def attend(slots, queries, table, head, position, tokens, start, stop, next_keys, more_keys, scores, outputs, maxima, sums):
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
         window = load_i64(slots + 96)
@@ -171,18 +173,18 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
         vector_bytes = head_dim * 32
 
         if few:
-            first = place(keys, table, block_size, kv_heads, head, start)
-            second = place(keys, table, block_size, kv_heads, head, start + 32)
+            first = _place(keys, table, block_size, kv_heads, head, start, head_dim)
+            second = _place(keys, table, block_size, kv_heads, head, start + 32, head_dim)
             for at in range(start, stop, 64):
                 later, cache = (at + 64, keys) if at + 64 < stop else (start, values)
-                ahead = place(cache, table, block_size, kv_heads, head, later)
-                more_ahead = place(cache, table, block_size, kv_heads, head, later + 32)
+                ahead = _place(cache, table, block_size, kv_heads, head, later, head_dim)
+                more_ahead = _place(cache, table, block_size, kv_heads, head, later + 32, head_dim)
                 grid = score_more(queries, first, second, vector_bytes, ahead, more_ahead)
                 store_grid(grid, rows, scores + (at - start) * 4, line_bytes)
                 first, second = ahead, more_ahead
         else:
             for at in range(start, stop, 32):
-                k = place(keys, table, block_size, kv_heads, head, at)
+                k = _place(keys, table, block_size, kv_heads, head, at, head_dim)
                 store_grid(score(queries, k, vector_bytes), rows, scores + (at - start) * 4, line_bytes)
         width = (stop - start + 31) // 32 * 32
         for row in range(rows):
@@ -193,8 +195,11 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             if few and head_dim % 64 == 0:
                 four = zero_tile(fourfold)
                 for at in range(start, stop, 32):
-                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
-                    ahead = place(values, table, block_size, kv_heads, head, min(at + 32, stop - 1)) + 4 * i - v
+                    v = _place(values, table, block_size, kv_heads, head, at, head_dim) + 4 * i
+                    ahead = next_keys if at + 32 < stop else more_keys  # the first 64 values were asked for before
+                    if at + 64 < stop:
+                        ahead = _place(values, table, block_size, kv_heads, head, at + 64, head_dim)
+                    ahead += 4 * i - v
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         v4 = (load_i32x16(v), load_i32x16(v + 64), load_i32x16(v + 128), load_i32x16(v + 192))
@@ -207,7 +212,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             elif head_dim % 32 == 0:
                 two = zero_tile(twice)
                 for at in range(start, stop, 32):
-                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
+                    v = _place(values, table, block_size, kv_heads, head, at, head_dim) + 4 * i
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         two = dot_pairs_grid(two, rows, (load_i32x16(v), load_i32x16(v + 64)), p, line_bytes)
@@ -217,7 +222,7 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
             else:
                 one = zero_tile(rows)
                 for at in range(start, stop, 32):
-                    v = place(values, table, block_size, kv_heads, head, at) + 4 * i
+                    v = _place(values, table, block_size, kv_heads, head, at, head_dim) + 4 * i
                     p = scores + (at - start) * 2
                     for _ in range(16):
                         one = dot_pairs_grid(one, rows, (load_i32x16(v),), p, line_bytes)
@@ -228,23 +233,49 @@ def _chunk_attention(head_dim: int, group: int, rows: int) -> Any:
     return attend
 
 
+@inline
+def _first_chunk(position, window, only):
+    """Where the chunks of an item start whose first token is at ``position``: that of the oldest key that it sees, or the only one."""
+    if only >= 0:
+        return only * CHUNK
+    return max(0, position - window + 1) // CHUNK * CHUNK if window else 0
+
+
 def attention(*, head_dim: int, group: int) -> Any:
     """``out = softmax(q . k) . v`` for each query row; q comes scaled. Units are (item, key/value head).
 
     Slots: 0 q, 1 bytes of a q row, 2 out, 3 bytes of an out row, 4 key cache, 5 value cache, 6 block size (a multiple of 32), 7 key/value
     heads, 8 positions (int32), 9 items (int32 [first token, tokens, row of the block table, chunk or -1 for all, index of the partial
     result]), 10 block tables (int32), 11 entries of a block table, 12 window or 0, 13 soft cap or 0 (f32 bits), 14 scratch, 15 bytes of
-    scratch for a thread, 16 partial results (`geometry.partial_floats` for each index and key/value head).
+    scratch for a thread, 16 partial results (`geometry.partial_floats` for each index and key/value head), 17 address of the number of
+    items.
     """
     full = query_tile_tokens("attention", group) * group
     one_token, all_tokens = _chunk_attention(head_dim, group, group), _chunk_attention(head_dim, group, full)
     only_one = full == group
     partial_bytes = partial_floats(group, head_dim) * 4
 
+    @inline
+    def keys_from(slots, table, head, start):
+        """Where 64 keys lie: 32 each."""
+        keys, block_size, kv_heads = load_i64(slots + 32), load_i64(slots + 48), load_i64(slots + 56)
+        first = _place(keys, table, block_size, kv_heads, head, start, head_dim)
+        return first, _place(keys, table, block_size, kv_heads, head, start + 32, head_dim)
+
+    @inline
+    def first_keys(slots, unit):
+        """Where the first 64 keys of a unit lie."""
+        kv_heads, positions = load_i64(slots + 56), load_i64(slots + 64)
+        item = load_i64(slots + 72) + unit // kv_heads * 20
+        table = load_i64(slots + 80) + load_i32(item + 8) * load_i64(slots + 88) * 4
+        start = _first_chunk(load_i32(positions + 4 * load_i32(item)), load_i64(slots + 96), load_i32(item + 12))
+        return keys_from(slots, table, unit % kv_heads, start)
+
     def kernel(slots, begin, end, thread):
         q_row, out_row = load_i64(slots + 8), load_i64(slots + 24)
         kv_heads, positions, items = load_i64(slots + 56), load_i64(slots + 64), load_i64(slots + 72)
         window = load_i64(slots + 96)
+        units = load_i64(load_i64(slots + 136)) * kv_heads
         queries = load_i64(slots + 112) + thread * load_i64(slots + 120)
         for unit in range(begin, end):
             item = items + unit // kv_heads * 20
@@ -268,25 +299,29 @@ def attention(*, head_dim: int, group: int) -> Any:
             maxima = outputs + rows * head_dim * 4
             sums = maxima + rows * 4
             last = position + tokens
-            oldest = max(0, position - window + 1) if window else 0
+            next_keys, more_keys = first_keys(slots, min(unit + 1, units - 1))
+            begins = _first_chunk(position, window, only)
             if only >= 0:
                 outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
                 maxima = outputs + rows * head_dim * 4
                 sums = maxima + rows * 4
-                start = only * CHUNK
-                if start + CHUNK <= oldest:
+                if window and begins + CHUNK <= position - window + 1:
                     clear(outputs, maxima, sums, rows, head_dim)
                 else:
-                    stop = min(last, start + CHUNK)
-                    one_token(slots, queries, table, head, position, tokens, start, stop, scores, outputs, maxima, sums)
+                    stop = min(last, begins + CHUNK)
+                    one_token(
+                        slots, queries, table, head, position, tokens, begins, stop, next_keys, more_keys, scores, outputs, maxima, sums
+                    )
                 continue
             clear(outputs, maxima, sums, rows, head_dim)
-            for start in range(oldest // CHUNK * CHUNK, last, CHUNK):
+            for start in range(begins, last, CHUNK):
                 stop = min(last, start + CHUNK)
+                after = keys_from(slots, table, head, stop) if stop < last else (next_keys, more_keys)
+                results = scores, chunk_outputs, chunk_maxima, chunk_sums
                 if single:
-                    one_token(slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
+                    one_token(slots, queries, table, head, position, tokens, start, stop, *after, *results)
                 else:
-                    all_tokens(slots, queries, table, head, position, tokens, start, stop, scores, chunk_outputs, chunk_maxima, chunk_sums)
+                    all_tokens(slots, queries, table, head, position, tokens, start, stop, *after, *results)
                 merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
             out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
             write_out(out, out_row, outputs, sums, tokens * group, group, head_dim)

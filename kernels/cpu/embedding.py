@@ -11,6 +11,8 @@ from .simd import bits_to_f32, load_f32, load_i8, load_i32, load_i64, load_u8, l
 from .small_floats import load_f8, load_f16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 
+_SCALES_UNIT, _MINIMUMS_UNIT = np.float32(2.0**-8), np.float32(2.0**-11)  # of what pairs of Q4_K count
+
 
 def read_row(layout: str) -> Any:
     """A function ``(tiles, row, columns, tile_bytes, out)`` that writes one row as float32."""
@@ -28,9 +30,32 @@ def read_row(layout: str) -> Any:
     has_codebook = bool(format.codebook)
     zero = 0 if has_codebook else format.zero
     unit = np.float32(format.unit)
+    units_bytes, has_pairs = format.units_bytes, format.has_pairs
+
+    @inline
+    def pair(block, header, row):
+        """The first number of a row's pair, and how much more the second is."""
+        at = block + scales_at + scale_bytes // 16 * row
+        if scale_kind == "i16 pairs":
+            first = load_u16(at) << 48 >> 48
+            return first, (load_u16(at + 2) << 48 >> 48) - first
+        other = load_u16(header + 32 + 2 * row) << 48 >> 49
+        of_minimum = load_u16(header + 32 + 2 * row) & 1
+        scale, minimum = load_u8(at), load_u8(at + 1)
+        if of_minimum:
+            return (scale * other + 32) >> 6, -minimum << 8
+        return scale << 8, (32 - minimum * other) >> 6
+
+    @inline
+    def pair_unit(header, row):
+        if scale_kind == "i16 pairs":
+            return load_f32(header + 4 * row)
+        return load_f16(header + 2 * row) * (_MINIMUMS_UNIT if load_u16(header + 32 + 2 * row) & 1 else _SCALES_UNIT)
 
     @inline
     def factor(block, header, index, row):
+        if has_pairs:
+            return pair_unit(header, row) * np.float32(pair(block, header, row)[0])
         at = block + scales_at + index * scale_bytes
         if scale_kind == "f16":
             return load_f16(at + 2 * row)
@@ -48,6 +73,8 @@ def read_row(layout: str) -> Any:
 
     @inline
     def offset(block, header, index, row):
+        if has_pairs:
+            return pair_unit(header, row) * np.float32(8 * pair(block, header, row)[1])
         at = block + scales_at + (index + scales) * scale_bytes
         if scale_kind == "f16":
             return load_f16(at + 2 * row)
@@ -61,8 +88,9 @@ def read_row(layout: str) -> Any:
         tile = tiles + row // 16 * tile_bytes
         lane = row % 16
         for b in range(columns // 32):
-            header = tile + b // record_blocks * record_bytes
-            block = header + header_bytes + b % record_blocks * block_bytes
+            record = tile + units_bytes + b // record_blocks * record_bytes
+            header = tile if units_bytes else record
+            block = record + header_bytes + b % record_blocks * block_bytes
             for index in range(scales):
                 scale = factor(block, header, index, lane)
                 low = offset(block, header, index, lane) if minimum else scale * 0.0

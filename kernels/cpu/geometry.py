@@ -51,9 +51,19 @@ def unpacked_bytes(layout: str, columns: int) -> int:
     return 16 * columns if current_isa().name == "avx2" and (format.high_bits or format.codebook) else 0
 
 
+def panels_at_once() -> int:
+    """Panels that share a pass over the weights: with 32 registers two."""
+    return 2 if current_isa().has_avx512 else 1
+
+
+def gated_tokens() -> int:
+    """Tokens whose gates `matmul.gated_matmul` has at once."""
+    return panels_at_once() * current_isa().tokens
+
+
 def gated_scratch_bytes(layout: str, columns: int) -> int:
     """Scratch of one thread in `matmul.gated_matmul`: gate and up, float32 [tokens][32] each, and four tiles that may be unpacked."""
-    return 2 * current_isa().tokens * 128 + 4 * unpacked_bytes(layout, columns)
+    return 2 * gated_tokens() * 128 + 4 * unpacked_bytes(layout, columns)
 
 
 def multiplies_bf16(layout: str, columns: int) -> bool:

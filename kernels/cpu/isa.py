@@ -49,6 +49,11 @@ class Isa:
         return self.name in ("amx", "avx512vnni")
 
     @property
+    def pairs_scales(self) -> bool:
+        """Whether weights lie in formats in pairs (see `tiles`) where there is one."""
+        return self.name == "avx512vnni"
+
+    @property
     def has_amx(self) -> bool:
         """Products of whole tiles of bfloat16 in one instruction."""
         return self.name == "amx"

@@ -16,21 +16,36 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import register_tiles, vectors
-from .geometry import UNPACKED_BLOCK, unpacked_bytes
+from .geometry import UNPACKED_BLOCK, gated_tokens, panels_at_once, unpacked_bytes
 from .helpers import inline
 from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
-from .register_tiles import add_tiles, add_to_tile, fma_tile, multiply_tile, scale_tile, store_tile, sum_tile, zero_tile
+from .register_tiles import (
+    add_pairs,
+    add_scaled,
+    add_tiles,
+    add_to_tile,
+    fma_tile,
+    multiply_tile,
+    scale_tile,
+    start_pairs,
+    store_tile,
+    sum_tile,
+    zero_tile,
+)
 from .simd import exp, hidden, load_f32x16, load_i32, load_i64, maximum, prefetch, prefetch_to_l2, splat_f32, store_f32x16
 from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
-from .unpack import group_of, minimum_vector, scale_vector
+from .unpack import group_of, minimum_vector, pair_factors, pair_units, pair_vector, scale_vector
 
 _AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
+_FAR = 8 * _AHEAD  # and for the second-level cache; a core has more requests of that under way than of the first (Zen 4)
 _MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
 _FETCHED_AT_ONCE = 256
+_PANEL = current_isa().tokens
+_TAKES_TWO = panels_at_once() == 2
 
 
 @intrinsic(prefer_literal=True)
@@ -65,7 +80,7 @@ def dot_groups(typing_context, tile, layout, block, activations, item, first, la
         centre = 0 if signed else centre_of(end - begin, largest)
 
         def start(t):
-            offset = panel_offsets(current_isa().tokens)[{(0, 8): 5, (0, 4): 6, (4, 8): 7}[begin, end]]
+            offset = panel_offsets(current_isa().tokens)[{(0, 8): 1, (0, 4): 6, (4, 8): 7}[begin, end]]
             minus_sums = register_tiles.scalar_row(b, b.add(x, ir.Constant(ir.IntType(64), offset)), 4, t, word)
             pairs = b.bitcast(vectors.halves(b, minus_sums)[0], ir.VectorType(ir.IntType(16), 16))
             return b.mul(pairs, vectors.constant(pairs.type, centre))
@@ -93,6 +108,119 @@ def unpack_block(typing_context, layout, block, target):
 
 
 @cache
+def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
+    """A function ``(tile, quants, block, header, factors, record) -> tile`` that adds the products of a block of 32 columns.
+
+    Of a format in pairs the tile counts units.
+    """
+    format = TILE_FORMATS[layout]
+    scales_at, starts_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(current_isa().tokens if item == 1 else 1, item)
+    halves, minimum, pairs = format.scales == 2, format.minimum, format.has_pairs and item == 1
+    # what the sums of quants have too much
+    zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
+
+    @inline
+    def in_pairs(tile, quants, block, header, factors, x):
+        dots = start_pairs(tokens, x + starts_at, 4)
+        dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
+        return add_pairs(tile, dots, pair_vector(layout, block, factors), x + scales_at, 4)
+
+    @inline
+    def in_halves(tile, quants, block, header, factors, x):
+        dots = start_dot_tile(tokens, zero, x + first_at, 4)
+        dots = dot_groups(dots, layout, quants, x, item, 0, 4, unpacked)
+        tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
+        dots = start_dot_tile(tokens, zero, x + last_at, 4)
+        dots = dot_groups(dots, layout, quants, x, item, 4, 8, unpacked)
+        tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
+        if minimum:
+            sums = sum_tile(tokens, x + first_at, 4)
+            tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 0), x + scales_at, 4)
+            sums = sum_tile(tokens, x + last_at, 4)
+            tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
+        return tile
+
+    @inline
+    def whole(tile, quants, block, header, factors, x):
+        dots = start_dot_tile(tokens, zero, x + sums_at, 4)
+        dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
+        tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
+        if minimum:
+            tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
+        return tile
+
+    return in_pairs if pairs else in_halves if halves else whole
+
+
+@cache
+def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bool) -> Any:
+    """As `tile_product`, but returns two tiles: of ``tokens`` tokens each of one panel and the next, if ``twice``; else the same one twice.
+
+    Two panels at once read and unpack weights once, and wait for the memory half as often, with twice as much to do meanwhile: of 16 tokens
+    from the memory a panel takes 84 cycles for a block of Q4_1 where it takes 92 after the other (Zen 4).
+    """
+    format = TILE_FORMATS[layout]
+    add_block = _block_product(layout, tokens, item, unpacked)
+    record = panel_bytes(current_isa().tokens if item == 1 else 1, 32, item)
+    blocks_per_record = format.columns // 32
+    header_bytes, block_bytes = format.header_bytes, format.block_bytes
+    units_bytes, pairs = format.units_bytes, format.has_pairs and item == 1
+    at_once = _FETCHED_AT_ONCE * (1 + twice)
+    # With AVX-512 a core reads the weights of one token faster by itself (Zen 4); those of several it would wait for.
+    asks_far = tokens >= 4 and current_isa().has_avx512
+    asks = asks_far or not current_isa().has_avx512
+
+    @inline
+    def products(weights, quants, x, blocks, ahead, fetch, fetch_end):
+        tile = other = zero_tile(tokens)
+        total, other_total = tile, other  # of records of pairs, in floats
+        header = weights
+        block = weights + units_bytes + header_bytes
+        left = blocks_per_record
+        second = blocks * record
+        for _ in range(blocks):
+            # first, because LLVM would else load all that is read before it asks, and have no registers for that
+            if asks:
+                for line in range(0, block_bytes, 64):
+                    prefetch(block + ahead + line)
+                    if asks_far:
+                        prefetch_to_l2(block + _FAR // _AHEAD * ahead + line)
+            if fetch < fetch_end:
+                for line in range(0, at_once, 64):
+                    prefetch_to_l2(fetch + line)
+                fetch += at_once
+            if not unpacked:
+                quants = block
+            if left == blocks_per_record:
+                factors = pair_factors(layout, header)
+            tile = add_block(tile, quants, block, header, factors, x)
+            if twice:
+                other = add_block(other, quants, block, header, factors, x + second)
+            x += record
+            quants += UNPACKED_BLOCK
+            block += block_bytes
+            if blocks_per_record > 1:
+                left -= 1
+                if left == 0:
+                    left = blocks_per_record
+                    if pairs:
+                        units = pair_units(layout, header)
+                        total, tile = add_scaled(total, tile, units), zero_tile(tokens)
+                        if twice:
+                            other_total, other = add_scaled(other_total, other, units), zero_tile(tokens)
+                    header = block
+                    block += header_bytes
+        if pairs and blocks_per_record > 1:
+            return total, other_total
+        if pairs:
+            units = pair_units(layout, header)
+            return multiply_tile(tile, units), multiply_tile(other, units)
+        return tile, other
+
+    return products
+
+
+@cache
 def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> Any:
     """A function ``(weights, quants, panel, blocks, ahead, fetch, fetch_end) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8,
     or by one token's int16 (``item=2``).
@@ -101,62 +229,11 @@ def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> 
     the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there; and, bit
     by bit, for what lies between ``fetch`` and ``fetch_end``.
     """
-    format = TILE_FORMATS[layout]
-    panel = current_isa().tokens if item == 1 else 1
-    scales_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(panel, item)
-    record = panel_bytes(panel, 32, item)
-    blocks_per_record = format.columns // 32
-    header_bytes, block_bytes = format.header_bytes, format.block_bytes
-    halves, minimum = format.scales == 2, format.minimum
-    # what the sums of quants have too much
-    zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
-    # With AVX-512 a core reads the weights of one token faster by itself (Zen 4); those of several it would wait for.
-    asks = tokens >= 4 or not current_isa().has_avx512
+    products = _tile_products(layout, tokens, item, unpacked, False)
 
     @inline
     def product(weights, quants, x, blocks, ahead, fetch=0, fetch_end=0):
-        tile = zero_tile(tokens)
-        header = weights
-        block = weights + header_bytes
-        left = blocks_per_record
-        for _ in range(blocks):
-            if not unpacked:
-                quants = block
-            if halves:
-                dots = start_dot_tile(tokens, zero, x + first_at, 4)
-                dots = dot_groups(dots, layout, quants, x, item, 0, 4, unpacked)
-                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
-                dots = start_dot_tile(tokens, zero, x + last_at, 4)
-                dots = dot_groups(dots, layout, quants, x, item, 4, 8, unpacked)
-                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
-                if minimum:
-                    sums = sum_tile(tokens, x + first_at, 4)
-                    tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 0), x + scales_at, 4)
-                    sums = sum_tile(tokens, x + last_at, 4)
-                    tile = scale_tile(tile, sums, minimum_vector(layout, block, header, 1), x + scales_at, 4)
-            else:
-                dots = start_dot_tile(tokens, zero, x + sums_at, 4)
-                dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
-                tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
-                if minimum:
-                    tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
-            if asks:
-                for line in range(0, block_bytes, 64):
-                    prefetch(block + ahead + line)
-            if fetch < fetch_end:
-                for line in range(0, _FETCHED_AT_ONCE, 64):
-                    prefetch_to_l2(fetch + line)
-                fetch += _FETCHED_AT_ONCE
-            x += record
-            quants += UNPACKED_BLOCK
-            block += block_bytes
-            if blocks_per_record > 1:
-                left -= 1
-                if left == 0:
-                    left = blocks_per_record
-                    header = block
-                    block += header_bytes
-        return tile
+        return products(weights, quants, x, blocks, ahead, fetch, fetch_end)[0]
 
     return product
 
@@ -187,6 +264,12 @@ def _unpack_tile(layout: str) -> Any:
     return unpack_tile
 
 
+@inline
+def paired_tokens(tokens):
+    """How many of the tokens are taken by two panels: a last one with more than four is taken as a whole one."""
+    return (tokens + _PANEL - 5) // (2 * _PANEL) * (2 * _PANEL)
+
+
 def matmul(*, layout: str) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
@@ -197,8 +280,13 @@ def matmul(*, layout: str) -> Any:
     panel = current_isa().tokens
     record = panel_bytes(panel, 32)
     one, four, full = (tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    two_panels = _tile_products(layout, panel, 1, 0, True)
     unpacks = unpacked_bytes(layout, 32) > 0
     full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
+
+    @inline
+    def write(tile, target, row_bytes, accumulate):
+        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -219,10 +307,17 @@ def matmul(*, layout: str) -> Any:
                 for start in range(0, whole, panel):
                     ahead = tile_bytes if start == 0 else 0
                     many = full_unpacked(w, quants, panels + start // panel * blocks * record, blocks, ahead)
+                    write(many, out + start * row_bytes + unit * 64, row_bytes, accumulate)
+        if _TAKES_TWO:
+            whole = paired_tokens(tokens)
+            for start in range(0, whole, 2 * panel):
+                x = panels + start // panel * blocks * record
+                ahead = _AHEAD if start == 0 else 0
+                for unit in range(begin, end):
+                    many, more = two_panels(weights + unit * tile_bytes, 0, x, blocks, ahead, 0, 0)
                     target = out + start * row_bytes + unit * 64
-                    if accumulate:
-                        many = add_to_tile(many, target, row_bytes)
-                    store_tile(many, target, row_bytes)
+                    write(many, target, row_bytes, accumulate)
+                    write(more, target + panel * row_bytes, row_bytes, accumulate)
         for start in range(whole, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
@@ -231,20 +326,11 @@ def matmul(*, layout: str) -> Any:
                 w = weights + unit * tile_bytes
                 target = out + start * row_bytes + unit * 64
                 if left == 1:
-                    result = one(w, 0, x, blocks, ahead)
-                    if accumulate:
-                        result = add_to_tile(result, target, row_bytes)
-                    store_tile(result, target, row_bytes)
+                    write(one(w, 0, x, blocks, ahead), target, row_bytes, accumulate)
                 elif left <= 4:
-                    few = four(w, 0, x, blocks, ahead)
-                    if accumulate:
-                        few = add_to_tile(few, target, row_bytes)
-                    store_tile(few, target, row_bytes)
+                    write(four(w, 0, x, blocks, ahead), target, row_bytes, accumulate)
                 else:
-                    many = full(w, 0, x, blocks, ahead)
-                    if accumulate:
-                        many = add_to_tile(many, target, row_bytes)
-                    store_tile(many, target, row_bytes)
+                    write(full(w, 0, x, blocks, ahead), target, row_bytes, accumulate)
 
     return kernel
 
@@ -279,9 +365,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`), 10 unused, 11 key
     cache of the next layer or 0, 12 its value cache, 13 bytes of one of their blocks, 14 blocks that are read (int32: how many, and which).
     """
-    panel = current_isa().tokens
+    panel, most = _PANEL, gated_tokens()
     record = panel_bytes(panel, 32)
     one, four, full = (tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
+    two_panels = _tile_products(layout, panel, 1, 0, True)
     unpacks = unpacked_bytes(layout, 32) > 0
     full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
     activate = activation_function(activation)
@@ -306,6 +393,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             store_tile(one(w, 0, x, blocks, ahead), target, 128)
         elif left <= 4:
             store_tile(four(w, 0, x, blocks, ahead), target, 128)
+        elif _TAKES_TWO and left > panel:
+            many, more = two_panels(w, 0, x, blocks, ahead, fetch, fetch_end)
+            store_tile(many, target, 128)
+            store_tile(more, target + panel * 128, 128)
         else:
             store_tile(full(w, 0, x, blocks, ahead, fetch, fetch_end), target, 128)
 
@@ -325,15 +416,14 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         out = load_i64(slots + 48)
         out_blocks = load_i64(slots + 56)
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
-        up = gate + panel * 128
-        fetched, products = 0, 1  # bytes, and by how many products
+        up = gate + most * 128
+        fetched = 0  # bytes
         if load_i64(slots + 88) and tokens >= panel:
             fetched = min(2 * load_i32(load_i64(slots + 112)) * load_i64(slots + 104), _MOST_FETCHED)
-            products = min(2, tokens // panel) * 4 * out_blocks
         whole = 0  # tokens of panels that share what is unpacked
         if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
-            quants = up + panel * 128
+            quants = up + most * 128
             for unit in range(begin, end):
                 for part in range(hidden(4)):
                     unpack_tile(tile_of(slots, unit, part, tile_bytes), blocks, quants + part * blocks * UNPACKED_BLOCK)
@@ -344,20 +434,27 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                         w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
                         store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, ahead), target, 128)
                     combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record)
-        for start in range(whole, tokens, panel):
+        paired = paired_tokens(tokens) if _TAKES_TWO else 0
+        start = whole
+        while start < tokens:
+            step = 2 * panel if start < paired else panel
             x = panels + start // panel * blocks * record
-            left = min(panel, tokens - start)
+            left = min(step, tokens - start)
             ahead = _AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
-                    fetch, fetch_end, index = 0, 0, 4 * (start // panel * out_blocks + unit) + part
-                    if fetched and index < products:
-                        at = index * fetched // products // 64 * 64
+                    fetch, fetch_end = 0, 0
+                    if start == 0 and fetched:
+                        share, products = 4 * unit + part, 4 * out_blocks
+                        at = share * fetched // products // 64 * 64
                         fetch = in_cache(slots, at)
-                        fetch_end = fetch + (index + 1) * fetched // products - at
+                        fetch_end = fetch + (share + 1) * fetched // products - at
                     product(w, x, blocks, left, target, ahead, fetch, fetch_end)
-                combine(gate, up, left, out + (start // panel * out_blocks + unit) * record)
+                for first in range(0, left, panel):
+                    quantized = out + ((start + first) // panel * out_blocks + unit) * record
+                    combine(gate + first * 128, up + first * 128, min(panel, left - first), quantized)
+            start += step
 
     return kernel
 

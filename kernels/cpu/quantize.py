@@ -30,8 +30,10 @@ _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _WORD_RECORD = panel_bytes(1, 32, 2)
 _SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(1, 2)[0]
-_PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (offset - _SUMMARY for offset in panel_offsets(_PANEL)[5:])
+_PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (panel_offsets(_PANEL)[field] - _SUMMARY for field in (1, 6, 7))
 _SUMS_PAIRS = current_isa().name == "avx2"
+_HAS_PAIRS = current_isa().pairs_scales
+_START = 8 * 0xFFFF  # eight in the upper half, less eight
 
 
 @inline
@@ -60,7 +62,10 @@ def quantize_block(low, high, record, slot):
     store_i8x16(quants, low_quants)
     store_i8x16(quants + 16, high_quants)
     if not _SUMS_PAIRS:
-        _describe(at, 4 * _PANEL, scale, sum_lanes_i32(low_quants), sum_lanes_i32(high_quants))
+        first, last = sum_lanes_i32(low_quants), sum_lanes_i32(high_quants)
+        _describe(at, 4 * _PANEL, scale, first, last)
+        if _HAS_PAIRS:
+            store_i32(at + _PAIRS, (first + last) * _START)
         return
     low_sums, high_sums = pair_sums(low_quants), pair_sums(high_quants)
     first, second = low_sums << 32 >> 32, low_sums >> 32
@@ -90,10 +95,10 @@ def quantize_row_to_words(x, record, columns):
 def _describe(at, stride, scale, first, last):
     """A token's scale and sums, at their places behind the quants of a record."""
     store_f32(at, scale)
-    store_f32(at + stride, scale * np.float32(first + last))
-    store_i32(at + 2 * stride, -first - last)
-    store_i32(at + 3 * stride, -first)
-    store_i32(at + 4 * stride, -last)
+    store_f32(at + 2 * stride, scale * np.float32(first + last))
+    store_i32(at + 3 * stride, -first - last)
+    store_i32(at + 4 * stride, -first)
+    store_i32(at + 5 * stride, -last)
 
 
 def quantize() -> Any:

@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .isa import current_isa
-from .vectors import BFLOAT, F32, I32, I64, Vector, call, constant, f32x16, i32x16, load, row_address, splat, store
+from .vectors import BFLOAT, F32, I16, I32, I64, Vector, call, constant, f32x16, i32x16, load, row_address, splat, store
 
 
 def tile_type(vector: Vector, count: int) -> Any:
@@ -96,6 +96,37 @@ def scale_tile(typing_context, tile, dots, scale, scales, stride):
 
 
 @intrinsic(prefer_literal=True)
+def start_pairs(typing_context, tokens, starts, stride):
+    """The int32 tile on which a block's sums begin that are taken in pairs, as the activations' panel has it."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+        step = sig.args[2].literal_value
+        return each(b, tile, lambda t, _: scalar_row(b, values[1], step, t, I32))
+
+    return tile_type(i32x16, count)(tokens, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_pairs(typing_context, tile, dots, pairs, scales, stride):
+    """``tile[t] + scales[t] * (dots[t].lower * pairs.lower + dots[t].upper * pairs.upper)``, of the halves of each lane."""
+
+    def codegen(context, b, sig, values):
+        tile_value, sums, row_pairs, base, _ = values
+        step, words = sig.args[4].literal_value, ir.VectorType(I16, 32)
+
+        def add(t, total):
+            both = b.bitcast(b.extract_value(sums, t), words), b.bitcast(row_pairs, words)
+            products = b.sitofp(call(b, "llvm.x86.avx512.pmaddw.d.512", i32x16.llvm, *both), f32x16.llvm)
+            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, products, scalar_row(b, base, step, t, F32), total)
+
+        return each(b, tile_value, add)
+
+    return tile(tile, dots, i32x16, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
 def fma_tile(typing_context, tile, vector, scalars, stride):
     """``tile[t] + vector * scalars[t]``, float32 scalars at ``scalars + t * stride``; the stride may be a run-time value."""
 
@@ -146,6 +177,21 @@ def add_tiles(typing_context, x, y):
         return each(b, values[0], lambda t, v: b.fadd(v, b.extract_value(values[1], t)))
 
     return x(x, y), codegen
+
+
+@intrinsic
+def add_scaled(typing_context, x, y, vector):
+    """``x[t] + y[t] * vector``."""
+
+    def codegen(context, b, sig, values):
+        total, tile, factor = values
+
+        def add(t, sum_):
+            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, b.extract_value(tile, t), factor, sum_)
+
+        return each(b, total, add)
+
+    return x(x, y, f32x16), codegen
 
 
 @intrinsic

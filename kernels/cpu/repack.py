@@ -6,6 +6,7 @@ file is forgotten when it is done, so that a whole model can be packed while the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,24 @@ from numba.extending import intrinsic
 
 from .grids import grid
 from .helpers import inline
-from .simd import load_i64, load_u8, load_u16, load_u32, prefetch, store_i32, store_u8, store_u16
+from .simd import load_f32, load_i64, load_u8, load_u16, load_u32, prefetch, store_f32, store_i32, store_u8, store_u16
+from .small_floats import load_f16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS
 
 _LOW = 0x0F0F0F0F
+_EIGHT, _MOST, _WHOLE = np.float32(8), np.float32(32767), np.float32(1 << 14)
 
 
 @inline
 def spread_bits(four):
     """Bit ``i`` of a nibble to bit 0 of byte ``i``."""
     return (four * 0x00204081) & 0x01010101
+
+
+@inline
+def nearest(value):
+    """The integer next to a float."""
+    return np.int64(math.floor(value + np.float32(0.5)))
 
 
 @inline
@@ -229,7 +238,7 @@ def _words(layout: str) -> Any:
         high = load_u8(block + 32 + eight // 2) >> (4 * (eight % 2)) & 15
         return ternary_grid_word(load_u8(block + eight) | (high & 7) << 8, 255 * (high >> 3), group)
 
-    return locals()[layout]
+    return locals()[layout.removesuffix("_pairs")]
 
 
 def _grid_words(layout: str) -> tuple[Any, Any]:
@@ -340,8 +349,44 @@ def _scales(layout: str, block_bytes: int) -> Any:
         store_u8(target + row, 2 * (two & 7) + 1)
         store_u8(target + 16 + row, 2 * (two >> 3 & 7) + 1)
 
+    @inline
+    def q4_1_pairs(block, sub, row, header, target):
+        unit = load_f32(header + 4 * row)
+        scale, minimum = load_f16(block), load_f16(block + 2)
+        store_u16(target + 4 * row, nearest(scale / unit if unit else unit))
+        store_u16(target + 4 * row + 2, nearest((scale + minimum / _EIGHT) / unit if unit else unit))
+
+    @inline
+    def q4_k_pairs(block, sub, row, header, target):
+        if sub == 0:
+            scale, minimum = load_f16(block), load_f16(block + 2) / _EIGHT
+            of_minimum = abs(minimum) > abs(scale) or minimum != minimum
+            larger, other = (minimum, scale) if of_minimum else (scale, minimum)
+            store_u16(header + 2 * row, load_u16(block + 2) if of_minimum else load_u16(block))
+            count = min(nearest(_WHOLE * (other / larger)), 16383) if larger else 0
+            store_u16(header + 32 + 2 * row, 2 * count + of_minimum)
+        store_u8(target + 2 * row, k_scale(block + 4, sub))
+        store_u8(target + 2 * row + 1, k_minimum(block + 4, sub))
+
     writers = locals() | {"q5_k": q4_k, "iq2_s": iq2_xs}
     return writers.get(layout, half_scale_and_minimum if TILE_FORMATS[layout].minimum else half_scale)
+
+
+def _units(layout: str, block_bytes: int) -> Any:
+    """A function ``(row, blocks, target)``: what 16 bits count in a row of Q4_1, so that the largest scale, or eighth of a minimum that is
+    counted from the middle of the quants, just fits."""
+
+    @inline
+    def write_unit(row, blocks, target):
+        largest = wrong = np.float32(0)
+        for block in range(row, row + blocks * block_bytes, block_bytes):
+            scale, minimum = load_f16(block), load_f16(block + 2)
+            middle = scale + minimum / _EIGHT
+            largest = max(largest, abs(scale), abs(middle))
+            wrong += (scale - scale) + (minimum - minimum)  # NaN where one is no number
+        store_f32(target, largest / _MOST + wrong)
+
+    return write_unit
 
 
 def repack(*, layout: str, block_bytes: int) -> Any:
@@ -363,14 +408,19 @@ def repack(*, layout: str, block_bytes: int) -> Any:
     low_mask = ((1 << bits) - 1) * 0x01010101
     high_mask = ((1 << high_bits) - 1) * 0x01010101
     word, write_scales = _words(layout), _scales(layout, block_bytes)
+    units_bytes, write_unit = format.units_bytes, _units(layout, block_bytes)
 
     def kernel(slots, begin, end, thread):
         source, tiles = load_i64(slots), load_i64(slots + 8)
         rows, columns, order = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 40)
-        records = columns // columns_per_record
+        tile_bytes, records = load_i64(slots + 32), columns // columns_per_record
         for tile in range(begin, end):
+            start = tiles + tile * tile_bytes
+            if units_bytes:
+                for row in range(min(16, rows - 16 * tile)):
+                    write_unit(source + stored_row(order, 16 * tile + row) * records * block_bytes, records, start + 4 * row)
             for record in range(records):
-                header = tiles + (tile * records + record) * record_bytes
+                header = start + units_bytes + record * record_bytes
                 upcoming = source + 16 * ((tile + 1) * records + record) * block_bytes  # as many bytes of the next tile
                 for line in range(0, 16 * block_bytes, 64):
                     prefetch(upcoming + line)
@@ -388,7 +438,7 @@ def repack(*, layout: str, block_bytes: int) -> Any:
                             for i in range(per_plane):
                                 packed |= (word(block, sub, plane * per_plane + i) >> bits & high_mask) << (high_bits * i)
                             store_i32(target + plane_at + 64 * plane + 4 * row, packed)
-                        write_scales(block, sub, row, header, target + scales_at)
+                        write_scales(block, sub, row, start if units_bytes else header, target + scales_at)
         forget(slots, source, records * block_bytes, order, 16 * begin, min(16 * end, rows))
 
     return kernel

@@ -17,7 +17,17 @@ A record is, in this order:
 - minimums alike; `scale="nibbles"` keeps scale (low) and minimum (high) in one byte
 
 A weight is ``scale * (quant - zero) + minimum``, or ``scale * codebook[quant]``; super-scales count ``unit`` times. Nothing is rounded on
-the way from a GGUF block to a tile.
+the way from a GGUF block to a tile, but for what the next paragraph says.
+
+Formats in *pairs* are for AVX-512, where `Isa.pairs_scales`. Each row and 32 columns have two int16, ``a`` and ``b``, and a weight is
+``unit * (a * (quant - 8) + 8 * b)``: 4-bit quants less 8, times int8, sum up to 16 bits, so that one product of pairs (``vpmaddwd``) takes
+them times ``a`` and eight times the activations' sum times ``b``.
+
+- `scale="i16 pairs"`: a tile starts with the rows' units, ``f32[16]``; ``a`` and ``b`` are rounded to these, and lie where scales do as
+  ``i16[16][2]``
+- `scale="u8 pairs"`: scale and minimum of Q4_K, ``u8[16][2]``; the header has ``f16[16]``, the super-scale, or the super-minimum where an
+  eighth of that is larger, and ``i16[16]``: the smaller of these two in 16,384ths of the larger, doubled, and 1 more if the minimum is the
+  larger. The unit is a 256th of the larger.
 
 Float formats: 16-bit and 32-bit tiles hold, for each column, the 16 rows' values. Tiles of FP8 (E4M3) start with ``f32[n][16]`` scales of
 the rows, each for an n-th of the columns, and then hold a byte for each column and row.
@@ -25,8 +35,10 @@ the rows, each for an n-th of the columns, and then hold a byte for each column 
 Activations
 -----------
 A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``64 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
-``f32[P]`` scale times the sum of quants, ``i32[P]`` minus the sum of quants, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the
-last 16; and the last three again as ``i16[P][2]``: of the columns 0 and 1 of each group, and of 2 and 3 (these are there for AVX2 only).
+``i16[P][2]`` minus the sum of quants by pairs (of the columns 0 and 1 of each group, and of 2 and 3), ``f32[P]`` scale times the sum of
+quants, ``i32[P]`` minus that sum, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the last 16; and these two by pairs as well. What
+is by pairs is there for AVX2. AVX-512 has in place of the first ``i32[P]``, where the sums of formats in pairs start: eight times the sum
+of quants in the upper half, less as much.
 
 What `logits` multiplies again is quantised to 16 bits, each token for itself: ``P`` is 1, and the quants are ``i16[32]``. In each group of
 4 columns the even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
@@ -49,7 +61,8 @@ class TileFormat(NamedTuple):
     bits, high_bits
         Low bits of a quant, and bits in the plane above them.
     scale
-        ``"f16"``, ``"u8"``, ``"i8"`` (times the super-scale), ``"nibbles"``, ``"e8m0"`` or ``"super"`` (the super-scale alone).
+        ``"f16"``, ``"u8"``, ``"i8"`` (times the super-scale), ``"nibbles"``, ``"e8m0"``, ``"super"`` (the super-scale alone), or
+        ``"i16 pairs"`` and ``"u8 pairs"`` (with the minimum).
     minimum
         A minimum goes with each scale, stored as the scale is.
     scale_columns
@@ -96,11 +109,20 @@ class TileFormat(NamedTuple):
     @property
     def scale_bytes(self) -> int:
         """Of one vector of scales."""
-        return {"f16": 32, "u8": 16, "i8": 16, "nibbles": 16, "e8m0": 16, "super": 0}[self.scale]
+        return {"f16": 32, "u8": 16, "i8": 16, "nibbles": 16, "e8m0": 16, "super": 0, "i16 pairs": 64, "u8 pairs": 32}[self.scale]
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.scale.endswith(" pairs")
 
     @property
     def has_minimum_vectors(self) -> bool:
-        return self.minimum and self.scale != "nibbles"
+        return self.minimum and not self.has_pairs and self.scale != "nibbles"
+
+    @property
+    def units_bytes(self) -> int:
+        """The rows' units, at the start of a tile."""
+        return 64 if self.scale == "i16 pairs" else 0
 
     @property
     def header_bytes(self) -> int:
@@ -121,7 +143,7 @@ class TileFormat(NamedTuple):
 
     def tile_bytes(self, columns: int) -> int:
         """Bytes of 16 rows of ``columns`` columns."""
-        return columns // self.columns * self.record_bytes
+        return self.units_bytes + columns // self.columns * self.record_bytes
 
     def nbytes(self, rows: int, columns: int) -> int:
         return -(-rows // ROWS) * self.tile_bytes(columns)
@@ -152,7 +174,7 @@ class FloatFormat(NamedTuple):
         return -(-rows // ROWS) * self.tile_bytes(columns)
 
 
-TILE_FORMATS: dict[str, TileFormat] = {
+STORED_FORMATS: dict[str, TileFormat] = {
     format.name: format
     for format in (
         TileFormat("q4_0", 4, zero=8),
@@ -179,6 +201,11 @@ TILE_FORMATS: dict[str, TileFormat] = {
         TileFormat("tq2_0", 2, scale="super", columns=256, zero=1),
     )
 }
+PAIRED_FORMATS: dict[str, TileFormat] = {
+    "q4_1": TileFormat("q4_1_pairs", 4, scale="i16 pairs", minimum=True),
+    "q4_k": TileFormat("q4_k_pairs", 4, scale="u8 pairs", minimum=True, columns=256),
+}
+TILE_FORMATS = STORED_FORMATS | {format.name: format for format in PAIRED_FORMATS.values()}
 FLOAT_FORMATS: dict[str, FloatFormat] = {
     format.name: format
     for format in (FloatFormat("f32", 4), FloatFormat("f16", 2), FloatFormat("bf16", 2), FloatFormat("f8e4m3", 1, scales=1))
@@ -189,8 +216,8 @@ _SUMMARY_FIELDS = 8  # of four bytes, of one token in one record: its scale and 
 
 
 def panel_offsets(tokens: int, item: int = 1) -> list[int]:
-    """Where, in a record of a panel of ``tokens``, the scales, scaled sums, sums, sums of the first and of the last half start, and then
-    these three sums by pairs. Quants have ``item`` bytes.
+    """Where, in a record of a panel of ``tokens``, the scales start, the sums by pairs, the scaled sums, the sums, those of the first and
+    of the last half, and then these two by pairs. Quants have ``item`` bytes.
     """
     return [tokens * (COLUMNS * item + 4 * field) for field in range(_SUMMARY_FIELDS)]
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cpu.tiles import COLUMNS, FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
+from ..cpu.tiles import COLUMNS, FLOAT_FORMATS, ROWS, STORED_FORMATS, FloatFormat, TileFormat
 
 Macros = tuple[tuple[str, str], ...]
 
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def format(self) -> TileFormat | FloatFormat:
-        return TILE_FORMATS.get(self.name) or FLOAT_FORMATS[self.name]
+        return STORED_FORMATS.get(self.name) or FLOAT_FORMATS[self.name]
 
     @property
     def is_float(self) -> bool:
@@ -131,4 +131,4 @@ class Layout:
 
 
 # FP8 has no kernel here: its tiles bring scales of rows
-LAYOUTS: dict[str, Layout] = {name: Layout(name) for name in (*TILE_FORMATS, *FLOAT_FORMATS) if name != "f8e4m3"}
+LAYOUTS: dict[str, Layout] = {name: Layout(name) for name in (*STORED_FORMATS, *FLOAT_FORMATS) if name != "f8e4m3"}

@@ -388,6 +388,7 @@ class CpuLowering(CpuLaunching):
             spoils=(k_rows, v_rows) if layout == "int16" else (k_rows,),
         )
         out = self._rows(node.output)
+        items = "output_items" if options.get("for_outputs") else "items"
         partials = self._new((self.state.max_partials * kv_heads * geometry.partial_floats(group, head_dim),), np.float32)
         slots = (
             q_rows.address,
@@ -407,12 +408,13 @@ class CpuLowering(CpuLaunching):
             0,
             0,
             partials.address,
+            self.state.count_address(items),
         )
         constants = {"cache": layout} if module == "float_attention" else {}
         self._launch(
             spec(f"{module}.attention", head_dim=head_dim, group=group, **constants),
             slots,
-            "output_items" if options.get("for_outputs") else "items",
+            items,
             units=kv_heads,
             reads=(q_rows, keys, values),
             writes=(out, partials),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,21 @@ from numpy.typing import NDArray
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import load_kernels
 from ..kernels.cpu.tiles import ROWS, FloatFormat, TileFormat
-from ..quantization.types import BLOCK_SIZES, Tensor, block_size
+from ..quantization.types import Tensor
 from .memory import address, forget, madvise_address, mapping_of, zeros
 from .pool import EXECUTOR_KERNELS, ThreadPool, thread_pool
-from .quantize import PART_BYTES, Launch, blocks_of, kernels_for, launch_all, parts, repacker, rows_within, stored_blocks, tile_format
+from .quantize import (
+    PART_BYTES,
+    Launch,
+    blocks_of,
+    kernels_for,
+    launch_all,
+    multiplied_format,
+    parts,
+    repacker,
+    rows_within,
+    stored_blocks,
+)
 
 BATCH_BYTES = 32 << 20  # of weights in one program: steps of other models wait for it
 _CHUNK_BYTES = 512 << 10  # of weights that a thread claims at once: what it forgets takes a call of the system
@@ -45,8 +56,8 @@ class Matrix(NamedTuple):
 class TiledWeights:
     """The matrices of a program in one piece of memory, in their order."""
 
-    def __init__(self, matrices: list[Tensor]) -> None:
-        formats = [tile_format(tensor) for tensor in matrices]
+    def __init__(self, matrices: list[Tensor], format_of: Callable[[Tensor], TileFormat | FloatFormat] = multiplied_format) -> None:
+        formats = [format_of(tensor) for tensor in matrices]
         sizes = [format.nbytes(*tensor.shape) for format, tensor in zip(formats, matrices, strict=True)]
         starts = [0, *accumulate(-(-size // 64) * 64 for size in sizes)]  # each in whole cache lines
         self.arena: NDArray[Any] = zeros(starts[-1], np.uint8, huge_pages=True)
@@ -56,7 +67,8 @@ class TiledWeights:
             id(tensor): Matrix(tensor, format, self.arena[start : start + size], arena + start)
             for tensor, format, start, size in zip(matrices, formats, starts, sizes, strict=False)
         }
-        self.packers = list(dict.fromkeys([*EXECUTOR_KERNELS, *(kernel for tensor in matrices for kernel in kernels_for(tensor))]))
+        needs = [[*kernels_for(matrix.tensor), repacker(matrix.tensor, matrix.format)] for matrix in self._matrices.values()]
+        self.packers = list(dict.fromkeys([*EXECUTOR_KERNELS, *chain.from_iterable(needs)]))
         """The kernels that `pack` needs."""
         self._packing: Packing | None = None
 
@@ -83,8 +95,7 @@ class TiledWeights:
         batch = _Batch(pool, check)
         for matrix in self._matrices.values():
             tensor = matrix.tensor
-            size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
-            repack = kernels[repacker(matrix.format.name, size[1] if size else 1)]
+            repack = kernels[repacker(tensor, matrix.format)]
             if tensor.isq is None and tensor.scales is None:
                 _add_stored(batch, matrix, repack)
                 continue

@@ -72,7 +72,7 @@ class GpuWeights:
         if isinstance(format, FloatFormat) and tensor.isq is None:
             planes = _float_planes(tensor, format)
         else:
-            tiled = TiledWeights([tensor])
+            tiled = TiledWeights([tensor], tile_format)
             tiles = tiled[tensor].tiles
             load_kernels(tiled.packers, self.progress)
             tiled.pack(lambda: thread_pool(available_threads()))

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ..errors import ModelLoadError
 from ..kernels.cpu.compiler import Spec, load_kernels, spec
-from ..kernels.cpu.tiles import FLOAT_FORMATS, ROWS, TILE_FORMATS, FloatFormat, TileFormat
+from ..kernels.cpu.isa import current_isa
+from ..kernels.cpu.tiles import FLOAT_FORMATS, PAIRED_FORMATS, ROWS, STORED_FORMATS, FloatFormat, TileFormat
 from ..kernels.cpu.weight_layout import NOT_FINITE, SCRATCH_BYTES, TOO_LARGE
 from ..quantization.floats import FLOATS
 from ..quantization.types import BLOCK_SIZES, Tensor, block_size, quantized_bytes
@@ -25,15 +26,21 @@ PART_BYTES = 4 << 20  # of a file's weights that are in memory at once while the
 def tile_format(tensor: Tensor) -> TileFormat | FloatFormat:
     """The tiles that a tensor's type becomes. Raises ModelLoadError if there are none."""
     name = tensor.layout
-    format = TILE_FORMATS.get(name) or FLOAT_FORMATS.get(name)
+    format = STORED_FORMATS.get(name) or FLOAT_FORMATS.get(name)
     if format is None:
-        known = ", ".join(sorted(name.upper() for name in (*TILE_FORMATS, *FLOAT_FORMATS)))
+        known = ", ".join(sorted(name.upper() for name in (*STORED_FORMATS, *FLOAT_FORMATS)))
         raise ModelLoadError(f"tensor {tensor.name!r} is stored as {name.upper()}, which is not supported; these are: {known}")
     if isinstance(format, TileFormat) and tensor.shape[1] % format.columns:
         raise ModelLoadError(f"tensor {tensor.name!r}: {tensor.shape[1]} columns are not a multiple of {format.columns}")
     if isinstance(format, FloatFormat) and tensor.scales is not None and tensor.isq is None:
         return format._replace(scales=tensor.scales.shape[1])
     return format
+
+
+def multiplied_format(tensor: Tensor) -> TileFormat | FloatFormat:
+    """`tile_format`, or what this CPU multiplies faster."""
+    format = tile_format(tensor)
+    return PAIRED_FORMATS.get(format.name, format) if current_isa().pairs_scales else format
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -54,14 +61,13 @@ def rows_within(nbytes: int, row_bytes: int) -> int:
 
 
 def kernels_for(tensor: Tensor) -> list[Spec]:
-    """What `blocks_of` and packing need for this tensor."""
+    """What `blocks_of` needs for this tensor."""
     if tensor.isq is None:
-        return [repacker(tensor.layout, BLOCK_SIZES[tensor.type][1])]
-    size = block_size(tensor.isq)
-    kernels = [_quantizer(tensor), repacker(tensor.isq, size[1] if size else 1)]
-    if not _is_float(tensor):
-        kernels += [repacker(_stored(tensor), BLOCK_SIZES[tensor.type][1]), spec("embedding.embedding", layout=_stored(tensor))]
-    return kernels
+        return []
+    if _is_float(tensor):
+        return [_quantizer(tensor)]
+    stored = replace(tensor, isq=None)
+    return [_quantizer(tensor), repacker(stored, tile_format(stored)), spec("embedding.embedding", layout=stored.layout)]
 
 
 def stored_blocks(tensor: Tensor) -> NDArray[np.uint8]:
@@ -80,9 +86,10 @@ def stored_blocks(tensor: Tensor) -> NDArray[np.uint8]:
     return np.concatenate([np.ascontiguousarray(tensor.scales).view(np.uint8), rows], axis=1).reshape(-1)
 
 
-def repacker(layout: str, block_bytes: int) -> Spec:
-    """The kernel from blocks to tiles."""
-    return spec("repack.repack", layout=layout, block_bytes=block_bytes)
+def repacker(tensor: Tensor, format: TileFormat | FloatFormat) -> Spec:
+    """The kernel from the tensor's blocks to tiles."""
+    size = BLOCK_SIZES[tensor.type] if tensor.isq is None else block_size(tensor.isq)
+    return spec("repack.repack", layout=format.name, block_bytes=size[1] if size else 1)
 
 
 def blocks_of(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
@@ -146,9 +153,10 @@ def launch_all(pool: ThreadPool, launches: Sequence[Launch]) -> None:
 def _floats(tensor: Tensor, kernels: Mapping[Spec, int], pool: ThreadPool) -> NDArray[np.uint8]:
     """The weights of a tensor that is stored quantised, as float32, read out of tiles."""
     rows, columns = tensor.shape
-    format = tile_format(replace(tensor, isq=None))
+    stored = replace(tensor, isq=None)
+    format = tile_format(stored)
     tiles, blocks = zeros(format.nbytes(rows, columns), np.uint8), stored_blocks(tensor)
-    repack = kernels[repacker(format.name, BLOCK_SIZES[tensor.type][1])]
+    repack = kernels[repacker(stored, format)]
     launch(pool, repack, (address(blocks), address(tiles), rows, columns, format.tile_bytes(columns), 0, 0), -(-rows // ROWS))
     numbers, result = np.arange(rows, dtype=np.int32), zeros(4 * prod(tensor.shape), np.uint8)
     one = int(np.float32(1).view(np.int32))

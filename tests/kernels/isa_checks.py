@@ -50,12 +50,13 @@ def check_products() -> None:
         x = (rng.standard_normal((30, tensor.shape[1])) * 10.0 ** rng.uniform(-4, 4, (30, 1))).astype(np.float32)
         together = F.linear(x, tensor)
         used = ref.quantized(x).astype(np.float64)
-        assert np.all(np.abs(together - used @ weights.T) <= ref.product_bound(weights, used)), tensor.name
+        assert np.all(np.abs(together - used @ weights.T) <= ref.product_bound(weights, used, tensor.type.name)), tensor.name
         for tokens in (1, 2, 3, 4, 5, 11, 13):
             assert F.linear(x[:tokens], tensor).tobytes() == together[:tokens].tobytes(), (tensor.name, tokens)
         # every weight at every activation's limit
         limits = np.where(rng.random((4, tensor.shape[1])) < 0.5, -1, 1).astype(np.float32)
-        assert np.all(np.abs(F.linear(limits, tensor) - limits @ weights.T) <= ref.product_bound(weights, limits)), tensor.name
+        bound = ref.product_bound(weights, limits, tensor.type.name)
+        assert np.all(np.abs(F.linear(limits, tensor) - limits @ weights.T) <= bound), tensor.name
         found = F.embedding(np.arange(50), tensor)
         assert np.allclose(found, weights, rtol=1e-5, atol=1e-6 * np.abs(weights).max()), tensor.name
     x = rng.standard_normal((9, 64)).astype(np.float32)
@@ -70,10 +71,12 @@ def check_gated() -> None:
     identity = ref.identity(64)
     x = rng.standard_normal((14, 64)).astype(np.float32) * 3
     used = ref.quantized(x).astype(np.float64)
-    wanted = ref.silu(used @ gate_weights.T) * (used @ up_weights.T)
+    activated, linear = ref.silu(used @ gate_weights.T), used @ up_weights.T
     found = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, "silu"), identity), x)
-    steps = np.repeat(np.abs(wanted).reshape(14, 2, 32).max(axis=2), 32, axis=1) / 127
-    assert np.all(np.abs(found - wanted) <= 0.501 * steps)
+    a_bound, b_bound = (ref.product_bound(weights, used, "Q4_1") for weights in (gate_weights, up_weights))
+    before = 1.13 * a_bound * np.abs(linear) + (np.abs(activated) + a_bound) * b_bound
+    steps = np.repeat((np.abs(activated * linear) + before).reshape(14, 2, 32).max(axis=2), 32, axis=1) / 127
+    assert np.all(np.abs(found - activated * linear) <= 0.501 * steps + before)
 
 
 def check_attention() -> None:

@@ -20,8 +20,8 @@ from pymistral.nn import cpu_weights
 from pymistral.nn.cpu_weights import TiledWeights
 from pymistral.nn.memory import address, zeros
 from pymistral.nn.pool import thread_pool
-from pymistral.nn.quantize import repacker, tile_format
-from pymistral.quantization.types import BLOCK_SIZES, GgmlType, Tensor, tensor_nbytes
+from pymistral.nn.quantize import multiplied_format, repacker
+from pymistral.quantization.types import GgmlType, Tensor, tensor_nbytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from resident import resident
@@ -39,11 +39,11 @@ def random_tensor(seed: int, rows: int, *, shuffled: bool = False) -> Tensor:
 
 def alone(tensor: Tensor) -> NDArray[Any]:
     """A tensor's tiles, made by one call of the kernel."""
-    format, size = tile_format(tensor), BLOCK_SIZES[tensor.type][1]
+    format = multiplied_format(tensor)
     tiles: NDArray[Any] = zeros(format.nbytes(*tensor.shape), np.uint8)
     blocks = tensor.in_order().data
     slots = np.array([address(blocks), address(tiles), *tensor.shape, format.tile_bytes(COLUMNS), 0, 0], np.int64)
-    kernel = repacker(tensor.layout, size)
+    kernel = repacker(tensor, format)
     entry_point(load_kernels([kernel])[kernel], 4)(address(slots), 0, -(-tensor.shape[0] // 16), 0)
     return tiles
 

@@ -49,7 +49,7 @@ def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[re
         bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
         return x.astype(np.float64) @ weights.T, bound + 1e-30
     used = ref.quantized(x).astype(np.float64)
-    return used @ weights.T, 3 * ref.product_bound(weights, used)
+    return used @ weights.T, 3 * ref.product_bound(weights, used, "")
 
 
 @pytest.mark.parametrize("kind", KINDS)

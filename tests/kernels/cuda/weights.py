@@ -34,6 +34,6 @@ def random_weights(
     kind: str, rows: int, columns: int, rng: np.random.Generator, *, edges: bool = False
 ) -> tuple[Layout, NDArray[np.uint8], ref.Floats]:
     """Layout, planes, and values."""
-    tensor, values = ref.random_tensor(kind, rows, columns, rng, edges=edges)
+    tensor, _ = ref.random_tensor(kind, rows, columns, rng, edges=edges)
     layout = LAYOUTS[kind.lower()]
-    return layout, layout.pack(tiles_of(tensor), rows, columns), values
+    return layout, layout.pack(tiles_of(tensor), rows, columns), ref.values_of(kind, tensor.data, rows, columns)
