@@ -41,7 +41,7 @@ from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, pair_factors, pair_units, pair_vector, scale_vector
 
 _AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
-_FAR = 8 * _AHEAD  # and for the second-level cache; a core has more requests of that under way than of the first (Zen 4)
+_FAR = 8 * _AHEAD  # and so much for the second-level cache
 _MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
 _FETCHED_AT_ONCE = 256
 _PANEL = current_isa().tokens
@@ -166,9 +166,24 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
     units_bytes, pairs = format.units_bytes, format.has_pairs and item == 1
     at_once = _FETCHED_AT_ONCE * (1 + twice)
-    # With AVX-512 a core reads the weights of one token faster by itself (Zen 4); those of several it would wait for.
-    asks_far = tokens >= 4 and current_isa().has_avx512
-    asks = asks_far or not current_isa().has_avx512
+    # With AVX-512 LLVM would load all that a block needs before it asks for another, and have no registers for that. There a core reads
+    # the weights of one token faster by itself (Zen 4); those of several it would wait for, and more of them can be on their way to the
+    # second-level cache than to the first.
+    asks_before = current_isa().has_avx512
+    asks = tokens >= 4 or not asks_before
+
+    @inline
+    def ask(block, ahead, fetch, fetch_end):
+        if asks:
+            for line in range(0, block_bytes, 64):
+                prefetch(block + ahead + line)
+                if asks_before:
+                    prefetch_to_l2(block + _FAR // _AHEAD * ahead + line)
+        if fetch < fetch_end:
+            for line in range(0, at_once, 64):
+                prefetch_to_l2(fetch + line)
+            fetch += at_once
+        return fetch
 
     @inline
     def products(weights, quants, x, blocks, ahead, fetch, fetch_end):
@@ -179,16 +194,8 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
         left = blocks_per_record
         second = blocks * record
         for _ in range(blocks):
-            # first, because LLVM would else load all that is read before it asks, and have no registers for that
-            if asks:
-                for line in range(0, block_bytes, 64):
-                    prefetch(block + ahead + line)
-                    if asks_far:
-                        prefetch_to_l2(block + _FAR // _AHEAD * ahead + line)
-            if fetch < fetch_end:
-                for line in range(0, at_once, 64):
-                    prefetch_to_l2(fetch + line)
-                fetch += at_once
+            if asks_before:
+                fetch = ask(block, ahead, fetch, fetch_end)
             if not unpacked:
                 quants = block
             if left == blocks_per_record:
@@ -196,6 +203,8 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
             tile = add_block(tile, quants, block, header, factors, x)
             if twice:
                 other = add_block(other, quants, block, header, factors, x + second)
+            if not asks_before:
+                fetch = ask(block, ahead, fetch, fetch_end)
             x += record
             quants += UNPACKED_BLOCK
             block += block_bytes
