@@ -10,6 +10,7 @@ from typing import Any
 
 from .geometry import WIDE_TOKENS
 from .helpers import inline
+from .matmul import AHEAD, ask_for
 from .register_tiles import add_to_tile, dot_pairs_grid, store_tile, zero_tile
 from .simd import load_i64
 from .small_floats import load_bf16_pairs
@@ -26,9 +27,12 @@ def matmul() -> Any:
 
     def product_of(tokens):
         @inline
-        def product(w, x, blocks):
+        def product(w, x, blocks, ahead):
             tile = zero_tile(tokens)
             for _ in range(blocks):
+                if tokens > 1:
+                    for line in range(w, w + 1024, 64):
+                        ask_for(line, ahead)
                 for pair in range(16):
                     tile = dot_pairs_grid(tile, tokens, (load_bf16_pairs(w + 64 * pair),), x + 4 * pair, 64)
                 w += 1024
@@ -54,14 +58,15 @@ def matmul() -> Any:
                 x = panels + token // WIDE_TOKENS * blocks * _RECORD + token % WIDE_TOKENS * 64
                 target = out + token * row_bytes + unit * 64
                 left = tokens - token
+                ahead = AHEAD if token == 0 else 0
                 if left >= 16:
-                    write(sixteen(w, x, blocks), target, row_bytes, accumulate)
+                    write(sixteen(w, x, blocks, ahead), target, row_bytes, accumulate)
                     token += 16
                 elif left > 1:
-                    write(eight(w, x, blocks), target, row_bytes, accumulate)
+                    write(eight(w, x, blocks, ahead), target, row_bytes, accumulate)
                     token += 8
                 else:
-                    write(one(w, x, blocks), target, row_bytes, accumulate)
+                    write(one(w, x, blocks, ahead), target, row_bytes, accumulate)
                     token += 1
 
     return kernel

@@ -40,8 +40,8 @@ from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, pair_factors, pair_units, pair_vector, scale_vector
 
-_AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
-_FAR = 8 * _AHEAD  # and so much for the second-level cache
+AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
+_FAR = 8 * AHEAD  # and so much for the second-level cache
 _MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
 _FETCHED_AT_ONCE = 256
 _PANEL = current_isa().tokens
@@ -175,10 +175,11 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
     @inline
     def ask(block, ahead, fetch, fetch_end):
         if asks:
-            for line in range(0, block_bytes, 64):
-                prefetch(block + ahead + line)
+            for line in range(block, block + block_bytes, 64):
                 if asks_before:
-                    prefetch_to_l2(block + _FAR // _AHEAD * ahead + line)
+                    ask_for(line, ahead)
+                else:
+                    prefetch(line + ahead)
         if fetch < fetch_end:
             for line in range(0, at_once, 64):
                 prefetch_to_l2(fetch + line)
@@ -234,7 +235,7 @@ def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> 
     """A function ``(weights, quants, panel, blocks, ahead, fetch, fetch_end) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8,
     or by one token's int16 (``item=2``).
 
-    ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `_AHEAD` where
+    ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `AHEAD` where
     the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there; and, bit
     by bit, for what lies between ``fetch`` and ``fetch_end``.
     """
@@ -261,7 +262,7 @@ def _unpack_tile(layout: str) -> Any:
         for _ in range(blocks):
             unpack_block(layout, block, target)
             for line in range(0, block_bytes, 64):
-                prefetch(block + _AHEAD + line)
+                prefetch(block + AHEAD + line)
             target += UNPACKED_BLOCK
             block += block_bytes
             if blocks_per_record > 1:
@@ -271,6 +272,13 @@ def _unpack_tile(layout: str) -> Any:
                     block += header_bytes
 
     return unpack_tile
+
+
+@inline
+def ask_for(line, ahead):
+    """Ask for what lies ``ahead`` bytes behind a line in one cache, and for what lies further in the other."""
+    prefetch(line + ahead)
+    prefetch_to_l2(line + _FAR // AHEAD * ahead)
 
 
 @inline
@@ -321,7 +329,7 @@ def matmul(*, layout: str) -> Any:
             whole = paired_tokens(tokens)
             for start in range(0, whole, 2 * panel):
                 x = panels + start // panel * blocks * record
-                ahead = _AHEAD if start == 0 else 0
+                ahead = AHEAD if start == 0 else 0
                 for unit in range(begin, end):
                     many, more = two_panels(weights + unit * tile_bytes, 0, x, blocks, ahead, 0, 0)
                     target = out + start * row_bytes + unit * 64
@@ -330,7 +338,7 @@ def matmul(*, layout: str) -> Any:
         for start in range(whole, tokens, panel):
             x = panels + start // panel * blocks * record
             left = min(panel, tokens - start)
-            ahead = _AHEAD if start == 0 else 0
+            ahead = AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 w = weights + unit * tile_bytes
                 target = out + start * row_bytes + unit * 64
@@ -449,7 +457,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             step = 2 * panel if start < paired else panel
             x = panels + start // panel * blocks * record
             left = min(step, tokens - start)
-            ahead = _AHEAD if start == 0 else 0
+            ahead = AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
@@ -472,6 +480,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
 def float_tile_product(layout: str, tokens: int) -> Any:
     """A function ``(weights, x, columns, row_bytes, scales) -> tile``: 16 rows by ``tokens`` rows of float32; ``scales`` is of f8e4m3."""
     item = FLOAT_FORMATS[layout].item_bytes
+    asks = tokens >= 4 and current_isa().has_avx512
 
     @inline
     def weights_of(at):
@@ -487,6 +496,8 @@ def float_tile_product(layout: str, tokens: int) -> Any:
     def plain(w, x, columns, row_bytes):
         tile = zero_tile(tokens)
         for column in range(columns):
+            if asks:
+                ask_for(w + 16 * item * column, AHEAD)
             tile = fma_tile(tile, weights_of(w + 16 * item * column), x + 4 * column, row_bytes)
         return tile
 
