@@ -434,9 +434,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         out_blocks = load_i64(slots + 56)
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + most * 128
-        fetched = 0  # bytes
+        fetched, products = 0, 1  # bytes, and by how many products
         if load_i64(slots + 88) and tokens >= panel:
             fetched = min(2 * load_i32(load_i64(slots + 112)) * load_i64(slots + 104), _MOST_FETCHED)
+            products = (1 if _TAKES_TWO else min(2, tokens // panel)) * 4 * out_blocks
         whole = 0  # tokens of panels that share what is unpacked
         if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
@@ -461,12 +462,11 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             for unit in range(begin, end):
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
-                    fetch, fetch_end = 0, 0
-                    if start == 0 and fetched:
-                        share, products = 4 * unit + part, 4 * out_blocks
-                        at = share * fetched // products // 64 * 64
+                    fetch, fetch_end, index = 0, 0, 4 * (start // panel * out_blocks + unit) + part
+                    if fetched and index < products:
+                        at = index * fetched // products // 64 * 64
                         fetch = in_cache(slots, at)
-                        fetch_end = fetch + (share + 1) * fetched // products - at
+                        fetch_end = fetch + (index + 1) * fetched // products - at
                     product(w, x, blocks, left, target, ahead, fetch, fetch_end)
                 for first in range(0, left, panel):
                     quantized = out + ((start + first) // panel * out_blocks + unit) * record

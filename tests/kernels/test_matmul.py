@@ -322,6 +322,22 @@ def test_pairs_are_nearly_what_the_file_has(kind: str, edges: bool) -> None:
     assert np.all(np.abs(found - stored) <= most * unit + 8 * ref.EPSILON * np.abs(stored) + 1e-30)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", [0, 2])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
+def test_a_scale_that_is_no_number_spoils_its_row_alone(kind: str, part: int, value: float) -> None:
+    rng = np.random.default_rng(10)
+    tensor, _ = ref.random_tensor(kind, 50, 512, rng)
+    x = rng.standard_normal((11, 512)).astype(np.float32)
+    before = F.linear(x, tensor)
+    blocks = tensor.data.reshape(50, -1, BLOCK_SIZES[tensor.type][1])
+    blocks[37, 1, part : part + 2] = np.array([value], np.float16).view(np.uint8)
+    after = F.linear(x, tensor)
+    assert not np.isfinite(after[:, 37]).any()
+    others = np.arange(50) != 37
+    assert after[:, others].tobytes() == before[:, others].tobytes()
+
+
 @pytest.mark.parametrize("columns", [16, 33, 100])
 def test_float_weights_take_any_columns(columns: int) -> None:
     rng = np.random.default_rng(6)
