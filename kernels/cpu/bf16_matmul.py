@@ -10,8 +10,8 @@ from typing import Any
 
 from .geometry import WIDE_TOKENS
 from .helpers import inline
-from .matmul import AHEAD, ask_for
-from .register_tiles import add_to_tile, dot_pairs_grid, store_tile, zero_tile
+from .matmul import AHEAD, ask_for, write
+from .register_tiles import dot_pairs_grid, zero_tile
 from .simd import load_i64
 from .small_floats import load_bf16_pairs
 
@@ -42,10 +42,6 @@ def matmul() -> Any:
         return product
 
     one, eight, sixteen = product_of(1), product_of(8), product_of(16)
-
-    @inline
-    def write(tile, target, row_bytes, accumulate):
-        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights, panels, out = load_i64(slots), load_i64(slots + 8), load_i64(slots + 16)

@@ -282,6 +282,12 @@ def ask_for(line, ahead):
 
 
 @inline
+def write(tile, target, row_bytes, accumulate):
+    """A tile to its rows of the output, or onto what they hold."""
+    store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
+
+
+@inline
 def paired_tokens(tokens):
     """How many of the tokens are taken by two panels: a last one with more than four is taken as a whole one."""
     return (tokens + _PANEL - 5) // (2 * _PANEL) * (2 * _PANEL)
@@ -294,16 +300,12 @@ def matmul(*, layout: str) -> Any:
     5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds, 8 scratch, 9 bytes of scratch for a thread
     (`geometry.unpacked_bytes`; where these are 0, neither is read).
     """
-    panel = current_isa().tokens
+    panel = _PANEL
     record = panel_bytes(panel, 32)
     one, four, full = (tile_product(layout, tokens) for tokens in (1, min(4, panel), panel))
     two_panels = _tile_products(layout, panel, 1, 0, True)
     unpacks = unpacked_bytes(layout, 32) > 0
     full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
-
-    @inline
-    def write(tile, target, row_bytes, accumulate):
-        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
@@ -521,12 +523,8 @@ def float_tile_product(layout: str, tokens: int) -> Any:
 def float_matmul(*, layout: str) -> Any:
     """`matmul` for tiles of floats: activations stay float32. Slots as there, but 1 is x, 3 the columns, 8 the bytes of a row of x."""
     item = FLOAT_FORMATS[layout].item_bytes
-    panel = current_isa().tokens
+    panel = _PANEL
     one, four, full = (float_tile_product(layout, tokens) for tokens in (1, 4, panel))
-
-    @inline
-    def write(tile, target, row_bytes, accumulate):
-        store_tile(add_to_tile(tile, target, row_bytes) if accumulate else tile, target, row_bytes)
 
     def kernel(slots, begin, end, thread):
         weights = load_i64(slots)
