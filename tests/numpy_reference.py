@@ -100,6 +100,11 @@ def is_paired(kind: str) -> bool:
     return kind in ("Q4_1", "Q4_K") and current_isa().pairs_scales
 
 
+def largest_activation(kind: str) -> int:
+    """The largest quant of activations that are multiplied with such weights (kernels/cpu/winograd.py)."""
+    return 120 if kind in ("Q4_0", "Q4_1", "Q4_K") and current_isa().adds_beside else 127
+
+
 def pairs_of(kind: str, data: NDArray[np.uint8], rows: int, columns: int) -> tuple[Floats, Floats, Floats]:
     """Of each row and 32 columns ``a`` and ``b``, and what they count: a weight is ``unit * (a * (quant - 8) + 8 * b)``."""
     blocks = data.reshape(rows, -1, BLOCK_SIZES[GgmlType[kind]][1])
@@ -189,7 +194,7 @@ def product_bound(weights: Floats, x: Floats, kind: str) -> Floats:
     sums = np.abs(x).reshape(len(x), -1, size).sum(axis=2)
     bound: Floats = 3 * (columns // 32 + 4) * EPSILON * (sums @ peaks.T) + 1e-30
     if is_paired(kind):  # a quant in the middle, by an eighth of an activation's step; no block lacks weights of both sides of the middle
-        steps = np.abs(x).reshape(len(x), -1, 32).max(axis=2) / 127
+        steps = np.abs(x).reshape(len(x), -1, 32).max(axis=2) / largest_activation(kind)
         bound += steps / 8 @ np.abs(weights).reshape(rows, -1, 32).max(axis=2).T
     return bound
 

@@ -313,16 +313,20 @@ def attention(*, head_dim: int, group: int) -> Any:
                         slots, queries, table, head, position, tokens, begins, stop, next_keys, more_keys, scores, outputs, maxima, sums
                     )
                 continue
-            clear(outputs, maxima, sums, rows, head_dim)
+            several = last - begins > CHUNK  # chunks; what comes of a single one is the result
+            results = scores, outputs, maxima, sums
+            if several:
+                clear(outputs, maxima, sums, rows, head_dim)
+                results = scores, chunk_outputs, chunk_maxima, chunk_sums
             for start in range(begins, last, CHUNK):
                 stop = min(last, start + CHUNK)
                 after = keys_from(slots, table, head, stop) if stop < last else (next_keys, more_keys)
-                results = scores, chunk_outputs, chunk_maxima, chunk_sums
                 if single:
                     one_token(slots, queries, table, head, position, tokens, start, stop, *after, *results)
                 else:
                     all_tokens(slots, queries, table, head, position, tokens, start, stop, *after, *results)
-                merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
+                if several:
+                    merge_chunk(outputs, maxima, sums, chunk_outputs, chunk_maxima, chunk_sums, rows, head_dim)
             out = load_i64(slots + 16) + first * out_row + head * group * head_dim * 4
             write_out(out, out_row, outputs, sums, tokens * group, group, head_dim)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .isa import current_isa
 from .tiles import TILE_FORMATS, panel_bytes
 
@@ -49,6 +51,19 @@ def unpacked_bytes(layout: str, columns: int) -> int:
     """
     format = TILE_FORMATS[layout]
     return 16 * columns if current_isa().name == "avx2" and (format.high_bits or format.codebook) else 0
+
+
+def multiplies_sums(layout: str) -> bool:
+    """Whether whole panels are multiplied as `winograd` does: by 4-bit quants, 32 of which share a scale."""
+    format = TILE_FORMATS.get(layout)
+    if format is None or not current_isa().adds_beside or format.scales > 1 or format.codebook:
+        return False
+    return format.bits == 4 and not format.high_bits and (format.zero == 8 or format.has_pairs)
+
+
+def largest_activation(layouts: Iterable[str]) -> int:
+    """What activations are quantised to that weights of these layouts are multiplied with: a byte has to hold their sums with quants."""
+    return 120 if any(multiplies_sums(layout) for layout in layouts) else 127
 
 
 def panels_at_once() -> int:

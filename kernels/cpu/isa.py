@@ -31,6 +31,8 @@ class Isa:
         Tokens that a matrix kernel keeps in registers.
     has_sdot, has_usdot
         AArch64: dot products of int8 by int8 (``dotprod``), and of uint8 by int8 (``i8mm``).
+    adds_beside
+        Additions go through pipes of their own beside products, and not through those that multiply: what `winograd` is for.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Isa:
     tokens: int
     has_sdot: bool = False
     has_usdot: bool = False
+    adds_beside: bool = False
 
     @property
     def has_avx512(self) -> bool:
@@ -111,7 +114,8 @@ def current_isa() -> Isa:
     name = forced or available[0]
     tokens = _TOKENS[name]
     if name in ("amx", "avx512vnni"):
-        return Isa(name, machine.cpu, machine.features, True, True, "avx512bf16" in host, tokens)
+        adds_beside = name == "avx512vnni" and machine.cpu == "znver4"
+        return Isa(name, machine.cpu, machine.features, True, True, "avx512bf16" in host, tokens, adds_beside=adds_beside)
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, tokens)
     if name == "avx2":

@@ -11,12 +11,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from . import register_tiles, vectors
-from .geometry import UNPACKED_BLOCK, gated_tokens, panels_at_once, unpacked_bytes
+from .geometry import UNPACKED_BLOCK, gated_tokens, multiplies_sums, panels_at_once, unpacked_bytes
 from .helpers import inline
 from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
@@ -39,6 +40,7 @@ from .simd import exp, hidden, load_f32x16, load_i32, load_i64, maximum, prefetc
 from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, pair_factors, pair_units, pair_vector, scale_vector
+from .winograd import summed_product
 
 AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
 _FAR = 8 * AHEAD  # and so much for the second-level cache
@@ -160,7 +162,9 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
     from the memory a panel takes 84 cycles for a block of Q4_1 where it takes 92 after the other (Zen 4).
     """
     format = TILE_FORMATS[layout]
+    sums = multiplies_sums(layout) and tokens == _PANEL and item == 1
     add_block = _block_product(layout, tokens, item, unpacked)
+    summed_weights, add_summed = summed_product(layout)
     record = panel_bytes(current_isa().tokens if item == 1 else 1, 32, item)
     blocks_per_record = format.columns // 32
     header_bytes, block_bytes = format.header_bytes, format.block_bytes
@@ -201,9 +205,15 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
                 quants = block
             if left == blocks_per_record:
                 factors = pair_factors(layout, header)
-            tile = add_block(tile, quants, block, header, factors, x)
-            if twice:
-                other = add_block(other, quants, block, header, factors, x + second)
+            if sums:
+                of_block = summed_weights(block, header, factors)
+                tile = add_summed(tile, of_block, x)
+                if twice:
+                    other = add_summed(other, of_block, x + second)
+            else:
+                tile = add_block(tile, quants, block, header, factors, x)
+                if twice:
+                    other = add_block(other, quants, block, header, factors, x + second)
             if not asks_before:
                 fetch = ask(block, ahead, fetch, fetch_end)
             x += record
@@ -381,8 +391,9 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     keys and values of the next layer.
 
     Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
-    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`), 10 unused, 11 key
-    cache of the next layer or 0, 12 its value cache, 13 bytes of one of their blocks, 14 blocks that are read (int32: how many, and which).
+    panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`), 10 the largest quant
+    of out, 11 key cache of the next layer or 0, 12 its value cache, 13 bytes of one of their blocks, 14 blocks that are read (int32: how
+    many, and which).
     """
     panel, most = _PANEL, gated_tokens()
     record = panel_bytes(panel, 32)
@@ -398,13 +409,13 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         return load_i64(slots + 8 * (part % 2)) + (2 * unit + part // 2) * tile_bytes
 
     @inline
-    def combine(gate, up, tokens, target):
+    def combine(gate, up, tokens, target, largest):
         # Two loops: one would be a long chain of dependencies for each token, of which a core has few in flight.
         for at in range(0, 128 * tokens, 64):
             store_f32x16(gate + at, activate(load_f32x16(gate + at)) * load_f32x16(up + at))
         for token in range(tokens):
             at = gate + 128 * token
-            quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token)
+            quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token, largest)
 
     @inline
     def product(w, x, blocks, left, target, ahead, fetch, fetch_end):
@@ -434,6 +445,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         tokens = load_i64(load_i64(slots + 40))
         out = load_i64(slots + 48)
         out_blocks = load_i64(slots + 56)
+        largest = np.float32(load_i64(slots + 80))
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + most * 128
         fetched, products = 0, 1  # bytes, and by how many products
@@ -453,7 +465,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     for part in range(hidden(4)):  # `full_unpacked` is long
                         w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
                         store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, ahead), target, 128)
-                    combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record)
+                    combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record, largest)
         paired = paired_tokens(tokens) if _TAKES_TWO else 0
         start = whole
         while start < tokens:
@@ -472,7 +484,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                     product(w, x, blocks, left, target, ahead, fetch, fetch_end)
                 for first in range(0, left, panel):
                     quantized = out + ((start + first) // panel * out_blocks + unit) * record
-                    combine(gate + first * 128, up + first * 128, min(panel, left - first), quantized)
+                    combine(gate + first * 128, up + first * 128, min(panel, left - first), quantized, largest)
             start += step
 
     return kernel

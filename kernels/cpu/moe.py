@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import matmul
 from .geometry import DENSE_SLOTS, unpacked_bytes
 from .helpers import inline
@@ -112,18 +114,19 @@ def group() -> Any:
 def gather(*, panels: str) -> Any:
     """Copy each token to the rows of its choices: as floats, or quantised to int8 panels (``panels="yes"``). Units are choices.
 
-    Slots: 0 x, 1 bytes of a row, 2 rows of the choices, 3 top_k, 4 out, 5 columns (a multiple of 16).
+    Slots: 0 x, 1 bytes of a row, 2 rows of the choices, 3 top_k, 4 out, 5 columns (a multiple of 16), 6 the largest quant.
     """
     quantized = panels == "yes"
 
     def kernel(slots, begin, end, thread):
         row_bytes, rows, top_k = load_i64(slots + 8), load_i64(slots + 16), load_i64(slots + 24)
         out, columns = load_i64(slots + 32), load_i64(slots + 40)
+        largest = np.float32(load_i64(slots + 48))
         for choice in range(begin, end):
             x = load_i64(slots) + choice // top_k * row_bytes
             row = load_i32(rows + 4 * choice)
             if quantized:
-                quantize_row(x, out, row, columns)
+                quantize_row(x, out, row, columns, largest)
             else:
                 for at in range(0, 4 * columns, 64):
                     store_f32x16(out + row * row_bytes + at, load_f32x16(x + at))
@@ -134,20 +137,22 @@ def gather(*, panels: str) -> Any:
 def activate(*, activation: str, panels: str) -> Any:
     """``activation(gate) * up`` in the rows of the choices: in place of gate, and quantised to int8 panels if asked. Units are choices.
 
-    Slots: 0 gate, 1 up, 2 bytes of a row, 3 rows of the choices, 4 panels, 5 columns (a multiple of 16).
+    Slots: 0 gate, 1 up, 2 bytes of a row, 3 rows of the choices, 4 panels, 5 columns (a multiple of 16), 6 the largest
+    quant.
     """
     quantized = panels == "yes"
     function = matmul.activation_function(activation)
 
     def kernel(slots, begin, end, thread):
         row_bytes, rows, columns = load_i64(slots + 16), load_i64(slots + 24), load_i64(slots + 40)
+        largest = np.float32(load_i64(slots + 48))
         for choice in range(begin, end):
             row = load_i32(rows + 4 * choice)
             gate, up = load_i64(slots) + row * row_bytes, load_i64(slots + 8) + row * row_bytes
             for at in range(0, 4 * columns, 64):
                 store_f32x16(gate + at, function(load_f32x16(gate + at)) * load_f32x16(up + at))
             if quantized:
-                quantize_row(gate, load_i64(slots + 32), row, columns)
+                quantize_row(gate, load_i64(slots + 32), row, columns, largest)
 
     return kernel
 

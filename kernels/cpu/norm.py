@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .amx import widen_row
 from .helpers import inline
 from .quantize import quantize_row
@@ -46,7 +48,7 @@ def norm(*, panels: str = "int8") -> Any:
     the wide ones of `amx` (``panels="wide"``), or to both.
 
     Slots: 0 x, 1 bytes of a row, 2 branch, 3 branch weight, 4 weight, 5 out (float rows as x's), 6 panels, 7 columns, 8 epsilon (f32 bits),
-    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread.
+    9 rows (int32 indices into x, for outputs; or 0: all rows), 10 scratch, 11 bytes of scratch for a thread, 12 the largest quant.
     """
     wide = panels == "wide"
 
@@ -61,6 +63,7 @@ def norm(*, panels: str = "int8") -> Any:
         epsilon = bits_to_f32(load_i64(slots + 64))
         rows = load_i64(slots + 72)
         scratch = load_i64(slots + 80) + thread * load_i64(slots + 88)
+        largest = np.float32(load_i64(slots + 96))
         for unit in range(begin, end):
             row = load_i32(rows + 4 * unit) if rows else unit
             x = load_i64(slots) + row * row_bytes
@@ -77,6 +80,6 @@ def norm(*, panels: str = "int8") -> Any:
                 if wide:
                     widen_row(scratch, target, unit, columns)
                 else:
-                    quantize_row(scratch, target, unit, columns)
+                    quantize_row(scratch, target, unit, columns, largest)
 
     return kernel

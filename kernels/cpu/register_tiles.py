@@ -77,6 +77,19 @@ def sum_tile(typing_context, tokens, minus_sums, stride):
     return tile_type(i32x16, count)(tokens, types.intp, stride), codegen
 
 
+def add_scaled_dots(b, total, dots, row_scale, scale):
+    """``total + row_scale * scale * dots``, of int32 dots."""
+    products = b.sitofp(dots, f32x16.llvm)
+    return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, b.fmul(row_scale, scale), products, total)
+
+
+def add_paired_dots(b, total, dots, pairs, scale):
+    """``total + scale * (dots.lower * pairs.lower + dots.upper * pairs.upper)``, of the halves of each lane."""
+    words = ir.VectorType(I16, 32)
+    both = call(b, "llvm.x86.avx512.pmaddw.d.512", i32x16.llvm, b.bitcast(dots, words), b.bitcast(pairs, words))
+    return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, b.sitofp(both, f32x16.llvm), scale, total)
+
+
 @intrinsic(prefer_literal=True)
 def scale_tile(typing_context, tile, dots, scale, scales, stride):
     """``tile[t] + scale * scales[t] * dots[t]``, the activations' scales at ``scales + t * stride``."""
@@ -86,9 +99,7 @@ def scale_tile(typing_context, tile, dots, scale, scales, stride):
         step = sig.args[4].literal_value
 
         def add(t, total):
-            both_scales = b.fmul(row_scale, scalar_row(b, base, step, t, F32))
-            products = b.sitofp(b.extract_value(integers, t), f32x16.llvm)
-            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, both_scales, products, total)
+            return add_scaled_dots(b, total, b.extract_value(integers, t), row_scale, scalar_row(b, base, step, t, F32))
 
         return each(b, tile_value, add)
 
@@ -114,12 +125,10 @@ def add_pairs(typing_context, tile, dots, pairs, scales, stride):
 
     def codegen(context, b, sig, values):
         tile_value, sums, row_pairs, base, _ = values
-        step, words = sig.args[4].literal_value, ir.VectorType(I16, 32)
+        step = sig.args[4].literal_value
 
         def add(t, total):
-            both = b.bitcast(b.extract_value(sums, t), words), b.bitcast(row_pairs, words)
-            products = b.sitofp(call(b, "llvm.x86.avx512.pmaddw.d.512", i32x16.llvm, *both), f32x16.llvm)
-            return call(b, "llvm.fmuladd.v16f32", f32x16.llvm, products, scalar_row(b, base, step, t, F32), total)
+            return add_paired_dots(b, total, b.extract_value(sums, t), row_pairs, scalar_row(b, base, step, t, F32))
 
         return each(b, tile_value, add)
 

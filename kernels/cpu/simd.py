@@ -343,6 +343,12 @@ def bits_mask(b, bits):
     return b.bitcast(b.trunc(bits, I16), b1x16.llvm)
 
 
+@operation(i32x16, i32x16, i32x16)
+def in_halves(b, low, high):
+    """Lanes of ``low + 65,536 high``."""
+    return b.add(low, b.shl(high, constant(i32x16.llvm, 16)))
+
+
 @operation(types.int64, i32x16)
 def pair_sums(b, x):
     """The sum of the lanes 0 and 1 of each four, in the low half; of the lanes 2 and 3 in the high half."""

@@ -87,6 +87,15 @@ class CpuLaunching(Lowering):
         format = tile_format(matrix)
         return not isinstance(format, FloatFormat) or (self._is_wide(array) and format.name == "bf16" and array.columns % 32 == 0)
 
+    def _matrices_of(self, array: Array) -> list[Tensor]:
+        """What it is multiplied by."""
+        users = [user for user in self.users.get(array, []) if user.op in ("linear", "gated_linear")]
+        return [user.attributes[name] for user in users for name in ("weight", "gate", "up") if name in user.attributes]
+
+    def _largest(self, array: Array) -> int:
+        """The largest quant of the panels that it becomes."""
+        return int(geometry.largest_activation(self.weights[matrix].format.name for matrix in self._matrices_of(array)))
+
     def _new_panels(self, array: Array) -> Buffer:
         if self._is_wide(array):
             wide = self._new((geometry.wide_panels_bytes(self._max_rows(array), array.columns),), np.uint8)
@@ -103,7 +112,7 @@ class CpuLaunching(Lowering):
             panels = self._new_panels(x)
             self._launch(
                 spec("amx.widen" if self._is_wide(x) else "quantize.quantize"),
-                (source.address, self._row_bytes(x), panels.address, x.columns),
+                (source.address, self._row_bytes(x), panels.address, x.columns, self._largest(x)),
                 x.rows,
                 reads=(source,),
                 writes=(panels,),

@@ -186,7 +186,7 @@ class CpuLowering(CpuLaunching):
                 columns // 32,
                 0,
                 0,
-                geometry.wide_tokens(self._max_rows(x)),
+                geometry.wide_tokens(self._max_rows(x)) if wide else self._largest(node.output),
                 *(0, 0, 0, 0),
             )
             scratch = geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes(gate.format.name, x.columns)
@@ -220,10 +220,7 @@ class CpuLowering(CpuLaunching):
 
     def _only_feeds(self, array: Array, takes: Callable[[Array, Tensor], bool]) -> bool:
         """All users take the array as panels, of either kind, and nobody reads its floats."""
-        matrices = [
-            user.attributes[name] for user in self.users.get(array, []) for name in ("weight", "gate", "up") if name in user.attributes
-        ]
-        return self._only_multiplied(array) and all(takes(array, matrix) for matrix in matrices)
+        return self._only_multiplied(array) and all(takes(array, matrix) for matrix in self._matrices_of(array))
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -268,6 +265,7 @@ class CpuLowering(CpuLaunching):
             address(self.state.output_rows) if picks_rows else 0,
             0,
             0,
+            self._largest(out) if out is not None else 0,
         )
         changed = (source, branch) if branch else ()
         made = [buffer for buffer in (rows, panels) if buffer]
@@ -497,12 +495,16 @@ class CpuLowering(CpuLaunching):
         kind = {True: "no", False: "yes"}
         source = self.rows_of[x]
         gathered = panels_or_rows(x.columns, floats[0])
-        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, padded(x.columns))
+        raised, lowered = (
+            geometry.largest_activation(self.weights[options[name][0]].format.name for name in names)
+            for names in (("gate", "up"), ("down",))
+        )
+        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, padded(x.columns), raised)
         self._launch(spec("moe.gather", panels=kind[floats[0]]), slots, x.rows, units=top_k, reads=(source, row_of), writes=(gathered,))
         gate, up = by_expert(options["gate"], gathered), by_expert(options["up"], gathered)
         columns = options["gate"][0].shape[0]
         panels = gate if floats[2] else panels_or_rows(columns, False)
-        slots = (gate.address, up.address, 4 * padded(columns), row_of.address, panels.address, padded(columns))
+        slots = (gate.address, up.address, 4 * padded(columns), row_of.address, panels.address, padded(columns), lowered)
         kernel = spec("moe.activate", activation=options["activation"], panels=kind[floats[2]])
         self._launch(kernel, slots, x.rows, units=top_k, reads=(gate, up, row_of), writes=(gate, panels))
         down = by_expert(options["down"], panels)

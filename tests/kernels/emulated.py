@@ -19,12 +19,16 @@ from pymistral.kernels.cpu import isa
 
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTS, _FLOATS = ir.VectorType(_I32, 16), ir.VectorType(ir.FloatType(), 16)
+ZEN4 = "avx512vnni+zen4"
+"""AVX-512 as `isa.Isa.adds_beside` has it."""
 
 
 def emulate(name: str) -> None:
-    """Make ``avx512vnni`` or ``avxvnni`` the instruction set of this process, before anything else of the kernels is imported."""
+    """Make ``avx512vnni``, `ZEN4` or ``avxvnni`` the instruction set of this process, before anything else of the kernels is imported."""
     features = ",".join(f"+{feature}" for feature in isa._HASWELL)
-    emulated = isa.Isa(name, "haswell", features, has_vnni=True, has_f16=True, has_bf16=name == "avx512vnni", tokens=isa._TOKENS[name])
+    adds_beside, name = name == ZEN4, name.split("+")[0]
+    has_bf16 = name == "avx512vnni"
+    emulated = isa.Isa(name, "haswell", features, True, True, has_bf16, isa._TOKENS[name], adds_beside=adds_beside)
     isa.current_isa = functools.cache(lambda: emulated)
     vectors = importlib.import_module("pymistral.kernels.cpu.vectors")
     original = vectors.call
@@ -68,6 +72,16 @@ def _dot(b: Any, total: Any, x: Any, y: Any, widen: Any, item: Any, each: int) -
     return total
 
 
+def _vpmaddwd(b: Any, x: Any, y: Any) -> Any:
+    return _dot(b, _constant(_INTS, 0), x, y, b.sext, _I16, 2)
+
+
+def _vpmulhrsw(b: Any, x: Any, y: Any) -> Any:
+    wide = ir.VectorType(_I32, x.type.count)
+    products = b.ashr(b.mul(b.sext(x, wide), b.sext(y, wide)), _constant(wide, 14))
+    return b.trunc(b.ashr(b.add(products, _constant(wide, 1)), _constant(wide, 1)), x.type)
+
+
 def _vdpbf16ps(b: Any, total: Any, x: Any, y: Any) -> Any:
     x, y = b.bitcast(x, _INTS), b.bitcast(y, _INTS)
     for half in (lambda v: b.shl(v, _constant(_INTS, 16)), lambda v: b.and_(v, _constant(_INTS, -65536))):
@@ -109,6 +123,8 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpbusd.512": _vpdpbusd,
     "llvm.x86.avx512.vpdpwssd.256": _vpdpwssd,
     "llvm.x86.avx512.vpdpwssd.512": _vpdpwssd,
+    "llvm.x86.avx512.pmaddw.d.512": _vpmaddwd,
+    "llvm.x86.avx512.pmul.hr.sw.512": _vpmulhrsw,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _vcvtne2ps2bf16,
     "llvm.x86.avx512bf16.dpbf16ps.512": _vdpbf16ps,
     "llvm.x86.avx512.pshuf.b.512": _vpshufb,

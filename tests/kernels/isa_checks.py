@@ -49,7 +49,7 @@ def check_products() -> None:
     for tensor, weights in tensors.values():
         x = (rng.standard_normal((30, tensor.shape[1])) * 10.0 ** rng.uniform(-4, 4, (30, 1))).astype(np.float32)
         together = F.linear(x, tensor)
-        used = ref.quantized(x).astype(np.float64)
+        used = ref.quantized(x, ref.largest_activation(tensor.type.name)).astype(np.float64)
         assert np.all(np.abs(together - used @ weights.T) <= ref.product_bound(weights, used, tensor.type.name)), tensor.name
         for tokens in (1, 2, 3, 4, 5, 11, 13):
             assert F.linear(x[:tokens], tensor).tobytes() == together[:tokens].tobytes(), (tensor.name, tokens)
@@ -70,7 +70,7 @@ def check_gated() -> None:
     up, up_weights = ref.random_tensor("Q4_1", 64, 64, rng)
     identity = ref.identity(64)
     x = rng.standard_normal((14, 64)).astype(np.float32) * 3
-    used = ref.quantized(x).astype(np.float64)
+    used = ref.quantized(x, ref.largest_activation("Q4_1")).astype(np.float64)
     activated, linear = ref.silu(used @ gate_weights.T), used @ up_weights.T
     found = evaluate(lambda x: F.linear(F.gated_linear(x, gate, up, "silu"), identity), x)
     a_bound, b_bound = (ref.product_bound(weights, used, "Q4_1") for weights in (gate_weights, up_weights))

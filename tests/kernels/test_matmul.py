@@ -61,7 +61,7 @@ def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[re
         # columns + 1 roundings, each at most EPSILON of the sum of the terms' sizes
         bound = (weights.shape[1] + 1) * ref.EPSILON * (np.abs(x).astype(np.float64) @ np.abs(weights).T)
         return x.astype(np.float64) @ weights.T, bound + 1e-30
-    used = ref.quantized(x).astype(np.float64)
+    used = ref.quantized(x, ref.largest_activation(kind)).astype(np.float64)
     return used @ weights.T, ref.product_bound(weights, used, kind)
 
 
@@ -118,6 +118,33 @@ def test_the_largest_sums(kind: str, quants: slice) -> None:
     assert np.all(np.abs(F.linear(x, tensor) - x @ weights.T) <= ref.product_bound(weights, x, kind))
 
 
+@pytest.mark.parametrize(("kind", "quants"), [("Q4_0", slice(2, None)), ("Q4_1", slice(4, None)), ("Q4_K", slice(16, None))])
+def test_the_largest_sums_of_quants_and_activations(kind: str, quants: slice) -> None:
+    """Quants at either end, activations at either limit: where products are of their sums, a byte holds just these."""
+    rng = np.random.default_rng(5)
+    tensor, _ = ref.random_tensor(kind, 40, 512, rng)
+    blocks = tensor.data.reshape(-1, BLOCK_SIZES[tensor.type][1])
+    blocks[:, quants] = rng.choice([0, 15, 240, 255], blocks[:, quants].shape)
+    weights = ref.multiplied_values(kind, tensor.data, 40, 512)
+    x = rng.choice([-1, 1], (16, 512)).astype(np.float32)
+    together = F.linear(x, tensor)
+    assert np.all(np.abs(together - x @ weights.T) <= ref.product_bound(weights, x, kind))
+    alone = np.concatenate([F.linear(x[token : token + 1], tensor) for token in range(16)])
+    assert alone.tobytes() == together.tobytes()
+
+
+def test_activations_that_go_to_several_types() -> None:
+    """They are quantised once, as the type wants it that wants it smallest."""
+    rng = np.random.default_rng(6)
+    tensors = [ref.random_tensor(kind, 48, 256, rng) for kind in ("Q8_0", "Q4_0", "Q6_K")]
+    x = rng.standard_normal((9, 256)).astype(np.float32)
+    used = ref.quantized(x, ref.largest_activation("Q4_0")).astype(np.float64)
+    found = evaluate(lambda x: sum((F.linear(x, tensor) for tensor, _ in tensors[1:]), F.linear(x, tensors[0][0])), x)
+    wanted = sum(used @ weights.T for _, weights in tensors)
+    bound = sum(ref.product_bound(weights, used, tensor.type.name) for tensor, weights in tensors)
+    assert np.all(np.abs(found - wanted) <= bound + 4 * ref.EPSILON * sum(np.abs(used @ weights.T) for _, weights in tensors))
+
+
 def logits_of(
     kind: str, rows: int, tokens: int, deviation: float, factor: float = 1.0
 ) -> tuple[NDArray[np.float32], ref.Floats, ref.Floats]:
@@ -134,7 +161,8 @@ def logits_of(
         of_floats = [(used, (columns + 1) * ref.EPSILON * (np.abs(used) @ np.abs(weights).T)) for used in (ref.cached(x, "bf16"), x)]
         return found, *(np.abs(found - used.astype(np.float64) @ weights.T) / bound for used, bound in of_floats)
     distances = []
-    for largest, roundings in ((127, 1), (32767, 2)):  # integer sums of 16 bits are beyond 2**24: they are rounded once more
+    # integer sums of 16 bits are beyond 2**24: they are rounded once more
+    for largest, roundings in ((ref.largest_activation(kind), 1), (32767, 2)):
         used = ref.quantized(x, largest).astype(np.float64)
         distances.append(np.abs(found - used @ weights.T) / (roundings * ref.product_bound(weights, used, kind)))
     return found, distances[0], distances[1]
