@@ -171,7 +171,7 @@ async def test_text_builder_with_options(smollm2_path: Path) -> None:
 
 async def test_gguf_builder(smollm2_path: Path) -> None:
     async with await GgufModelBuilder(smollm2_path.parent, [smollm2_path.name]).build() as model:
-        request = RequestBuilder().add_message("user", "Hello!").set_sampler_max_len(4)
+        request = RequestBuilder().add_message("user", "Tell me a long story.").set_sampler_max_len(4)
         response = await model.send_chat_request(request)
         assert response.usage.completion_tokens == 4
         assert response.choices[0].finish_reason == "length"
@@ -221,7 +221,8 @@ async def test_generation_defaults(model: Model) -> None:
 
 
 async def test_logprobs(model: Model) -> None:
-    request = RequestBuilder().add_message("user", "Hello!").return_logprobs(True).set_sampler_topn_logprobs(3).set_sampler_max_len(3)
+    request = RequestBuilder().add_message("user", "Tell me a long story.").return_logprobs(True)
+    request.set_sampler_topn_logprobs(3).set_sampler_max_len(3)
     response = await model.send_chat_request(request)
     assert response.choices[0].logprobs is not None
     content = response.choices[0].logprobs.content

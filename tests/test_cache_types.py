@@ -10,8 +10,8 @@ from test_goldens import GOLDENS, MODELS, compare
 
 from pymistral import ContextSize, MbAmount, Model, ModelBuilder, PagedAttentionMetaBuilder, RequestBuilder
 
-# mean KL from float32, in units of llama.cpp's with its cache in 16 bits
-LIMITS = {"f32": 1.0, "f16": 1.0, "bf16": 1.0, "int16": 1.0, "int8": 1.0, "f8e4m3": 3.5}
+# mean KL from float32, in units of llama.cpp's with its cache in 16 bits; in 8 it has 1.1 of that itself
+LIMITS = {"f32": 1.0, "f16": 1.0, "bf16": 1.0, "int16": 1.0, "int8": 1.1, "f8e4m3": 3.5}
 
 
 async def divergence(model: Model, name: str) -> float:
