@@ -144,6 +144,27 @@ def adjust(request, row, count):
     add_to_tokens(row, count, ONE, word(request, at.BIAS_IDS), word(request, at.BIAS_VALUES), word(request, at.BIAS_SIZE))
 
 
+@inline
+def _keep_tokens(row, count, ids, size, kept, puts_back):
+    """Copy the logits of the tokens on a list to ``kept``, or back; returns where the next list's go."""
+    for entry in range(size):
+        token = load_i32(ids + 4 * entry)
+        if 0 <= token < count:
+            if puts_back:
+                store_f32(row + 4 * token, load_f32(kept + 4 * entry))
+            else:
+                store_f32(kept + 4 * entry, load_f32(row + 4 * token))
+    return kept + 4 * size
+
+
+@inline
+def keep_adjusted(request, row, count, kept, puts_back):
+    """Copy the logits that `adjust` changes to ``kept``, or back."""
+    kept = _keep_tokens(row, count, word(request, at.DRY_IDS), word(request, at.DRY_SIZE), kept, puts_back)
+    kept = _keep_tokens(row, count, word(request, at.COUNT_IDS), word(request, at.COUNT_SIZE), kept, puts_back)
+    _keep_tokens(row, count, word(request, at.BIAS_IDS), word(request, at.BIAS_SIZE), kept, puts_back)
+
+
 # ---- the most likely ------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +448,7 @@ def uniform(seed, choice, position):
 
 
 def sample() -> Any:
-    """Sample rows; units are rows.
+    """Sample rows; units are rows. Of those that are adjusted no two may have the same logits, which are changed for a while.
 
     Slots: 0 addresses of the rows' descriptions (`sampling_layout`), 1 vocabulary size, 2 scratch, 3 bytes of it for a thread.
     """
@@ -449,9 +470,14 @@ def sample() -> Any:
             mode, mask = word(request, at.MODE), word(request, at.MASK)
             row = word(request, at.LOGITS)
             tail = last_block
-            pad_last_block(row, count, tail)
             changes = word(request, at.DRY_SIZE) + word(request, at.COUNT_SIZE) + word(request, at.BIAS_SIZE)
-            if mode == at.ADJUST or mask or (changes and mode == at.SAMPLE):
+            # A few logits are changed where they lie, and put back when the token is known.
+            in_place = 0 < changes <= count and mode == at.SAMPLE and not mask
+            if in_place:
+                keep_adjusted(request, row, count, copy, False)
+                adjust(request, row, count)
+            pad_last_block(row, count, tail)
+            if mode == at.ADJUST or mask or (changes and mode == at.SAMPLE and not in_place):
                 out = word(request, at.OUT) if mode == at.ADJUST else copy
                 copy_allowed(row, tail, count, mask, out)
                 row, tail = out, out + (blocks - 1) * (4 * BLOCK)
@@ -463,6 +489,8 @@ def sample() -> Any:
             peak = find_peak(row, tail, count, maxima)
             store_f64(request + 8 * at.PEAK, peak)
             if not -inf < peak < inf:
+                if in_place:
+                    keep_adjusted(request, row, count, copy, True)
                 continue
             token = first_equal(row, tail, count, maxima, peak)
             temperature, top_k, top_n = number(request, at.TEMPERATURE), word(request, at.TOP_K), word(request, at.TOP_N)
@@ -495,5 +523,7 @@ def sample() -> Any:
                 if row != copy:
                     pad_last_block(row, count, last_block)
                 largest(row, tail, count, maxima, peak, min(top_n, count), word(request, at.TOP_IDS), word(request, at.TOP_VALUES), weights)
+            if in_place:
+                keep_adjusted(request, row, count, copy, True)
 
     return kernel

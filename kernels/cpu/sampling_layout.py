@@ -4,7 +4,7 @@ A row and its result take `ROW_WORDS` words of eight bytes, in this order. An ad
 lists of values float32; the parameters from TEMPERATURE on are float64, as are all results but TOKEN.
 
 ========================  =============================================================================================
-LOGITS                    address of the row, which is only read
+LOGITS                    address of the row, which is afterwards as it was
 MODE                      `SAMPLE`; `ADJUST`: write the adjusted row to OUT (room in whole blocks) and stop; `ADJUSTED`: sample as it stands
 SEED, CHOICE, POSITION    what the random number depends on
 TOP_K                     0: all

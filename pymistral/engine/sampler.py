@@ -302,6 +302,8 @@ def sample_rows(
         return []
     if rows is None:
         rows = range(len(samplers))
+    elif len(set(rows)) < len(rows):  # the kernel changes rows while it samples from them
+        return [token for sampler, row in zip(samplers, rows, strict=True) for token in sample_rows(runner, logits, [sampler], [row])]
     if logits.dtype != _FLOAT32 or logits.shape[1:] != (runner.vocab_size,) or len(logits) <= max(rows) or logits.strides[1] != 4:
         # the kernel trusts them
         raise ValueError(f"logits of {logits.dtype} {logits.shape} for {max(rows) + 1} rows of {runner.vocab_size}")

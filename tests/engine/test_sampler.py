@@ -171,12 +171,25 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_logits_that_are_not_numbers_are_an_error_of_their_row(bad: float, temperature: float) -> None:
     row = np.full(4, -np.inf, np.float32)
     row[2] = bad
-    good = np.arange(4, dtype=np.float32)
-    samplers = [Sampler(Params(temperature=temperature, top_k=1), [0], 4, seed=1) for _ in range(2)]
-    first, second = sample_rows(runner(4), np.stack([row, good]), samplers)
+    rows = np.stack([row, np.arange(4, dtype=np.float32)])
+    before = rows.tobytes()
+    samplers = [Sampler(Params(temperature=temperature, top_k=1, logits_bias={1: 0.5}), [0], 4, seed=1) for _ in range(2)]
+    first, second = sample_rows(runner(4), rows, samplers)
+    assert rows.tobytes() == before
     assert isinstance(first, InferenceError)
     assert isinstance(second, SampledToken)
     assert second.id == 3
+
+
+@pytest.mark.parametrize("vocab", [300, 1024])
+def test_choices_of_one_row_do_not_see_each_others_bias(vocab: int) -> None:
+    """The kernel changes a row for as long as it samples from it."""
+    logits = np.zeros((1, vocab), np.float32)
+    both = SimpleNamespace(vocab_size=vocab, sample=SamplingProgram(vocab, threads=2).run)
+    tokens = [vocab - 1 - i for i in range(32)]
+    samplers = [Sampler(Params(temperature=0.0, logits_bias={token: 1.0}), [0], vocab, seed=1) for token in tokens]
+    assert sample_rows(both, logits, samplers, [0] * 32) == [SampledToken(token) for token in tokens]
+    assert not logits.any()
 
 
 def test_processors_see_a_copy_and_the_context() -> None:
