@@ -36,7 +36,19 @@ from .register_tiles import (
     sum_tile,
     zero_tile,
 )
-from .simd import exp, hidden, load_f32x16, load_i32, load_i64, maximum, prefetch, prefetch_to_l2, splat_f32, store_f32x16
+from .simd import (
+    exp,
+    hidden,
+    load_f32x16,
+    load_i32,
+    load_i64,
+    maximum,
+    prefetch,
+    prefetch_to_l2,
+    prefetch_to_write,
+    splat_f32,
+    store_f32x16,
+)
 from .small_floats import load_bf16x16, load_f8x16, load_f16x16
 from .tiles import FLOAT_FORMATS, TILE_FORMATS, panel_bytes, panel_offsets
 from .unpack import group_of, minimum_vector, pair_factors, pair_units, pair_vector, scale_vector
@@ -46,6 +58,7 @@ AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen
 _FAR = 8 * AHEAD  # and so much for the second-level cache
 _MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
 _FETCHED_AT_ONCE = 256
+_RECORDS_AHEAD = 4  # of activations, that other cores made
 _PANEL = current_isa().tokens
 _TAKES_TWO = panels_at_once() == 2
 
@@ -177,7 +190,12 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
     asks = tokens >= 4 or not asks_before
 
     @inline
-    def ask(block, ahead, fetch, fetch_end):
+    def ask(block, ahead, x, second, first, fetch, fetch_end):
+        if first:
+            for line in range(_RECORDS_AHEAD * record, (_RECORDS_AHEAD + 1) * record, 64):
+                prefetch(x + line)
+                if twice:
+                    prefetch(x + second + line)
         if asks:
             for line in range(block, block + block_bytes, 64):
                 if asks_before:
@@ -191,7 +209,7 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
         return fetch
 
     @inline
-    def products(weights, quants, x, blocks, ahead, fetch, fetch_end):
+    def products(weights, quants, x, blocks, ahead, first, fetch, fetch_end):
         tile = other = zero_tile(tokens)
         total, other_total = tile, other  # of records of pairs, in floats
         header = weights
@@ -200,7 +218,7 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
         second = blocks * record
         for _ in range(blocks):
             if asks_before:
-                fetch = ask(block, ahead, fetch, fetch_end)
+                fetch = ask(block, ahead, x, second, first, fetch, fetch_end)
             if not unpacked:
                 quants = block
             if left == blocks_per_record:
@@ -215,7 +233,7 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
                 if twice:
                     other = add_block(other, quants, block, header, factors, x + second)
             if not asks_before:
-                fetch = ask(block, ahead, fetch, fetch_end)
+                fetch = ask(block, ahead, x, second, first, fetch, fetch_end)
             x += record
             quants += UNPACKED_BLOCK
             block += block_bytes
@@ -242,18 +260,19 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
 
 @cache
 def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> Any:
-    """A function ``(weights, quants, panel, blocks, ahead, fetch, fetch_end) -> tile``: 16 rows by ``tokens`` tokens of one panel of int8,
-    or by one token's int16 (``item=2``).
+    """A function ``(weights, quants, panel, blocks, ahead, first, fetch, fetch_end) -> tile``: 16 rows by ``tokens`` tokens of one panel of
+    int8, or by one token's int16 (``item=2``).
 
     ``quants`` is where the tile was unpacked to, if it was. Memory is asked for what lies ``ahead`` bytes behind each block: `AHEAD` where
-    the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there; and, bit
-    by bit, for what lies between ``fetch`` and ``fetch_end``.
+    the weights come from memory, the bytes of a tile or two for the tile that will be unpacked next, and 0 where both are there; if it is
+    the ``first`` product with the panel, for activations that other cores may have made; and, bit by bit, for what lies between ``fetch``
+    and ``fetch_end``.
     """
     products = _tile_products(layout, tokens, item, unpacked, False)
 
     @inline
-    def product(weights, quants, x, blocks, ahead, fetch=0, fetch_end=0):
-        return products(weights, quants, x, blocks, ahead, fetch, fetch_end)[0]
+    def product(weights, quants, x, blocks, ahead, first=False, fetch=0, fetch_end=0):
+        return products(weights, quants, x, blocks, ahead, first, fetch, fetch_end)[0]
 
     return product
 
@@ -343,8 +362,10 @@ def matmul(*, layout: str) -> Any:
                 x = panels + start // panel * blocks * record
                 ahead = AHEAD if start == 0 else 0
                 for unit in range(begin, end):
-                    many, more = two_panels(weights + unit * tile_bytes, 0, x, blocks, ahead, 0, 0)
                     target = out + start * row_bytes + unit * 64
+                    for row in range(2 * panel):
+                        prefetch_to_write(target + row * row_bytes)
+                    many, more = two_panels(weights + unit * tile_bytes, 0, x, blocks, ahead, unit == begin, 0, 0)
                     write(many, target, row_bytes, accumulate)
                     write(more, target + panel * row_bytes, row_bytes, accumulate)
         for start in range(whole, tokens, panel):
@@ -418,17 +439,17 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token, largest)
 
     @inline
-    def product(w, x, blocks, left, target, ahead, fetch, fetch_end):
+    def product(w, x, blocks, left, target, ahead, first, fetch, fetch_end):
         if left == 1:
             store_tile(one(w, 0, x, blocks, ahead), target, 128)
         elif left <= 4:
             store_tile(four(w, 0, x, blocks, ahead), target, 128)
         elif _TAKES_TWO and left > panel:
-            many, more = two_panels(w, 0, x, blocks, ahead, fetch, fetch_end)
+            many, more = two_panels(w, 0, x, blocks, ahead, first, fetch, fetch_end)
             store_tile(many, target, 128)
             store_tile(more, target + panel * 128, 128)
         else:
-            store_tile(full(w, 0, x, blocks, ahead, fetch, fetch_end), target, 128)
+            store_tile(full(w, 0, x, blocks, ahead, first, fetch, fetch_end), target, 128)
 
     @inline
     def in_cache(slots, at):
@@ -474,6 +495,10 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             left = min(step, tokens - start)
             ahead = AHEAD if start == 0 else 0
             for unit in range(begin, end):
+                for first in range(0, left, panel):
+                    quantized = out + ((start + first) // panel * out_blocks + unit) * record
+                    for line in range(0, record, 64):
+                        prefetch_to_write(quantized + line)
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
                     fetch, fetch_end, index = 0, 0, 4 * (start // panel * out_blocks + unit) + part
@@ -481,7 +506,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                         at = index * fetched // products // 64 * 64
                         fetch = in_cache(slots, at)
                         fetch_end = fetch + (index + 1) * fetched // products - at
-                    product(w, x, blocks, left, target, ahead, fetch, fetch_end)
+                    product(w, x, blocks, left, target, ahead, unit == begin and part == 0, fetch, fetch_end)
                 for first in range(0, left, panel):
                     quantized = out + ((start + first) // panel * out_blocks + unit) * record
                     combine(gate + first * 128, up + first * 128, min(panel, left - first), quantized, largest)

@@ -117,9 +117,9 @@ def f32_to_bits(b, value):
     return b.zext(b.bitcast(value, I32), I64)
 
 
-def _ask(b, address, locality):
+def _ask(b, address, locality, writes=0):
     line = pointer(b, address, I8)
-    flags = [ir.Constant(I32, flag) for flag in (0, locality, 1)]
+    flags = [ir.Constant(I32, flag) for flag in (writes, locality, 1)]
     function_type = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
     b.call(cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0"), [line, *flags])
 
@@ -134,6 +134,12 @@ def prefetch(b, address):
 def prefetch_to_l2(b, address):
     """As `prefetch`, but past the first-level cache, which has room for few requests."""
     _ask(b, address, 2)
+
+
+@operation(types.void, types.intp)
+def prefetch_to_write(b, address):
+    """Ask for a line that will be written: a core that has read it must give it up first."""
+    _ask(b, address, 3, writes=1)
 
 
 # ---- loads and stores -----------------------------------------------------------------------------------------------
