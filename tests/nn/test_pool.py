@@ -73,7 +73,8 @@ def norm_launches(pool: ThreadPool, rows: int, scratch: NDArray[np.generic]) -> 
     x[:] = weight[:] = 1
     bytes_of_thread = scratch.nbytes // pool.threads
     slots = np.array(
-        [address(x), COLUMNS * 4, 0, 0, address(weight), 0, address(panels), COLUMNS, 0, 0, address(scratch), bytes_of_thread, 0], np.int64
+        [address(x), COLUMNS * 4, 0, 0, address(weight), 0, address(panels), COLUMNS, 0, 0, address(scratch), bytes_of_thread, 127],
+        np.int64,
     )
     one = np.ones(1, np.int64)
     launches = Launches([(load_kernels([kernel])[kernel], address(slots), address(one), rows, 8, 0, 0, 0)], pool.threads)
