@@ -5,9 +5,10 @@ Two columns with the weights ``p`` and ``q`` and the activations ``x`` and ``y``
 products belong to the weights alone and to the activations alone. Those are made once for all tokens of a pass, these once for all rows;
 what is left for each row and token is one multiplication in place of two, and two additions, which pipes of their own have time for.
 
-Here ``p`` and ``q`` are bytes of two neighbouring groups (see `tiles`): quants less 8. With activations of up to `LARGEST` both sums are
-bytes again. The left one, which ``vpdpbusd`` takes without a sign, is 128 more, so that the products of the weights are ``(p + 128) q`` and
-those of the activations ``x (y + 128)``. All is exact: what comes out are the same integers as with all multiplications.
+Here ``p`` and ``q`` are bytes of two neighbouring groups (see `tiles`): quants less 8. With activations of up to 120 (see
+`geometry.largest_activation`) both sums are bytes again. The left one, which ``vpdpbusd`` takes without a sign, is 128 more, so that the
+products of the weights are ``(p + 128) q`` and those of the activations ``x (y + 128)``. All is exact: what comes out are the same integers
+as with all multiplications.
 
 The last two of a block's eight groups are multiplied as ever. So both kinds of pipes are about as busy: 16 rows by 32 columns take a token
 7 multiplications (5 of groups, 2 for the scale) and 8 other operations, where it would be 10 and 1, or 6 and 10.
@@ -25,10 +26,10 @@ from numba.extending import intrinsic
 from .helpers import inline
 from .int8_dots import dot
 from .isa import current_isa
-from .register_tiles import add_paired_dots, add_scaled_dots
+from .register_tiles import add_paired_dots, add_scaled_dots, scalar_row
 from .tiles import GROUPS, TILE_FORMATS, panel_offsets
 from .unpack import group_of, pair_vector, scale_vector
-from .vectors import F32, I16, I32, call, constant, i8x64, i32x16, load, operation, row_address, splat
+from .vectors import F32, I16, I32, call, constant, i8x64, i32x16, operation
 
 _SUMMED = GROUPS - 2  # groups
 _ZERO = 8  # what is taken from each quant
@@ -95,7 +96,7 @@ def add_summed_block(typing_context, tile, layout, groups, own, scales, x):
         weights = [b.extract_value(groups_value, group) for group in range(GROUPS)]
 
         def shared(at, kind=I32):
-            return splat(b, load(b, row_address(b, address, at, 1), kind))
+            return scalar_row(b, address, at, 1, kind)
 
         def activations(t, group):
             return b.bitcast(shared(32 * t + 4 * group), _BYTES)

@@ -495,16 +495,16 @@ class CpuLowering(CpuLaunching):
         kind = {True: "no", False: "yes"}
         source = self.rows_of[x]
         gathered = panels_or_rows(x.columns, floats[0])
-        raised, lowered = (
+        largest_in, largest_gated = (
             geometry.largest_activation(self.weights[options[name][0]].format.name for name in names)
             for names in (("gate", "up"), ("down",))
         )
-        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, padded(x.columns), raised)
+        slots = (source.address, self._row_bytes(x), row_of.address, top_k, gathered.address, padded(x.columns), largest_in)
         self._launch(spec("moe.gather", panels=kind[floats[0]]), slots, x.rows, units=top_k, reads=(source, row_of), writes=(gathered,))
         gate, up = by_expert(options["gate"], gathered), by_expert(options["up"], gathered)
         columns = options["gate"][0].shape[0]
         panels = gate if floats[2] else panels_or_rows(columns, False)
-        slots = (gate.address, up.address, 4 * padded(columns), row_of.address, panels.address, padded(columns), lowered)
+        slots = (gate.address, up.address, 4 * padded(columns), row_of.address, panels.address, padded(columns), largest_gated)
         kernel = spec("moe.activate", activation=options["activation"], panels=kind[floats[2]])
         self._launch(kernel, slots, x.rows, units=top_k, reads=(gate, up, row_of), writes=(gate, panels))
         down = by_expert(options["down"], panels)
