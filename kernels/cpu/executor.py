@@ -276,3 +276,22 @@ def follow() -> Any:
                 spins = 0
 
     return follow_programs
+
+
+def lane() -> Any:
+    """A list of launches that a thread works through alone, for some of a step's tokens. Units are lanes.
+
+    Slots: 0 launches of the first lane, followed by those of the next; 1 launches of a lane. They are as `executor_layout` states, but for
+    word 2: the address of two int64, from where to where its units go when multiplied by word 3.
+    """
+
+    def kernel(slots, begin, end, thread):
+        count = load_i64(slots + 8)
+        for index in range(begin * count, end * count):
+            launch = load_i64(slots) + index * LAUNCH_BYTES
+            bounds, units, chunk = load_i64(launch + 16), load_i64(launch + 24), load_i64(launch + 32)
+            last = load_i64(bounds + 8) * units
+            for at in range(load_i64(bounds) * units, last, chunk):
+                call_kernel(load_i64(launch), load_i64(launch + 8), at, min(at + chunk, last), thread)
+
+    return kernel

@@ -28,6 +28,7 @@ logger = logging.getLogger("pymistral")
 _MAX_TOKENS = 512  # in one step
 _MAX_OUTPUTS = 64  # rows of logits in one step
 _BLOCK_SIZE = 32
+_MISSING = 4  # tokens of a panel: so few that the others take as long as a whole one
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
@@ -93,6 +94,7 @@ class PagedRunner(ABC):
         for row, segment in enumerate(segments):
             count, start = len(segment.tokens), segment.start
             end = start + count
+            tokens = state.next_row(tokens, row)
             if tokens + count > self.max_batch_tokens or row >= self.max_num_seqs:
                 raise ValueError(f"a step holds {self.max_batch_tokens} tokens of {self.max_num_seqs} sequences at most")
             if count < 1 or start < 0 or end > self.max_sequence_length or not 0 <= segment.outputs <= count:
@@ -115,7 +117,7 @@ class PagedRunner(ABC):
 
     def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
         """Write one segment's tokens, positions, cache slots and block tables into the state."""
-        size = self.block_size
+        size, parts = self.block_size, state.parts_of_block
         tables = self._tables(segment)
         blocks = -(-end // size)
         for group, table in enumerate(tables):
@@ -124,7 +126,9 @@ class PagedRunner(ABC):
             used = table[:blocks]
             if min(used) < 0 or max(used) >= self.num_blocks:
                 raise ValueError("a block does not exist")
-            state.block_tables[group, row, :blocks] = used
+            numbers = state.block_tables[group, row, :blocks]
+            numbers[:] = used
+            numbers *= parts
         if count == 1:
             token = segment.tokens[0]
             if not 0 <= token < self._embeddings:
@@ -132,7 +136,7 @@ class PagedRunner(ABC):
             state.tokens[at] = token
             state.positions[at] = start
             for group, table in enumerate(tables):
-                state.cache_slots[group, at] = table[blocks - 1] * size + start % size
+                state.cache_slots[group, at] = table[blocks - 1] * parts * size + start % size
             return
         place = slice(at, at + count)
         state.tokens[place] = segment.tokens
@@ -275,10 +279,19 @@ class CpuRunner(PagedRunner):
         return logits
 
     def _run(self, program: CpuProgram, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
+        program.state.set_lanes(len(segments), self._panels_in_lane(program, segments))
         outputs = self._fill(program.state, segments)
         self._write_read_blocks(program.state, segments)
         program.run(meanwhile)
         return program.logits[:outputs]
+
+    def _panels_in_lane(self, program: CpuProgram, segments: Sequence[Segment]) -> int:
+        """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
+        count, lanes = len(segments), self.threads * panel_tokens()
+        panels = -(-count // lanes)
+        if panels > program.most_panels or count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
+            return 0
+        return panels if all(len(segment.tokens) == segment.outputs == 1 for segment in segments) else 0
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of
@@ -290,6 +303,7 @@ class CpuRunner(PagedRunner):
         few_tokens = not self.prompts_apart and sum(len(segment.tokens) for segment in segments) <= SPLIT_TOKENS
         for row, segment in enumerate(segments):
             count = len(segment.tokens)
+            tokens = state.next_row(tokens, row)
             if segment.start + count > ATTENTION_CHUNK and (few_tokens or (few_sequences and count == 1)):
                 for token in range(tokens, tokens + count):
                     chunks = -(-(segment.start + token - tokens + 1) // ATTENTION_CHUNK)
@@ -310,15 +324,25 @@ class CpuRunner(PagedRunner):
 
     def _write_read_blocks(self, state: State, segments: Sequence[Segment]) -> None:
         """Write which blocks of the cache attention will read, for whoever has time to fetch them: none in a step of few sequences."""
+        if not state.panels_in_lane:
+            self._write_blocks(state, 0, segments if len(segments) > SPLIT_TOKENS else (), READ_BLOCKS)
+            return
+        state.read_blocks[0, :, 0] = 0
+        for lane, (_, (first, last, _)) in enumerate(state.lanes.tolist()):
+            self._write_blocks(state, 1 + lane, segments[first:last], state.most_read)
+
+    def _write_blocks(self, state: State, index: int, segments: Sequence[Segment], most: int) -> None:
         for group, window in enumerate(self.windows):
             blocks: list[int] = []
-            for segment in segments if len(segments) > SPLIT_TOKENS else ():
-                if len(blocks) >= READ_BLOCKS:
+            for segment in segments:
+                if len(blocks) >= most:
                     break
                 first = max(0, segment.start + 1 - window) // self.block_size if window else 0
                 blocks += self._tables(segment)[group][first : -(-(segment.start + len(segment.tokens)) // self.block_size)]
-            blocks = blocks[:READ_BLOCKS]
-            state.read_blocks[group, : len(blocks) + 1] = (len(blocks), *blocks)
+            blocks = blocks[:most]
+            read = state.read_blocks[index, group, : len(blocks) + 1]
+            read[:] = (len(blocks), *blocks)
+            read[1:] *= state.parts_of_block
 
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""

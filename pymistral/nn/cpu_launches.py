@@ -13,6 +13,7 @@ from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
 from ..kernels.cpu.executor_layout import UNIT_BITS
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
+from .cpu_lanes import Rows, in_lanes
 from .cpu_program import CpuProgram, Result
 from .cpu_weights import TiledWeights
 from .graph import OUTPUTS, TOKENS, Array, Graph
@@ -23,8 +24,10 @@ from .quantize import tile_format
 from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
+_LANE_KERNEL = spec("executor.lane")
 
-class _Launch(NamedTuple):
+
+class Launch(NamedTuple):
     kernel: Spec
     slots: list[int]
     rows: str  # which of the state's counts
@@ -33,6 +36,8 @@ class _Launch(NamedTuple):
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     weights: tuple[int, int]  # address and bytes of what it streams through
+    product_rows: Rows | None
+    for_tokens: bool  # and not for the rows that are wanted
     label: str
     results: list[Result]
 
@@ -43,9 +48,9 @@ class CpuLaunching(Lowering):
     def __init__(self, graph: Graph, limits: Limits, threads: int, weights: TiledWeights, *, wide: bool) -> None:
         super().__init__(graph, limits)
         self.threads = threads
-        self.state = State(limits)
+        self.state = State(limits, lanes=threads if threads > 1 else 0)
         self.wide = wide
-        self.launches: list[_Launch] = []
+        self.launches: list[Launch] = []
         self.weights = weights
         self.alive: list[Any] = []
         self.scratch_bytes = 0
@@ -152,6 +157,7 @@ class CpuLaunching(Lowering):
         spoils: Iterable[Buffer] = (),
         scratch: tuple[int, int] | None = None,
         weights: tuple[int, int] = (0, 0),
+        product_rows: Rows | None = None,
     ) -> None:
         """What it leaves in what it ``spoils`` nobody wants. ``scratch`` is (slot, bytes for each thread); the slot after it gets the
         bytes.
@@ -165,13 +171,28 @@ class CpuLaunching(Lowering):
         written = tuple(writes)
         results = [Result(buffer.array, x.rows, x.columns) for x, buffer in self.rows_of.items() if buffer in written]
         label = " ".join([kernel.factory, *tensors])
-        self.launches.append(_Launch(kernel, values, rows, units, chunk, tuple(reads), (*written, *spoils), weights, label, results))
+        self.launches.append(
+            Launch(
+                kernel,
+                values,
+                rows,
+                units,
+                chunk,
+                tuple(reads),
+                (*written, *spoils),
+                weights,
+                product_rows,
+                self.node.output.rows == TOKENS,
+                label,
+                results,
+            )
+        )
 
     # ---- the program ------------------------------------------------------------------------------------------------
 
     def kernels(self) -> list[Spec]:
         """All that the program needs."""
-        return [SAMPLING_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers]
+        return [SAMPLING_KERNEL, _LANE_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers]
 
     def finish(self, progress: Progress | None) -> CpuProgram:
         scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)
@@ -198,6 +219,11 @@ class CpuLaunching(Lowering):
             weights = record[6:] if record[6] else weights
             record[6:] = weights
         self.alive += [scratch, arguments, self.weights.arena]
+        lanes = [
+            Launches(lane_records, self.threads)
+            for panels in range(1, self.state.most_panels + 1)
+            if (lane_records := in_lanes(self.launches, records, self.state, addresses[_LANE_KERNEL], panels, self.alive))
+        ]
         logits = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
@@ -207,6 +233,7 @@ class CpuLaunching(Lowering):
             weight_bytes=self.weights.nbytes,
             packing=packing,
             _launches=Launches(records, self.threads),
+            _in_lanes=lanes,
             _pool=thread_pool(self.threads),
             _results=[launch.results for launch in self.launches],
             _alive=self.alive,

@@ -12,7 +12,8 @@ from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import spec
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
-from .cache_groups import cache_groups
+from .cpu_caches import Caches
+from .cpu_lanes import Rows
 from .cpu_launches import CpuLaunching
 from .cpu_weights import Matrix, TiledWeights
 from .graph import OUTPUTS, TOKENS, Array, Graph, Node
@@ -25,6 +26,7 @@ from .state import Limits
 _CHUNK_BYTES = (16 << 10, 256 << 10)  # of weights that a thread claims at once: reading is faster the longer it goes straight on
 _CHUNKS_PER_THREAD = 64  # of a matrix that is large enough for that
 _PIECES_PER_THREAD = 16  # that the products of experts are cut into
+_LANE_FETCHES = 1 << 20  # bytes of keys and values that a lane asks for: what the second-level cache of its core has room for
 _LOGITS_MARGIN = 4.0  # logits as near as this to the largest one, as they are sampled from, are worth activations of 16 bits
 
 
@@ -39,9 +41,8 @@ class CpuLowering(CpuLaunching):
     def __init__(self, graph: Graph, limits: Limits, threads: int, weights: TiledWeights, base: CpuLowering | None = None) -> None:
         super().__init__(graph, limits, threads, weights, wide=base is not None)
         self.base = base
-        self.groups = cache_groups(graph)
-        self.cache_layout = geometry.cache_layout(graph.cache_type(limits.cache_type, geometry.usual_cache_type()))
-        self.cache_arrays: dict[int, tuple[Buffer, Buffer]] = {}  # keys and values of the layers at one place of their groups
+        self.caches: Caches = base.caches if base else Caches(graph, limits)
+        self.state.parts_of_block = self.caches.parts
         self.routings: dict[tuple[int, int], tuple[Buffer, ...]] = {}
         self.fetching: list[int] | None = None  # slots of the last gated product, which may fetch what the next attention reads
         self.lower()
@@ -61,17 +62,18 @@ class CpuLowering(CpuLaunching):
             source = self._wide(x)
             slots = [matrix.address, source.address, *common]
             slots[3] = x.columns // 32
-            kernel = spec("bf16_matmul.matmul")
+            kernel, row_bytes = spec("bf16_matmul.matmul"), 0
         elif matrix.is_float:
             source = self.rows_of[x]
-            slots = [matrix.address, source.address, *common, self._row_bytes(x)]
+            row_bytes = self._row_bytes(x)
+            slots = [matrix.address, source.address, *common, row_bytes]
             slots[3] = x.columns
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
             slots = [matrix.address, source.address, *common, 0, 0]
             slots[3] = x.columns // 32
-            kernel = spec("matmul.matmul", layout=matrix.format.name)
+            kernel, row_bytes = spec("matmul.matmul", layout=matrix.format.name), geometry.panel_row_bytes(x.columns)
             unpacked = geometry.unpacked_bytes(matrix.format.name, x.columns)
         reads = (source, out) if accumulate else (source,)
         self._launch(
@@ -84,6 +86,7 @@ class CpuLowering(CpuLaunching):
             writes=(out,),
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
+            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6) if row_bytes and x is not self.makes_logits else None,
         )
         if x is self.makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
             self._refine_logits(x, matrix, out)
@@ -200,6 +203,7 @@ class CpuLowering(CpuLaunching):
                 writes=(out,),
                 scratch=(8, scratch),
                 weights=(gate.address, gate.tiles.nbytes),
+                product_rows=None if wide else Rows({2: geometry.panel_row_bytes(x.columns), 6: geometry.panel_row_bytes(columns)}, 5, 14),
             )
             self.fetching = None if wide else self.launches[-1].slots
             return
@@ -336,18 +340,15 @@ class CpuLowering(CpuLaunching):
         heads, kv_heads = q.columns // head_dim, k.columns // head_dim
         group = heads // kv_heads
         limits = self.limits
-        layout = self.cache_layout
+        layout = self.caches.layout
         module = geometry.attention_module(layout, group, head_dim)
-        shape = (limits.num_blocks, kv_heads, limits.block_size * geometry.cache_row_bytes(layout, head_dim))
-        group_of_layers, place = self.groups.places[len(self.state.caches)] if limits.groups > 1 else (0, len(self.state.caches))
-        if place not in self.cache_arrays:
-            of_base = self.base.cache_arrays[place] if self.base else None
-            self.cache_arrays[place] = of_base or (self._allocate(shape, np.uint8), self._allocate(shape, np.uint8))
-        keys, values = self.cache_arrays[place]
+        group_of_layers, keys, values = self.caches.of_layer(len(self.state.caches))
         self.state.caches.append((keys.array, values.array))
         if self.fetching is not None:
-            self.fetching[11:15] = (keys.address, values.address, keys.array[0].nbytes, address(self.state.read_blocks[group_of_layers]))
+            read = self.state.read_blocks[0, group_of_layers]
+            self.fetching[11:15] = (keys.address, values.address, keys.array[0].nbytes, address(read))
             self.fetching = None
+            self.state.most_read = max(1, min(self.state.most_read, _LANE_FETCHES // (2 * keys.array[0].nbytes)))
         self.state.query_tile = min(self.state.query_tile, geometry.query_tile_tokens(module, group))
         norms = [options[name] for name in ("q_norm", "k_norm")]
         weights = [self._vector(norm.weight, norm.offset) if norm else None for norm in norms]

@@ -44,16 +44,27 @@ class CpuProgram:
     weight_bytes: int
     packing: Packing
     _launches: Launches
+    _in_lanes: list[Launches]  # for lanes of one panel, of two ...
     _pool: ThreadPool
     _results: list[list[Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
     _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
+    @property
+    def most_panels(self) -> int:
+        """How many panels of tokens a lane may have (see `cpu_lanes`); 0 if there are no lanes."""
+        return 0 if self._eager else len(self._in_lanes)
+
+    @property
+    def _current(self) -> Launches:
+        panels = self.state.panels_in_lane
+        return self._in_lanes[panels - 1] if panels else self._launches
+
     def run(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Run one step, and call ``meanwhile`` when it has begun. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""
         self.packing.wait()
         if not self._eager:
-            self._pool.run(self._launches, meanwhile)
+            self._pool.run(self._current, meanwhile)
             return
         if meanwhile is not None:
             meanwhile()
@@ -65,7 +76,7 @@ class CpuProgram:
 
         self.packing.wait()
         seconds = []
-        for row in self._launches.table:
+        for row in self._current.table:
             single = Launches([[int(word) for word in row]], self._pool.threads)
             start = perf_counter()
             self._pool.run(single)

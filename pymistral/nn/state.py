@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.cpu.geometry import ATTENTION_CHUNK
+from ..kernels.cpu.geometry import ATTENTION_CHUNK, panel_tokens
 from .memory import address, zeros
 from .rope import Rope
 
@@ -65,7 +65,9 @@ class State:
     All arrays lie in ``memory``, the block tables last, so that one copy of its first bytes brings a step to a device.
     """
 
-    def __init__(self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5) -> None:
+    def __init__(
+        self, limits: Limits, allocate: Callable[[int], NDArray[Any]] | None = None, *, item_words: int = 5, lanes: int = 0
+    ) -> None:
         # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind, and those with
         # output rows before all others; merges, on the CPU: [token, first partial result, how many]
         self.max_partials = SPLIT_TOKENS * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
@@ -98,14 +100,36 @@ class State:
         self.tokens, self.positions, self.cache_slots = part("tokens"), part("positions"), part("cache_slots")
         self.output_rows, self.items, self.merges = part("output_rows"), part("items"), part("merges")
         self.table_rows, self.block_tables = part("table_rows"), part("block_tables")
-        self.read_blocks = zeros((limits.groups, 1 + READ_BLOCKS), np.int32)  # how many, and which; on the CPU
+        # on the CPU, of the step and of each lane: how many blocks of a group are read, and which
+        self.read_blocks: NDArray[Any] = zeros((1 + lanes, limits.groups, 1 + READ_BLOCKS), np.int32)
+        self.most_read = READ_BLOCKS  # of one lane
+        # lanes (see `cpu_lanes`): of each, the rows of its tokens, and its sequences: the first, the one behind the last, how many
+        self.lanes: NDArray[Any] = zeros((lanes, 2, 3), np.int64)
+        self.panels_in_lane = self.sequences_in_lane = 0
+        panels = lanes * panel_tokens()
+        self.most_panels = min(limits.max_sequences // panels, limits.max_tokens // panels - 1) if lanes else 0
         self.ropes: list[Rope] = []
         self.caches: list[tuple[NDArray[Any], NDArray[Any]]] = []  # keys and values of each layer
+        self.parts_of_block = 1  # what the numbers of blocks are multiplied by (see `cpu_caches`)
         self.query_tile = limits.max_tokens  # tokens in a query tile, at most
 
     def used_bytes(self, sequences: int) -> int:
         """Of `memory`, for a step of so many sequences."""
         return address(self.block_tables) - address(self.memory) + sequences * 4 * self.table_width
+
+    def set_lanes(self, sequences: int, panels: int) -> None:
+        """Give each lane so many panels of a step's sequences; with 0 there are no lanes."""
+        self.panels_in_lane, self.sequences_in_lane = panels, panels * panel_tokens()
+        for lane in range(len(self.lanes) if panels else 0):
+            first = min(sequences, lane * self.sequences_in_lane)
+            count = min(sequences - first, self.sequences_in_lane)
+            row = lane * (panels + 1) * panel_tokens()
+            self.lanes[lane] = (row, row + count, count), (first, first + count, count)
+
+    def next_row(self, row: int, sequence: int) -> int:
+        """Where a sequence's first token goes: behind the ``row`` tokens before it, but a lane begins a panel later."""
+        begins_lane = self.panels_in_lane and sequence and sequence % self.sequences_in_lane == 0
+        return row + panel_tokens() if begins_lane else row
 
     def count(self, name: str) -> int:
         return int(self.counts[_COUNTS.index(name)])

@@ -194,13 +194,14 @@ def test_many_streams_have_the_cache_fetched_ahead() -> None:
         run.forward([Segment([(7 * i + p) % VOCABULARY for p in range(start)], 0, tables[0], 0, further_tables=tables[1:])])
         streams.append(Segment([i], start, tables[0], 1, further_tables=tables[1:]))
     alone = [run.forward([stream]).copy() for stream in streams]
-    assert not run.program.state.read_blocks[:, 0].any()
+    read_blocks, parts = run.program.state.read_blocks[0], run.program.state.parts_of_block
+    assert not read_blocks[:, 0].any()
     assert run.forward(streams).tobytes() == np.concatenate(alone).tobytes()
     for group, window in enumerate(run.windows):
-        count, *blocks = run.program.state.read_blocks[group].tolist()
+        count, *blocks = read_blocks[group].tolist()
         oldest = [max(0, start - 39) if window else 0 for start in starts]
         assert blocks[:count] == [
-            20 * i + 10 * group + block for i, start in enumerate(starts) for block in range(oldest[i] // 32, start // 32 + 1)
+            parts * (20 * i + 10 * group + block) for i, start in enumerate(starts) for block in range(oldest[i] // 32, start // 32 + 1)
         ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pymistral.kernels.cpu.geometry import panel_tokens
 from tiny import tiny_values, write_folder
 from tiny_gguf import write_gguf
 
@@ -109,6 +110,36 @@ def test_long_texts_and_batches(name: str, tmp_path: Path) -> None:
     runner.forward([Segment(text[300:597], 300, others, 0), Segment(tokens[:1], 64, [30, 31, 32], 0)])
     both = runner.forward([Segment(text[597:], 597, others, 3), Segment(tokens[1:2], 65, [30, 31, 32], 1)])[:3]
     np.testing.assert_allclose(np.concatenate(whole[1:]), both, atol=2e-6)
+
+
+@pytest.mark.parametrize("matrices", ["F32", "Q4_1"])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_lanes(path: Path, matrices: str, tmp_path: Path) -> None:
+    """Each thread takes streams of its own through the model: to the last bit what each stream gets alone."""
+    config, values, tokens, _ = golden(path)
+    if matrices == "F32":
+        checkpoint = load_folder(write_folder(tmp_path / "model", config, values))
+    elif config["model_type"] in ("llama", "gemma2", "qwen3_moe"):
+        checkpoint = load_gguf(write_gguf(tmp_path / "tiny.gguf", config, values, matrices))
+    else:
+        pytest.skip("three architectures have all kinds of launches")
+    graph = record(build_model(checkpoint.config, checkpoint.weights))
+    panel = panel_tokens()
+    runner = CpuRunner(graph, max_position_embeddings=128, max_num_seqs=4 * panel, threads=2, cache_tokens=4 * panel * 64)
+    lengths = [5 + 7 * i % 40 for i in range(4 * panel)]
+
+    def step(sequence: int) -> Segment:
+        return Segment([tokens[(3 * sequence + 1) % len(tokens)]], lengths[sequence], [2 * sequence, 2 * sequence + 1], 1)
+
+    for i, length in enumerate(lengths):
+        runner.forward([Segment([tokens[(i + j) % len(tokens)] for j in range(length)], 0, [2 * i, 2 * i + 1], 0)])
+    alone = np.concatenate([runner.forward([step(i)]).copy() for i in range(4 * panel)])
+    assert runner.program.state.panels_in_lane == 0
+    mixture = any(node.op == "mixture_of_experts" for node in graph.nodes)  # its launches are for all tokens
+    for count, panels in ((2 * panel - 3, 1), (2 * panel, 1), (4 * panel - 1, 2), (4 * panel, 2), (3 * panel, 0), (panel + 1, 0)):
+        found = runner.forward([step(i) for i in range(count)])
+        np.testing.assert_array_equal(found, alone[:count], err_msg=f"{count} streams")
+        assert runner.program.state.panels_in_lane == (0 if mixture or count <= 8 else panels)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""Steps in which each thread takes streams of its own from one end of a model to the other: its lane.
+
+By default all threads share each launch, so that each launch has to wait for the one before, and activations go from core to core and back:
+2,500 lines of the cache for each layer and core, with 16 tokens of a small model (SmolLM2). Where cores have no cache in common that takes
+a fifth of all the time. But as long as every token is a sequence of its own, nothing that is computed for it depends on the others. All
+threads then read all weights, which pays as long as the memory is not the limit: for panels of tokens and few threads.
+
+The rows of two lanes lie a panel apart. Next to each other a core's own prefetching would run on into rows that the other core is writing,
+which costs as much as was to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.cpu.geometry import panel_tokens
+from .graph import OUTPUTS, TOKENS
+from .memory import address
+from .state import State
+
+if TYPE_CHECKING:
+    from .cpu_launches import Launch
+
+_BY_SEQUENCE = (OUTPUTS, "items", "output_items")  # counts of one for each sequence
+
+
+class Rows(NamedTuple):
+    """How a product, whose units are tiles of weights, is made to take some rows of its input alone: by other arguments."""
+
+    strides: dict[int, int]  # slots that hold addresses of rows, and bytes from one row to the next
+    count_slot: int  # of the address of the number of rows
+    blocks_slot: int | None = None  # of the address of the blocks of the cache that it asks for, if it does
+
+
+def in_lanes(
+    launches: Sequence[Launch], records: Sequence[Sequence[int]], state: State, kernel: int, panels: int, alive: list[Any]
+) -> list[list[int]]:
+    """The records of a program with lanes of so many panels: all that is done for tokens is one launch of ``kernel`` (`executor.lane`).
+
+    None if that cannot be done by the token. What the records refer to is appended to ``alive``.
+    """
+    end = next((index for index, launch in enumerate(launches) if not _by_token(launch)), len(launches))
+    if any(launch.for_tokens for launch in launches[end:]) or not any(launch.product_rows for launch in launches[:end]):
+        return []
+    table = _table(launches[:end], np.array(records[:end], np.int64), state, panels, alive)
+    slots = np.array([address(table), end], np.int64)
+    alive += [table, slots]
+    lanes = [kernel, address(slots), state.count_address("one"), len(state.lanes), 1, 0, *records[0][6:]]
+    return [lanes, *([*record[:5], 1, *record[6:]] for record in records[end:])]
+
+
+def _by_token(launch: Launch) -> bool:
+    return launch.product_rows is not None or launch.rows in (TOKENS, "merges", *_BY_SEQUENCE)
+
+
+def _table(launches: Sequence[Launch], records: NDArray[np.int64], state: State, panels: int, alive: list[Any]) -> NDArray[np.int64]:
+    """The launches of each lane, int64 ``[lanes][launches][8]``, as `executor.lane` takes them."""
+    lanes = range(len(state.lanes))
+    table = np.repeat(records[None], len(lanes), axis=0)
+    everything, nothing = (np.array(bounds, np.int64) for bounds in ((0, 1), (0, 0)))
+    alive += [everything, nothing]
+    for index, launch in enumerate(launches):
+        rows = launch.product_rows
+        if rows is None:
+            by_sequence = int(launch.rows in _BY_SEQUENCE)
+            table[:, index, 2] = address(nothing) if launch.rows == "merges" else [address(state.lanes[i, by_sequence]) for i in lanes]
+            continue
+        by_sequence = int(launch.slots[rows.count_slot] != state.count_address(TOKENS))
+        first = [(panels if by_sequence else panels + 1) * panel_tokens() * lane for lane in lanes]
+        slots = np.repeat(np.array([launch.slots], np.int64), len(lanes), axis=0)
+        for slot, stride in rows.strides.items():
+            slots[:, slot] += np.array(first) * stride
+        slots[:, rows.count_slot] = [address(state.lanes[lane, by_sequence, 2:]) for lane in lanes]
+        if rows.blocks_slot is not None and launch.slots[rows.blocks_slot]:
+            slots[:, rows.blocks_slot] += [(1 + lane) * state.read_blocks.strides[0] for lane in lanes]
+        alive.append(slots)
+        table[:, index, 1] = [address(slots[lane]) for lane in lanes]
+        table[:, index, 2] = address(everything)
+    return table
