@@ -21,7 +21,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .executor_layout import COUNT, COUNTERS, FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCHES, LINE, STEP, STOP, TO_WAKE, UNIT_BITS
+from .executor_layout import (
+    COUNT,
+    COUNTERS,
+    FIRST_THREAD,
+    INSIDE,
+    LAUNCH_BYTES,
+    LAUNCHES,
+    LINE,
+    NEEDS_ALL,
+    NEEDS_SHARE,
+    STEP,
+    STOP,
+    TO_WAKE,
+    UNIT_BITS,
+)
 from .helpers import inline
 from .simd import load_i64, prefetch, store_i64
 from .vectors import operation, pointer
@@ -144,11 +158,13 @@ def run_program(launches, count, counters, step, thread, threads):
     stride = (threads + 1) * LINE
     unit_counts = counters + count * stride
     first_open = 0  # launches before this one are done
+    own_share = False  # whether this thread alone has done its share of the launch before
     fetched = 0
     fetched_of = 0
     for index in range(count + 1):
         launch = launches + index * LAUNCH_BYTES
-        if index == count or load_i64(launch + 40):
+        needs = load_i64(launch + 40) if index < count else NEEDS_ALL
+        if needs == NEEDS_ALL:
             if index == count and thread > 0:
                 return
             upcoming = 0
@@ -181,7 +197,13 @@ def run_program(launches, count, counters, step, thread, threads):
         done = counters + index * stride
         chunk = load_i64(launch + 32)
         finished = 0
+        waits = needs == NEEDS_SHARE
         for turn in range(threads):
+            if waits and (turn > 0 or not own_share):
+                wanted = atomic_load(unit_counts + 8 * (index - 1))
+                if wanted >> _SHIFT != step or wait_for(done - stride, wanted, step, 0, 0) < 0:
+                    return
+                waits = False
             owner = (thread + turn) % threads
             share = units * owner // threads
             size = units * (owner + 1) // threads - share
@@ -194,6 +216,8 @@ def run_program(launches, count, counters, step, thread, threads):
                 end = min(at + chunk, size)
                 call_kernel(load_i64(launch), load_i64(launch + 8), share + at, share + end, thread)
                 finished += end - at
+            if turn == 0:
+                own_share = finished == size
         if finished:
             add_done(done, step, finished)
 
@@ -293,5 +317,19 @@ def lane() -> Any:
             last = load_i64(bounds + 8) * units
             for at in range(load_i64(bounds) * units, last, chunk):
                 call_kernel(load_i64(launch), load_i64(launch + 8), at, min(at + chunk, last), thread)
+
+    return kernel
+
+
+def by_lane() -> Any:
+    """A launch whose rows are divided among lanes: a thread's share of the units is one lane's, and needs that thread's lane alone.
+
+    Slots: 0 kernel, 1 its arguments for the first lane, 2 bytes from there to those for the next, 3 units of a lane.
+    """
+
+    def kernel(slots, begin, end, thread):
+        units = load_i64(slots + 24)
+        lane = begin // units
+        call_kernel(load_i64(slots), load_i64(slots + 8) + lane * load_i64(slots + 16), begin - lane * units, end - lane * units, thread)
 
     return kernel

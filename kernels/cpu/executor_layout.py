@@ -2,7 +2,7 @@
 none.
 
 A launch is eight int64: 0 kernel address, 1 slots address, 2 address of a count, 3 units for each of that count, 4 units in a chunk, 5
-whether all launches before it must be done, 6 address and 7 bytes of the weights that it, or the next launch that has any, will read.
+what must be done before it (see `NEEDS_ALL`), 6 address and 7 bytes of the weights that it, or the next launch that has any, will read.
 
 A program's counters, in lines of 64 bytes: for each launch one line of done units, then one line for each thread's share of claimed units;
 after them one int64 for each launch, its units in the running step. Each counter holds the step's number in its upper 40 bits.
@@ -13,6 +13,8 @@ while it is being woken), and whether it is inside a program.
 """
 
 LINE = 64
+NEEDS_ALL = 1  # all launches before this one
+NEEDS_SHARE = 2  # for a thread's share of its units: that thread's share of the launch before, if it has done that itself, else all of it
 UNIT_BITS = 24  # of a counter: what is left for step numbers lasts for decades
 LAUNCH_WORDS = 8
 LAUNCH_BYTES = LAUNCH_WORDS * 8

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.cpu.executor_layout import NEEDS_ALL, NEEDS_SHARE
 from ..kernels.cpu.geometry import panel_tokens
 from .graph import OUTPUTS, TOKENS
 from .memory import address
@@ -37,20 +38,36 @@ class Rows(NamedTuple):
 
 
 def in_lanes(
-    launches: Sequence[Launch], records: Sequence[Sequence[int]], state: State, kernel: int, panels: int, alive: list[Any]
+    launches: Sequence[Launch],
+    records: Sequence[Sequence[int]],
+    logits: int,
+    state: State,
+    kernels: tuple[int, int],
+    panels: int,
+    alive: list[Any],
 ) -> list[list[int]]:
-    """The records of a program with lanes of so many panels: all that is done for tokens is one launch of ``kernel`` (`executor.lane`).
+    """The records of a program with lanes of so many panels: all before launch ``logits`` is one of the first of the ``kernels``
+    (`executor.lane`), and that one of the other (`executor.by_lane`), so that who is done first need not wait.
 
-    None if that cannot be done by the token. What the records refer to is appended to ``alive``.
+    None if a launch that is for tokens cannot be divided by them. What the records refer to is appended to ``alive``.
     """
-    end = next((index for index, launch in enumerate(launches) if not _by_token(launch)), len(launches))
+    end = next((index for index, launch in enumerate(launches[:logits]) if not _by_token(launch)), logits)
     if any(launch.for_tokens for launch in launches[end:]) or not any(launch.product_rows for launch in launches[:end]):
         return []
     table = _table(launches[:end], np.array(records[:end], np.int64), state, panels, alive)
     slots = np.array([address(table), end], np.int64)
     alive += [table, slots]
-    lanes = [kernel, address(slots), state.count_address("one"), len(state.lanes), 1, 0, *records[0][6:]]
-    return [lanes, *([*record[:5], 1, *record[6:]] for record in records[end:])]
+    lane, by_lane = kernels
+    one, count = state.count_address("one"), len(state.lanes)
+    result = [[lane, address(slots), one, count, 1, 0, *records[0][6:]]]
+    if end == logits < len(launches) and launches[end].product_rows is not None:
+        kernel, _, _, units, chunk, _, *weights = records[end]
+        arguments = _arguments(launches[end], state, panels)
+        slots = np.array([kernel, address(arguments), arguments.strides[0], units], np.int64)
+        alive += [arguments, slots]
+        result.append([by_lane, address(slots), one, count * units, chunk, NEEDS_SHARE, *weights])
+        end += 1
+    return result + [[*record[:5], NEEDS_ALL, *record[6:]] for record in records[end:]]
 
 
 def _by_token(launch: Launch) -> bool:
@@ -69,15 +86,23 @@ def _table(launches: Sequence[Launch], records: NDArray[np.int64], state: State,
             by_sequence = int(launch.rows in _BY_SEQUENCE)
             table[:, index, 2] = address(nothing) if launch.rows == "merges" else [address(state.lanes[i, by_sequence]) for i in lanes]
             continue
-        by_sequence = int(launch.slots[rows.count_slot] != state.count_address(TOKENS))
-        first = [(panels if by_sequence else panels + 1) * panel_tokens() * lane for lane in lanes]
-        slots = np.repeat(np.array([launch.slots], np.int64), len(lanes), axis=0)
-        for slot, stride in rows.strides.items():
-            slots[:, slot] += np.array(first) * stride
-        slots[:, rows.count_slot] = [address(state.lanes[lane, by_sequence, 2:]) for lane in lanes]
-        if rows.blocks_slot is not None and launch.slots[rows.blocks_slot]:
-            slots[:, rows.blocks_slot] += [(1 + lane) * state.read_blocks.strides[0] for lane in lanes]
+        slots = _arguments(launch, state, panels)
         alive.append(slots)
         table[:, index, 1] = [address(slots[lane]) for lane in lanes]
         table[:, index, 2] = address(everything)
     return table
+
+
+def _arguments(launch: Launch, state: State, panels: int) -> NDArray[np.int64]:
+    """Those of a product for each lane, int64 ``[lanes][slots]``."""
+    rows, lanes = launch.product_rows, range(len(state.lanes))
+    assert rows is not None
+    by_sequence = int(launch.slots[rows.count_slot] != state.count_address(TOKENS))
+    apart = (panels if by_sequence else panels + 1) * panel_tokens()
+    slots = np.repeat(np.array([launch.slots], np.int64), len(lanes), axis=0)
+    for slot, stride in rows.strides.items():
+        slots[:, slot] += [lane * apart * stride for lane in lanes]
+    slots[:, rows.count_slot] = [address(state.lanes[lane, by_sequence, 2:]) for lane in lanes]
+    if rows.blocks_slot is not None and launch.slots[rows.blocks_slot]:
+        slots[:, rows.blocks_slot] += [(1 + lane) * state.read_blocks.strides[0] for lane in lanes]
+    return slots

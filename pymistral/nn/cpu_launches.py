@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels.cpu import geometry
 from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
-from ..kernels.cpu.executor_layout import UNIT_BITS
+from ..kernels.cpu.executor_layout import NEEDS_ALL, UNIT_BITS
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
 from .cpu_lanes import Rows, in_lanes
@@ -24,7 +24,7 @@ from .quantize import tile_format
 from .sampling import SAMPLING_KERNEL
 from .state import Limits, State
 
-_LANE_KERNEL = spec("executor.lane")
+_LANE_KERNELS = (spec("executor.lane"), spec("executor.by_lane"))
 
 
 class Launch(NamedTuple):
@@ -59,6 +59,7 @@ class CpuLaunching(Lowering):
         self.wide_of: dict[Array, Buffer] = {}  # wide panels, which are bfloat16
         self.forms += [self.panels_of, self.wide_of]
         products = [node.inputs[0] for node in graph.nodes if node.op == "linear"]
+        self.logits_launch: int | None = None  # which one makes them
         self.makes_logits = products[-1] if products and products[-1].rows == OUTPUTS else None
 
     # ---- buffers ----------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ class CpuLaunching(Lowering):
 
     def kernels(self) -> list[Spec]:
         """All that the program needs."""
-        return [SAMPLING_KERNEL, _LANE_KERNEL, *(launch.kernel for launch in self.launches), *self.weights.packers]
+        return [SAMPLING_KERNEL, *_LANE_KERNELS, *(launch.kernel for launch in self.launches), *self.weights.packers]
 
     def finish(self, progress: Progress | None) -> CpuProgram:
         scratch = zeros(max(64, self.scratch_bytes * self.threads), np.uint8)
@@ -212,22 +213,26 @@ class CpuLaunching(Lowering):
             most = 1 if launch.rows == "one" else len(self.state.items)
             if launch.units * most >> UNIT_BITS:
                 raise ValueError(f"{launch.label}: {launch.units} units for each of {most} are more than a program counts")
-            records.append([addresses[launch.kernel], slots_at, count, launch.units, launch.chunk, int(meet), *launch.weights])
+            records.append(
+                [addresses[launch.kernel], slots_at, count, launch.units, launch.chunk, NEEDS_ALL if meet else 0, *launch.weights]
+            )
         weights = [0, 0]
         for record in reversed(records):
             # waiting threads fetch the weights of the next launch that has any
             weights = record[6:] if record[6] else weights
             record[6:] = weights
         self.alive += [scratch, arguments, self.weights.arena]
+        logits = len(self.launches) if self.logits_launch is None else self.logits_launch
+        lane_kernels = addresses[_LANE_KERNELS[0]], addresses[_LANE_KERNELS[1]]
         lanes = [
             Launches(lane_records, self.threads)
             for panels in range(1, self.state.most_panels + 1)
-            if (lane_records := in_lanes(self.launches, records, self.state, addresses[_LANE_KERNEL], panels, self.alive))
+            if (lane_records := in_lanes(self.launches, records, logits, self.state, lane_kernels, panels, self.alive))
         ]
-        logits = self.graph.nodes[-1].output
+        last = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
-            logits=self.rows_of[logits].array[:, : logits.columns],
+            logits=self.rows_of[last].array[:, : last.columns],
             names=[launch.kernel.factory for launch in self.launches],
             labels=[launch.label for launch in self.launches],
             weight_bytes=self.weights.nbytes,

@@ -76,6 +76,8 @@ class CpuLowering(CpuLaunching):
             kernel, row_bytes = spec("matmul.matmul", layout=matrix.format.name), geometry.panel_row_bytes(x.columns)
             unpacked = geometry.unpacked_bytes(matrix.format.name, x.columns)
         reads = (source, out) if accumulate else (source,)
+        if x is self.makes_logits:
+            self.logits_launch = len(self.launches)
         self._launch(
             kernel,
             slots,
@@ -86,7 +88,7 @@ class CpuLowering(CpuLaunching):
             writes=(out,),
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
-            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6) if row_bytes and x is not self.makes_logits else None,
+            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6) if row_bytes else None,
         )
         if x is self.makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
             self._refine_logits(x, matrix, out)
