@@ -117,7 +117,7 @@ class PagedRunner(ABC):
 
     def _place(self, state: State, segment: Segment, row: int, at: int, count: int, start: int, end: int) -> None:
         """Write one segment's tokens, positions, cache slots and block tables into the state."""
-        size, parts = self.block_size, state.parts_of_block
+        size = self.block_size
         tables = self._tables(segment)
         blocks = -(-end // size)
         for group, table in enumerate(tables):
@@ -126,9 +126,7 @@ class PagedRunner(ABC):
             used = table[:blocks]
             if min(used) < 0 or max(used) >= self.num_blocks:
                 raise ValueError("a block does not exist")
-            numbers = state.block_tables[group, row, :blocks]
-            numbers[:] = used
-            numbers *= parts
+            state.write_table(group, row, used)
         if count == 1:
             token = segment.tokens[0]
             if not 0 <= token < self._embeddings:
@@ -136,7 +134,7 @@ class PagedRunner(ABC):
             state.tokens[at] = token
             state.positions[at] = start
             for group, table in enumerate(tables):
-                state.cache_slots[group, at] = table[blocks - 1] * parts * size + start % size
+                state.cache_slots[group, at] = table[blocks - 1] * state.parts_of_block * size + start % size
             return
         place = slice(at, at + count)
         state.tokens[place] = segment.tokens
@@ -145,7 +143,7 @@ class PagedRunner(ABC):
             raise ValueError("a token does not exist")
         positions = np.arange(start, end, dtype=np.int32)
         state.positions[place] = positions
-        state.cache_slots[:, place] = state.block_tables[:, row, positions // size] * size + positions % size
+        state.cache_slots[:, place] = state.slots(row, positions)
 
     def _tables(self, segment: Segment) -> Sequence[Sequence[int]]:
         """A block table for each group of layers."""
@@ -287,7 +285,7 @@ class CpuRunner(PagedRunner):
 
     def _panels_in_lane(self, program: CpuProgram, segments: Sequence[Segment]) -> int:
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
-        count, lanes = len(segments), self.threads * panel_tokens()
+        count, lanes = len(segments), self.threads * panel_tokens()  # tokens in a panel for each
         panels = -(-count // lanes)
         if panels > program.most_panels or count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
             return 0

@@ -2,8 +2,8 @@
 
 By default all threads share each launch, so that each launch has to wait for the one before, and activations go from core to core and back:
 2,500 lines of the cache for each layer and core, with 16 tokens of a small model (SmolLM2). Where cores have no cache in common that takes
-a fifth of all the time. But as long as every token is a sequence of its own, nothing that is computed for it depends on the others. All
-threads then read all weights, which pays as long as the memory is not the limit: for panels of tokens and few threads.
+a fifth of all the time. But as long as every token is a sequence of its own, nothing that is computed for it depends on the others. Each
+thread then reads all weights, which whole panels of tokens hide.
 
 The rows of two lanes lie a panel apart. Next to each other a core's own prefetching would run on into rows that the other core is writing,
 which costs as much as was to be saved.
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from .cpu_launches import Launch
 
 _BY_SEQUENCE = (OUTPUTS, "items", "output_items")  # counts of one for each sequence
+
+
+def lanes_of(threads: int) -> int:
+    """How many lanes there are: two for two threads, else none. Each thread more would read all weights once more."""
+    return threads if threads == 2 else 0
 
 
 class Rows(NamedTuple):

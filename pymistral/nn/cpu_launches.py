@@ -13,7 +13,7 @@ from ..kernels.cpu.compiler import Progress, Spec, load_kernels, spec
 from ..kernels.cpu.executor_layout import NEEDS_ALL, UNIT_BITS
 from ..kernels.cpu.tiles import FloatFormat
 from ..quantization.types import Tensor
-from .cpu_lanes import Rows, in_lanes
+from .cpu_lanes import Rows, in_lanes, lanes_of
 from .cpu_program import CpuProgram, Result
 from .cpu_weights import TiledWeights
 from .graph import OUTPUTS, TOKENS, Array, Graph
@@ -48,7 +48,7 @@ class CpuLaunching(Lowering):
     def __init__(self, graph: Graph, limits: Limits, threads: int, weights: TiledWeights, *, wide: bool) -> None:
         super().__init__(graph, limits)
         self.threads = threads
-        self.state = State(limits, lanes=threads if threads > 1 else 0)
+        self.state = State(limits, lanes=lanes_of(threads))
         self.wide = wide
         self.launches: list[Launch] = []
         self.weights = weights

@@ -57,9 +57,11 @@ def evaluate(
         if count and not 0 <= np.min(tokens) <= np.max(tokens) < limit:
             raise ValueError(f"token ids must be 0 to {limit - 1}")
         state.tokens[:count] = tokens
-    for array in (state.positions, state.cache_slots[0], state.output_rows):
-        array[:count] = range(count)
-    state.block_tables[0, 0, :blocks] = range(blocks)
+    positions = np.arange(count)
+    for array in (state.positions, state.output_rows):
+        array[:count] = positions
+    state.write_table(0, 0, range(blocks))
+    state.cache_slots[0, :count] = state.slots(0, positions)[0]
     tiles = range(0, count, state.query_tile)
     for item, first in enumerate(tiles):
         state.items[item] = (first, min(state.query_tile, count - first), 0, -1, 0)

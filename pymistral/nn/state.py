@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -70,6 +70,7 @@ class State:
     ) -> None:
         # attention: [first token, tokens, row of the block table], on the CPU with [chunk or -1, partial result] behind, and those with
         # output rows before all others; merges, on the CPU: [token, first partial result, how many]
+        self.block_size = limits.block_size
         self.max_partials = SPLIT_TOKENS * -(-limits.max_blocks * limits.block_size // ATTENTION_CHUNK)
         self.table_width = limits.max_blocks + 2  # attention looks at up to 64 positions at once
         per_token = (limits.max_tokens,)
@@ -116,6 +117,17 @@ class State:
     def used_bytes(self, sequences: int) -> int:
         """Of `memory`, for a step of so many sequences."""
         return address(self.block_tables) - address(self.memory) + sequences * 4 * self.table_width
+
+    def write_table(self, group: int, row: int, blocks: Sequence[int]) -> None:
+        """The blocks of the pool that hold a sequence's positions, for the layers of a group."""
+        numbers = self.block_tables[group, row, : len(blocks)]
+        numbers[:] = blocks
+        numbers *= self.parts_of_block
+
+    def slots(self, row: int, positions: NDArray[Any]) -> NDArray[np.int32]:
+        """Where a sequence's keys and values go, int32 ``[groups, positions]``, once its tables are written."""
+        slots: NDArray[np.int32] = self.block_tables[:, row, positions // self.block_size] * self.block_size + positions % self.block_size
+        return slots
 
     def set_lanes(self, sequences: int, panels: int) -> None:
         """Give each lane so many panels of a step's sequences; with 0 there are no lanes."""
