@@ -287,7 +287,7 @@ class CpuRunner(PagedRunner):
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
         count, lanes = len(segments), self.threads * panel_tokens()  # tokens in a panel for each
         panels = -(-count // lanes)
-        if panels > program.most_panels or count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
+        if not program.has_lanes(panels) or count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
             return 0
         return panels if all(len(segment.tokens) == segment.outputs == 1 for segment in segments) else 0
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu.executor_layout import NEEDS_ALL, NEEDS_SHARE
-from ..kernels.cpu.geometry import panel_tokens
+from ..kernels.cpu.geometry import panel_tokens, panels_at_once
 from .graph import OUTPUTS, TOKENS
 from .memory import address
 from .state import State
@@ -26,6 +26,7 @@ from .state import State
 if TYPE_CHECKING:
     from .cpu_launches import Launch
 
+_SMALL = 2 << 20  # bytes: of a model with no larger matrix, activations take about as long as unpacking
 _BY_SEQUENCE = (OUTPUTS, "items", "output_items")  # counts of one for each sequence
 
 
@@ -54,8 +55,11 @@ def in_lanes(
     """The records of a program with lanes of so many panels: all before launch ``logits`` is one of the first of the ``kernels``
     (`executor.lane`), and that one of the other (`executor.by_lane`), so that who is done first need not wait.
 
-    None if a launch that is for tokens cannot be divided by them. What the records refer to is appended to ``alive``.
+    None if a launch that is for tokens cannot be divided by them, or if it is not worth it: panels of two lanes do not share what is
+    unpacked, as two panels in one do. What the records refer to is appended to ``alive``.
     """
+    if panels < panels_at_once() and max((launch.weights[1] for launch in launches[:logits]), default=0) > _SMALL:
+        return []
     end = next((index for index, launch in enumerate(launches[:logits]) if not _by_token(launch)), logits)
     if any(launch.for_tokens for launch in launches[end:]) or not any(launch.product_rows for launch in launches[:end]):
         return []

@@ -224,11 +224,11 @@ class CpuLaunching(Lowering):
         self.alive += [scratch, arguments, self.weights.arena]
         logits = len(self.launches) if self.logits_launch is None else self.logits_launch
         lane_kernels = addresses[_LANE_KERNELS[0]], addresses[_LANE_KERNELS[1]]
-        lanes = [
-            Launches(lane_records, self.threads)
+        lanes = {
+            panels: Launches(lane_records, self.threads)
             for panels in range(1, self.state.most_panels + 1)
             if (lane_records := in_lanes(self.launches, records, logits, self.state, lane_kernels, panels, self.alive))
-        ]
+        }
         last = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,

@@ -44,21 +44,20 @@ class CpuProgram:
     weight_bytes: int
     packing: Packing
     _launches: Launches
-    _in_lanes: list[Launches]  # for lanes of one panel, of two ...
+    _in_lanes: dict[int, Launches]  # by the panels of a lane
     _pool: ThreadPool
     _results: list[list[Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
     _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
 
-    @property
-    def most_panels(self) -> int:
-        """How many panels of tokens a lane may have (see `cpu_lanes`); 0 if there are no lanes."""
-        return 0 if self._eager else len(self._in_lanes)
+    def has_lanes(self, panels: int) -> bool:
+        """Whether a step may be one in which each lane has so many panels of tokens (see `cpu_lanes`)."""
+        return panels in self._in_lanes and not self._eager
 
     @property
     def _current(self) -> Launches:
         panels = self.state.panels_in_lane
-        return self._in_lanes[panels - 1] if panels else self._launches
+        return self._in_lanes[panels] if panels else self._launches
 
     def run(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Run one step, and call ``meanwhile`` when it has begun. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""

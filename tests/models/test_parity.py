@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pymistral.kernels.cpu.geometry import panel_tokens
+from pymistral.kernels.cpu.geometry import panel_tokens, panels_at_once
 from tiny import tiny_values, write_folder
 from tiny_gguf import write_gguf
 
@@ -140,6 +140,30 @@ def test_lanes(path: Path, matrices: str, tmp_path: Path) -> None:
         found = runner.forward([step(i) for i in range(count)])
         np.testing.assert_array_equal(found, alone[:count], err_msg=f"{count} streams")
         assert runner.program.state.panels_in_lane == (0 if mixture or count <= 8 else panels)
+
+
+def test_what_has_no_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrices, unless two panels share what is unpacked of them; more threads than two; steps launch by launch."""
+    config, values, tokens, _ = golden(Path(__file__).parent / "goldens" / "llama.npz")
+    checkpoint = load_folder(write_folder(tmp_path / "model", config, values))
+    streams = 4 * panel_tokens()
+
+    def panels_in_lane(threads: int) -> list[int]:
+        graph = record(build_model(checkpoint.config, checkpoint.weights))
+        runner = CpuRunner(graph, max_position_embeddings=32, max_num_seqs=streams, threads=threads, cache_tokens=32 * streams)
+        found = []
+        for count in (streams // 2, streams):
+            runner.forward([Segment([tokens[i]], 0, [i], 1) for i in range(count)])
+            found.append(runner.program.state.panels_in_lane)
+        return found
+
+    one = int(streams // 2 > 8)  # fewer tokens are divided by their positions
+    assert panels_in_lane(2) == [one, 2]
+    assert panels_in_lane(1) == panels_in_lane(3) == [0, 0]
+    monkeypatch.setattr("pymistral.nn.cpu_lanes._SMALL", 0)
+    assert panels_in_lane(2) == [0 if panels_at_once() == 2 else one, 2]
+    monkeypatch.setenv("PYMISTRAL_EAGER", "1")
+    assert panels_in_lane(2) == [0, 0]
 
 
 @pytest.mark.parametrize(
