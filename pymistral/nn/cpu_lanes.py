@@ -55,7 +55,7 @@ def in_lanes(
     """The records of a program with lanes of so many panels: all before launch ``logits`` is one of the first of the ``kernels``
     (`executor.lane`), and that one of the other (`executor.by_lane`), so that who is done first need not wait.
 
-    None if a launch that is for tokens cannot be divided by them, or if it is not worth it: panels of two lanes do not share what is
+    Nothing if a launch that is for tokens cannot be divided by them, or if it is not worth it: panels of two lanes do not share what is
     unpacked, as two panels in one do. What the records refer to is appended to ``alive``.
     """
     if panels < panels_at_once() and max((launch.weights[1] for launch in launches[:logits]), default=0) > _SMALL:
@@ -103,7 +103,7 @@ def _table(launches: Sequence[Launch], records: NDArray[np.int64], state: State,
 
 
 def _arguments(launch: Launch, state: State, panels: int) -> NDArray[np.int64]:
-    """Those of a product for each lane, int64 ``[lanes][slots]``."""
+    """The slots of a product for each lane, int64 ``[lanes][slots]``."""
     rows, lanes = launch.product_rows, range(len(state.lanes))
     assert rows is not None
     by_sequence = int(launch.slots[rows.count_slot] != state.count_address(TOKENS))
