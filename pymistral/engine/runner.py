@@ -287,9 +287,11 @@ class CpuRunner(PagedRunner):
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
         count, lanes = len(segments), self.threads * panel_tokens()  # tokens in a panel for each
         panels = -(-count // lanes)
-        if not program.has_lanes(panels) or count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
+        if count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
             return 0
-        return panels if all(len(segment.tokens) == segment.outputs == 1 for segment in segments) else 0
+        if any(len(segment.tokens) != 1 or segment.outputs != 1 for segment in segments):
+            return 0
+        return panels if program.has_lanes(panels) else 0
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -224,11 +225,6 @@ class CpuLaunching(Lowering):
         self.alive += [scratch, arguments, self.weights.arena]
         logits = len(self.launches) if self.logits_launch is None else self.logits_launch
         lane_kernels = addresses[_LANE_KERNELS[0]], addresses[_LANE_KERNELS[1]]
-        lanes = {
-            panels: Launches(lane_records, self.threads)
-            for panels in range(1, self.state.most_panels + 1)
-            if (lane_records := in_lanes(self.launches, records, logits, self.state, lane_kernels, panels, self.alive))
-        }
         last = self.graph.nodes[-1].output
         return CpuProgram(
             state=self.state,
@@ -238,7 +234,7 @@ class CpuLaunching(Lowering):
             weight_bytes=self.weights.nbytes,
             packing=packing,
             _launches=Launches(records, self.threads),
-            _in_lanes=lanes,
+            _lane_records=partial(in_lanes, self.launches, records, logits, self.state, lane_kernels, alive=self.alive),
             _pool=thread_pool(self.threads),
             _results=[launch.results for launch in self.launches],
             _alive=self.alive,

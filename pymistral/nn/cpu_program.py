@@ -44,20 +44,25 @@ class CpuProgram:
     weight_bytes: int
     packing: Packing
     _launches: Launches
-    _in_lanes: dict[int, Launches]  # by the panels of a lane
+    _lane_records: Callable[[int], list[list[int]]]  # of launches with so many panels in a lane
     _pool: ThreadPool
     _results: list[list[Result]] = field(repr=False)
     _alive: list[Any] = field(repr=False)
     _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
+    _in_lanes: dict[int, Launches | None] = field(default_factory=dict, repr=False)  # by the panels of a lane, as they are asked for
 
     def has_lanes(self, panels: int) -> bool:
         """Whether a step may be one in which each lane has so many panels of tokens (see `cpu_lanes`)."""
-        return panels in self._in_lanes and not self._eager
+        if self._eager or not 0 < panels <= self.state.most_panels:
+            return False
+        if panels not in self._in_lanes:  # not made before many streams come: that takes some milliseconds
+            records = self._lane_records(panels)
+            self._in_lanes[panels] = Launches(records, self._pool.threads) if records else None
+        return self._in_lanes[panels] is not None
 
     @property
     def _current(self) -> Launches:
-        panels = self.state.panels_in_lane
-        return self._in_lanes[panels] if panels else self._launches
+        return self._in_lanes.get(self.state.panels_in_lane) or self._launches
 
     def run(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Run one step, and call ``meanwhile`` when it has begun. With ``PYMISTRAL_EAGER=1``, launch by launch, each checked."""

@@ -205,6 +205,27 @@ def test_many_streams_have_the_cache_fetched_ahead() -> None:
         ]
 
 
+@pytest.mark.parametrize("heads", [(32, 32), (32, 16)])
+def test_layers_of_one_shape_share_blocks(heads: tuple[int, int]) -> None:
+    """A block holds both layers if these are alike; a text is the same at once and by the token, wherever it lies."""
+    rng = np.random.default_rng(2)
+    embed, back = ref.matrix(rng.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32)), ref.identity(HIDDEN, "F16")
+
+    def model(batch: Batch) -> Array:
+        x = F.embedding(batch.tokens, embed)
+        for head_dim in heads:
+            x = x + F.attention(F.linear(x, back), F.linear(x, back), F.linear(x, back), head_dim=head_dim, scale=0.2, rope=None)
+        return F.linear(x[batch.output_rows], embed)
+
+    run = CpuRunner(record(model), max_position_embeddings=CONTEXT, max_num_seqs=4, cache_tokens=1024, threads=2)
+    assert run.program.state.parts_of_block == (4 if heads[0] == heads[1] else 1)
+    tokens = [7 * i % VOCABULARY for i in range(40)]
+    whole = run.forward([Segment(tokens, 0, [5, 2], 40)]).copy()
+    run.forward([Segment(tokens[:20], 0, [1, 9], 0), Segment(tokens[::-1], 0, [31, 30], 0)])
+    found = [run.forward([Segment([tokens[i]], i, [1, 9], 1)]).copy() for i in range(20, 40)]
+    assert np.concatenate(found).tobytes() == whole[20:].tobytes()
+
+
 def test_bytes_of_a_token() -> None:
     """Two heads of 32 dimensions, keys and values; int16 and those of 8 bits have a scale of 16 bits. The cache takes that and no more."""
     sizes = {"f32": 512, "f16": 256, "bf16": 256, "int16": 264, "int8": 136, "f8e4m3": 136}
