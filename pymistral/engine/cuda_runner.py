@@ -32,7 +32,7 @@ _FEW_OUTPUTS = 8  # rows of logits that a step with prompts is made for; with mo
 
 
 class CudaRunner(PagedRunner):
-    """Runs a model on a GPU. As `CpuRunner`, it remembers nothing of sequences.
+    """Runs a model on a GPU. As `CpuRunner`, it need not remember sequences.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,21 @@ logger = logging.getLogger("pymistral")
 
 _MAX_TOKENS = 512  # in one step
 _MAX_OUTPUTS = 64  # rows of logits in one step
-_BLOCK_SIZE = 32
+_BLOCK_SIZE = _BLOCK_UNIT = 32  # positions; blocks, and the chunks in which attention is dealt out, are multiples of the latter
 _MISSING = 4  # tokens of a panel: so few that the others take as long as a whole one
 _DEFAULT_CONTEXT = 32768  # tokens of KV cache, unless asked otherwise, if memory allows
 
 
 Programs = tuple[CpuProgram, CpuProgram]
 """For the tokens of prompts, and for those that are generated."""
+
+
+class Before(NamedTuple):
+    """The last step, if it was one of single tokens: where it was written, the rows of its tokens, and the sequences' block tables."""
+
+    state: State
+    rows: list[int]
+    tables: list[Sequence[int]]
 
 
 class PagedRunner(ABC):
@@ -80,6 +89,7 @@ class PagedRunner(ABC):
         self._embeddings = min(
             (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
         )
+        self._before: Before | None = None
 
     def _fill(self, state: State, segments: Sequence[Segment]) -> int:
         """Write a step into the state; returns its rows of logits.
@@ -89,6 +99,17 @@ class PagedRunner(ABC):
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
+        before, self._before = self._before, None  # what is refused half-way is followed by nothing
+        if before is not None and before.state is state and self._write_next(before, segments):
+            self._before = before
+            return len(segments)
+        rows = self._write(state, segments)
+        if all(len(segment.tokens) == segment.outputs == 1 for segment in segments):
+            self._before = Before(state, rows, [segment.block_table for segment in segments])
+        return len(rows)
+
+    def _write(self, state: State, segments: Sequence[Segment]) -> list[int]:
+        """Write any step; returns the rows whose logits are wanted. Raises as `_fill` does."""
         tokens = longest = 0
         output_rows: list[int] = []
         for row, segment in enumerate(segments):
@@ -109,7 +130,42 @@ class PagedRunner(ABC):
         for rope in state.ropes:
             rope.prepare(longest)
         state.counts[:5] = (tokens, len(output_rows), *self._divide(state, segments))
-        return len(output_rows)
+        return output_rows
+
+    def _write_next(self, before: Before, segments: Sequence[Segment]) -> bool:
+        """Write a step whose segments are the tokens that follow those of the last one: little changes but the tokens, and where they go.
+
+        Returns whether it is such a step. If not, some of it may have been written.
+        """
+        state = before.state
+        if len(before.rows) != len(segments):
+            return False
+        tokens, positions, slots = state.tokens.data, state.positions.data, state.cache_slots.data  # faster, one by one
+        begun, last = [], 0
+        for row, (at, table, segment) in enumerate(zip(before.rows, before.tables, segments, strict=True)):
+            start = segment.start
+            if segment.block_table is not table or positions[at] != start - 1 or len(segment.tokens) != 1 or segment.outputs != 1:
+                return False
+            token = segment.tokens[0]
+            if not 0 <= token < self._embeddings:
+                return False
+            tokens[at], positions[at] = token, start
+            last = max(last, start)
+            if start % _BLOCK_UNIT == 0:
+                begun.append(row)
+            else:
+                for group in range(len(self.windows)):
+                    slots[group, at] += 1
+        if last >= self.max_sequence_length:
+            return False
+        for rope in state.ropes:
+            rope.prepare(last + 1)
+        for row in begun:  # its block may be another one, and its attention be dealt out in another way
+            start = segments[row].start
+            self._place(state, segments[row], row, before.rows[row], 1, start, start + 1)
+        if begun:
+            state.counts[2:5] = self._divide(state, segments)
+        return True
 
     @abstractmethod
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
@@ -158,7 +214,7 @@ class PagedRunner(ABC):
 
 
 class CpuRunner(PagedRunner):
-    """Runs a model on the CPU. It remembers nothing of sequences: segments say where their keys and values lie.
+    """Runs a model on the CPU. It need not remember sequences: segments say where their keys and values lie.
 
     Parameters
     ----------
@@ -277,11 +333,14 @@ class CpuRunner(PagedRunner):
         return logits
 
     def _run(self, program: CpuProgram, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
-        program.state.set_lanes(len(segments), self._panels_in_lane(program, segments))
         outputs = self._fill(program.state, segments)
-        self._write_read_blocks(program.state, segments)
         program.run(meanwhile)
         return program.logits[:outputs]
+
+    def _write(self, state: State, segments: Sequence[Segment]) -> list[int]:
+        program = self.program if state is self.program.state else self.prompt_program
+        state.set_lanes(len(segments), self._panels_in_lane(program, segments))
+        return super()._write(state, segments)
 
     def _panels_in_lane(self, program: CpuProgram, segments: Sequence[Segment]) -> int:
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
@@ -296,6 +355,7 @@ class CpuRunner(PagedRunner):
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of
         few tokens those of each."""
+        self._write_read_blocks(state, segments)
         tokens = merges = partials = 0
         items: list[tuple[int, ...]] = []
         others: list[tuple[int, ...]] = []  # without output rows

@@ -252,7 +252,8 @@ class Scheduler:
             if sequence.finished:  # while the step was computed
                 continue
             sequence.computed += sequence.scheduled
-            self._register(sequence)
+            if sequence.computed // self.block_size > sequence.registered:
+                self._register(sequence)
             if self.cache.slides:
                 self.cache.slide(sequence.blocks, sequence.computed)
 

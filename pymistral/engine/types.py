@@ -20,14 +20,15 @@ LogitsProcessor = Callable[[NDArray[np.float32], Sequence[int]], "NDArray[np.flo
 class Segment:
     """Consecutive tokens of one sequence that a step computes.
 
-    The engine reuses one object per sequence: a runner reads it during ``forward`` and keeps nothing of it.
+    The engine reuses one object per sequence: a runner reads it during ``forward`` and keeps nothing of it but its block table.
     """
 
     tokens: Sequence[int]
     start: int
     """The position of ``tokens[0]``; everything before it is in the cache already."""
     block_table: Sequence[int]
-    """The physical block of each logical block; covers ``start + len(tokens)`` positions. An ``array('i')``, so a buffer too."""
+    """The physical block of each logical block; covers ``start + len(tokens)`` positions. An ``array('i')``, so a buffer too. As long as a
+    sequence goes on by single tokens it may only grow, or be replaced by another object: a runner need not read all of it again."""
     outputs: int
     """How many of the last tokens want logits: 0 for a part of a prompt, 1 as a rule, more for speculation and scoring."""
     generated: int = 0
@@ -38,7 +39,7 @@ class Segment:
 
 
 class Runner(Protocol):
-    """A model with its paged KV cache. It writes keys and values through block tables and remembers nothing of sequences."""
+    """A model with its paged KV cache. It writes keys and values through block tables, and need not remember sequences."""
 
     @property
     def vocab_size(self) -> int: ...

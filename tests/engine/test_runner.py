@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,53 @@ def test_outputs_of_long_segments_are_those_of_short_ones(run: CpuRunner) -> Non
         assert found[:outputs].tobytes() == alone[200 - outputs :].tobytes()
     prompt, token = run.forward([Segment(ids[:99], 0, list(range(4)), 1), Segment([ids[0]], 0, [30], 1)])
     assert (prompt.tobytes(), token.tobytes()) == (alone[98].tobytes(), alone[0].tobytes())
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), count=st.integers(1, 12))
+def test_tokens_that_follow_those_of_the_step_before(data: st.DataObject, count: int) -> None:
+    """Little is written for them, and nothing read again of tables that are the same objects: as if all were new in each step."""
+    run, fresh = (runner(max_num_seqs=12, cache_tokens=12 * 400) for _ in range(2))
+    starts = data.draw(st.lists(st.integers(0, 70) | st.integers(230, 256), min_size=count, max_size=count))
+    free = iter(np.random.default_rng(count).permutation(run.num_blocks).tolist())
+    tables = [array("i", [next(free) for _ in range(start // 32 + 1)]) for start in starts]
+    for start, table in zip(starts, tables, strict=True):
+        for one in (run, fresh):
+            one.forward([Segment(list(range(start % VOCABULARY)) + [3] * (start - start % VOCABULARY), 0, table, 0)] if start else [])
+    for _ in range(data.draw(st.integers(2, 40))):
+        change = data.draw(st.sampled_from(["none"] * 6 + ["refused", "two tokens", "one less", "again", "moved"]))
+        segments = []
+        for row, table in enumerate(tables[: max(1, count - (change == "one less"))]):
+            length = 2 if change == "two tokens" and row == 0 else 1
+            if change == "again" and row == 0 and starts[row]:
+                starts[row] -= 1
+            while len(table) * 32 < starts[row] + length:
+                table.append(next(free))
+            if change == "moved" and row == 0:  # to other blocks, where nothing was written: the same numbers for both
+                table = tables[row] = array("i", [next(free, block) for block in table])
+            segments.append(Segment([(row + starts[row] + i) % VOCABULARY for i in range(length)], starts[row], table, length))
+            starts[row] += length
+        if change == "refused":
+            bad = [*segments[:-1], Segment([VOCABULARY], segments[-1].start, segments[-1].block_table, 1)]
+            with pytest.raises(ValueError, match="does not exist"):
+                run.forward(bad)
+        anew = [Segment(s.tokens, s.start, list(s.block_table), s.outputs) for s in segments]
+        assert run.forward(segments).tobytes() == fresh.forward(anew).tobytes()
+        for name in ("tokens", "positions", "cache_slots", "items", "counts", "output_rows"):
+            found, wanted = (getattr(one.program.state, name)[..., : 12 if name != "items" else None] for one in (run, fresh))
+            assert np.array_equal(found, wanted), name
+
+
+def test_what_follows_a_step_that_was_refused(run: CpuRunner) -> None:
+    """It is written anew."""
+    table = array("i", [4])
+    for start in (30, 31):
+        run.forward([Segment([1], start, table, 1)])
+    with pytest.raises(ValueError, match="does not cover 33 positions"):
+        run.forward([Segment([1], 32, table, 1)])
+    table.append(9)
+    run.forward([Segment([1], 33, table, 1)])
+    assert run.program.state.cache_slots[0, 0] == 9 * run.program.state.parts_of_block * 32 + 1
 
 
 def test_too_many_sequences(run: CpuRunner) -> None:
