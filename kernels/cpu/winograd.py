@@ -10,8 +10,9 @@ Here ``p`` and ``q`` are bytes of two neighbouring groups (see `tiles`): quants 
 products of the weights are ``(p + 128) q`` and those of the activations ``x (y + 128)``. All is exact: what comes out are the same integers
 as with all multiplications.
 
-The last two of a block's eight groups are multiplied as ever. So both kinds of pipes are about as busy: 16 rows by 32 columns take a token
-7 multiplications (5 of groups, 2 for the scale) and 8 other operations, where it would be 10 and 1, or 6 and 10.
+The last four of a block's eight groups are multiplied as ever. So both kinds of pipes are about as busy: 16 rows by 32 columns take a token
+8 multiplications (6 of groups, 2 for the scale) and 6 other operations, where it would be 10 and 1. With two groups fewer it would be 7 and
+8, which is less for many tokens; but the weights are unpacked beside, in 20 other operations for the tokens of a pass, which may be 8.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .tiles import GROUPS, TILE_FORMATS, panel_offsets
 from .unpack import group_of, pair_vector, scale_vector
 from .vectors import F32, I16, I32, call, constant, i8x64, i32x16, operation
 
-_SUMMED = GROUPS - 2  # groups
+_SUMMED = GROUPS - 4  # groups
 _ZERO = 8  # what is taken from each quant
 _BYTES, _INTS = i8x64.llvm, i32x16.llvm
 _AT_ONCE = 4  # tokens: with the sums of 16 and the quants of a block, what 32 registers hold
@@ -55,7 +56,7 @@ def products_of_activations(b, low, high):
 
 @intrinsic(prefer_literal=True)
 def summands(typing_context, layout, block):
-    """A block's eight groups of quants, as they are multiplied: less 8, every other one 128 more, the last two as they are stored."""
+    """A block's eight groups of quants, as they are multiplied: less 8, every other one 128 more, the last four as they are stored."""
     format = TILE_FORMATS[layout.literal_value]
 
     def codegen(context, b, sig, values):

@@ -37,7 +37,7 @@ Programs = tuple[CpuProgram, CpuProgram]
 """For the tokens of prompts, and for those that are generated."""
 
 
-class Before(NamedTuple):
+class LastStep(NamedTuple):
     """The last step, if it was one of single tokens: where it was written, the rows of its tokens, and the sequences' block tables."""
 
     state: State
@@ -89,7 +89,7 @@ class PagedRunner(ABC):
         self._embeddings = min(
             (node.attributes["weight"].shape[0] for node in graph.nodes if node.op == "embedding"), default=self.vocab_size
         )
-        self._before: Before | None = None
+        self._last_step: LastStep | None = None
 
     def _fill(self, state: State, segments: Sequence[Segment]) -> int:
         """Write a step into the state; returns its rows of logits.
@@ -99,13 +99,13 @@ class PagedRunner(ABC):
         ValueError
             The segments do not fit the limits, or name a token, position or block that does not exist: kernels trust these arrays.
         """
-        before, self._before = self._before, None  # what is refused half-way is followed by nothing
-        if before is not None and before.state is state and self._write_next(before, segments):
-            self._before = before
+        last, self._last_step = self._last_step, None  # nothing follows a step that is refused
+        if last is not None and last.state is state and self._write_next(last, segments):
+            self._last_step = last
             return len(segments)
         rows = self._write(state, segments)
         if all(len(segment.tokens) == segment.outputs == 1 for segment in segments):
-            self._before = Before(state, rows, [segment.block_table for segment in segments])
+            self._last_step = LastStep(state, rows, [segment.block_table for segment in segments])
         return len(rows)
 
     def _write(self, state: State, segments: Sequence[Segment]) -> list[int]:
@@ -132,17 +132,17 @@ class PagedRunner(ABC):
         state.counts[:5] = (tokens, len(output_rows), *self._divide(state, segments))
         return output_rows
 
-    def _write_next(self, before: Before, segments: Sequence[Segment]) -> bool:
+    def _write_next(self, last: LastStep, segments: Sequence[Segment]) -> bool:
         """Write a step whose segments are the tokens that follow those of the last one: little changes but the tokens, and where they go.
 
         Returns whether it is such a step. If not, some of it may have been written.
         """
-        state = before.state
-        if len(before.rows) != len(segments):
+        state = last.state
+        if len(last.rows) != len(segments):
             return False
         tokens, positions, slots = state.tokens.data, state.positions.data, state.cache_slots.data  # faster, one by one
-        begun, last = [], 0
-        for row, (at, table, segment) in enumerate(zip(before.rows, before.tables, segments, strict=True)):
+        begun, longest = [], 0
+        for row, (at, table, segment) in enumerate(zip(last.rows, last.tables, segments, strict=True)):
             start = segment.start
             if segment.block_table is not table or positions[at] != start - 1 or len(segment.tokens) != 1 or segment.outputs != 1:
                 return False
@@ -150,19 +150,19 @@ class PagedRunner(ABC):
             if not 0 <= token < self._embeddings:
                 return False
             tokens[at], positions[at] = token, start
-            last = max(last, start)
+            longest = max(longest, start + 1)
             if start % _BLOCK_UNIT == 0:
                 begun.append(row)
             else:
                 for group in range(len(self.windows)):
                     slots[group, at] += 1
-        if last >= self.max_sequence_length:
+        if longest > self.max_sequence_length:
             return False
         for rope in state.ropes:
-            rope.prepare(last + 1)
+            rope.prepare(longest)
         for row in begun:  # its block may be another one, and its attention be dealt out in another way
             start = segments[row].start
-            self._place(state, segments[row], row, before.rows[row], 1, start, start + 1)
+            self._place(state, segments[row], row, last.rows[row], 1, start, start + 1)
         if begun:
             state.counts[2:5] = self._divide(state, segments)
         return True
