@@ -57,7 +57,7 @@ from .winograd import summed_product
 AHEAD = 1792  # bytes: so much before their use weights are asked for, which Zen 3's own prefetching is too late for
 _FAR = 8 * AHEAD  # and so much for the second-level cache
 _MOST_FETCHED = 2 << 20  # bytes of keys and values that a product asks for: what second-level caches have room for
-_FETCHED_AT_ONCE = 256
+_FETCHED_AT_ONCE = 512  # bytes, with each block of weights: the products of short rows have few, and must come to the end of their share
 _RECORDS_AHEAD = 4  # of activations, that other cores made
 _PANEL = current_isa().tokens
 _TAKES_TWO = panels_at_once() == 2
