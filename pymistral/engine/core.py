@@ -248,9 +248,7 @@ class EngineCore:
                         self._fork(sequence, logits, row)
                     if job.done:  # what went wrong with a choice ends all
                         continue
-                if not sequence.draft:
-                    self._accept(sequence, sampled)
-                elif count := self._verify(sequence, sampled):
+                if count := self._verify(sequence, sampled):
                     confirmed.append((row + count, sequence))
             rows = confirmed
 
@@ -336,12 +334,9 @@ class EngineCore:
             if isinstance(sampled, Exception):
                 raise sampled
             forced = sequence.sampler.accept(sampled.id)
+            sure = None if sampled.logprob is None else 0.0
             last = len(forced)
-            accepted = [sampled]
-            if forced:
-                sure = None if sampled.logprob is None else 0.0
-                accepted += [SampledToken(token, sure) for token in forced]
-            for index, token in enumerate(accepted):
+            for index, token in enumerate((sampled, *(SampledToken(token, sure) for token in forced))):
                 sequence.tokens.append(token.id)
                 self.stats.completion_tokens += 1
                 if token.id in sequence.stops:

@@ -104,7 +104,7 @@ class PagedRunner(ABC):
             self._last_step = last
             return len(segments)
         rows = self._write(state, segments)
-        if all(len(segment.tokens) == segment.outputs == 1 for segment in segments):
+        if _single_tokens(segments):
             self._last_step = LastStep(state, rows, [segment.block_table for segment in segments])
         return len(rows)
 
@@ -346,9 +346,7 @@ class CpuRunner(PagedRunner):
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
         count, lanes = len(segments), self.threads * panel_tokens()  # tokens in a panel for each
         panels = -(-count // lanes)
-        if count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING:
-            return 0
-        if any(len(segment.tokens) != 1 or segment.outputs != 1 for segment in segments):
+        if count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING or not _single_tokens(segments):
             return 0
         return panels if program.has_lanes(panels) else 0
 
@@ -407,6 +405,11 @@ class CpuRunner(PagedRunner):
     def read_logits(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of `forward`, for Python to read: they are as they should be."""
         return logits
+
+
+def _single_tokens(segments: Sequence[Segment]) -> bool:
+    """Whether each is one token of a sequence, whose logits are wanted."""
+    return all(len(segment.tokens) == segment.outputs == 1 for segment in segments)
 
 
 def _divided(segment: Segment) -> tuple[Segment, Segment]:
