@@ -134,13 +134,13 @@ def test_tokens_that_follow_those_of_the_step_before(data: st.DataObject, count:
                 table.append(next(free))
             if change == "moved" and row == 0:  # to other blocks, where nothing was written: the same numbers for both
                 table = tables[row] = array("i", [next(free, block) for block in table])
-            segments.append(Segment([(row + starts[row] + i) % VOCABULARY for i in range(length)], starts[row], table, length))
+            segments.append(Segment([(row + starts[row] + i) % VOCABULARY for i in range(length)], starts[row], table, length, length))
             starts[row] += length
         if change == "refused":
-            bad = [*segments[:-1], Segment([VOCABULARY], segments[-1].start, segments[-1].block_table, 1)]
+            bad = [*segments[:-1], Segment([VOCABULARY], segments[-1].start, segments[-1].block_table, 1, 1)]
             with pytest.raises(ValueError, match="does not exist"):
                 run.forward(bad)
-        anew = [Segment(s.tokens, s.start, list(s.block_table), s.outputs) for s in segments]
+        anew = [Segment(s.tokens, s.start, list(s.block_table), s.outputs, s.generated) for s in segments]
         assert run.forward(segments).tobytes() == fresh.forward(anew).tobytes()
         for name in ("tokens", "positions", "cache_slots", "items", "counts", "output_rows"):
             found, wanted = (getattr(one.program.state, name)[..., : 12 if name != "items" else None] for one in (run, fresh))
@@ -151,11 +151,11 @@ def test_what_follows_a_step_that_was_refused(run: CpuRunner) -> None:
     """It is written anew."""
     table = array("i", [4])
     for start in (30, 31):
-        run.forward([Segment([1], start, table, 1)])
+        run.forward([Segment([1], start, table, 1, 1)])
     with pytest.raises(ValueError, match="does not cover 33 positions"):
-        run.forward([Segment([1], 32, table, 1)])
+        run.forward([Segment([1], 32, table, 1, 1)])
     table.append(9)
-    run.forward([Segment([1], 33, table, 1)])
+    run.forward([Segment([1], 33, table, 1, 1)])
     assert run.program.state.cache_slots[0, 0] == 9 * run.program.state.parts_of_block * 32 + 1
 
 
@@ -240,7 +240,7 @@ def test_many_streams_have_the_cache_fetched_ahead() -> None:
     for i, start in enumerate(starts):
         tables = [list(range(block, block + 10)) for block in (20 * i, 20 * i + 10)]
         run.forward([Segment([(7 * i + p) % VOCABULARY for p in range(start)], 0, tables[0], 0, further_tables=tables[1:])])
-        streams.append(Segment([i], start, tables[0], 1, further_tables=tables[1:]))
+        streams.append(Segment([i], start, tables[0], 1, 1, tables[1:]))
     alone = [run.forward([stream]).copy() for stream in streams]
     read_blocks, parts = run.program.state.read_blocks[0], run.program.state.parts_of_block
     assert not read_blocks[:, 0].any()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pymistral.engine import EngineRequest, RequestFailed, RequestFinished
@@ -132,6 +132,20 @@ extras = st.sampled_from(
 
 
 @settings(max_examples=200, deadline=None)
+@example(  # canceled after one choice failed where there are no guesses, and before where there are
+    [
+        ([65, 66, 67] * 4 + [65, 65], Params(temperature=0.0, max_len=15, n_choices=3), {}),
+        ([65, 66] + [65] * 5, Params(temperature=0.0, max_len=12, n_choices=2), {"constraint": Doubles()}),
+    ],
+    "lookup",
+    [],
+    1,
+    (1, 40, 4, 10, False),
+    0.0,
+    [(30, 1)],
+    Speculation,
+    (None,),
+)
 @given(
     st.lists(st.tuples(prompts, params, extras), min_size=1, max_size=5),
     st.sampled_from(["foresight", "lookup", "model"]),
@@ -187,14 +201,15 @@ def test_the_text_is_the_same_with_and_without_guesses(
         assert guesses.pool.num_free == guesses.pool.num_blocks
     canceled = {which for _, which in cancels}
     for index, (one, other) in enumerate(zip(plain, speculative, strict=True)):
-        if index in canceled and any(finished.reason == "canceled" for finished in other.finished.values()):
-            assert all(one.tokens[choice][: len(tokens)] == tokens for choice, tokens in other.tokens.items())
-        elif isinstance(one.end, RequestFailed) and len(one.tokens) > 1:
-            # The choice that fails ends the others, which guesses may have brought less or more far.
-            assert isinstance(other.end, RequestFailed)
+        failed = isinstance(one.end, RequestFailed) and len(one.tokens) > 1
+        stopped = index in canceled and any(finished.reason == "canceled" for finished in other.finished.values())
+        if failed:  # The choice that fails ends the others, which guesses may have brought less or more far.
+            assert stopped or isinstance(other.end, RequestFailed)
             for choice in one.tokens.keys() & other.tokens.keys():
                 both = min(len(one.tokens[choice]), len(other.tokens[choice]))
                 assert one.tokens[choice][:both] == other.tokens[choice][:both]
+        elif stopped:
+            assert all(one.tokens[choice][: len(tokens)] == tokens for choice, tokens in other.tokens.items())
         else:
             assert summary(one) == summary(other)
     stats = core.snapshot()

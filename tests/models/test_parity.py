@@ -129,7 +129,7 @@ def test_lanes(path: Path, matrices: str, tmp_path: Path) -> None:
     lengths = [5 + 7 * i % 40 for i in range(4 * panel)]
 
     def step(sequence: int) -> Segment:
-        return Segment([tokens[(3 * sequence + 1) % len(tokens)]], lengths[sequence], [2 * sequence, 2 * sequence + 1], 1)
+        return Segment([tokens[(3 * sequence + 1) % len(tokens)]], lengths[sequence], [2 * sequence, 2 * sequence + 1], 1, 1)
 
     for i, length in enumerate(lengths):
         runner.forward([Segment([tokens[(i + j) % len(tokens)] for j in range(length)], 0, [2 * i, 2 * i + 1], 0)])
@@ -153,7 +153,7 @@ def test_what_has_no_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         runner = CpuRunner(graph, max_position_embeddings=32, max_num_seqs=streams, threads=threads, cache_tokens=32 * streams)
         found = []
         for count in (streams // 2, streams):
-            runner.forward([Segment([tokens[i]], 0, [i], 1) for i in range(count)])
+            runner.forward([Segment([tokens[i]], 0, [i], 1, 1) for i in range(count)])
             found.append(runner.program.state.panels_in_lane)
         return found
 
