@@ -74,6 +74,7 @@ class AlphabetRunner:
     block_size, num_blocks, max_sequence_length = 16, 256, 1024
 
     prompts_apart = False
+    prompt_pass = None
     panel_tokens = 1
     windows: Sequence[int | None] = (None,)
 

@@ -202,7 +202,7 @@ class EngineCore:
         if self.speculation is not None and self.speculation.drafter.computes:
             self.deliver()  # text must not wait for guesses, and what ends here is in no batch yet
         batch = self.scheduler.schedule()
-        if not batch:
+        if not batch and not self.scheduler.under_way:
             self.deliver()
             return
         begin = perf_counter()
@@ -212,10 +212,9 @@ class EngineCore:
         drafted = self._draft(batch) if self.speculation is not None else 0
         begin = perf_counter()  # what guesses take is known of their drafter
         try:
-            # What the last step made is passed on while this one is computed, in which Python has little to do.
-            logits = self.runner.forward([sequence.segment for sequence in batch], self.deliver)
+            batch, logits = self._compute(batch)
         except Exception as error:
-            self._fail_batch(batch, error)
+            self._fail_batch([*batch, *self.scheduler.under_way], error)
             return
         now = perf_counter()
         if not drafted:
@@ -225,6 +224,33 @@ class EngineCore:
         self._sample(batch, logits, now)
         if self.speculation is not None:
             self._conclude(self.speculation, batch, now - begin)
+
+    def _compute(self, batch: list[Sequence]) -> tuple[list[Sequence], NDArray[np.float32]]:
+        """Run a step; returns its sequences and their logits. Prompts that are computed part by part are of the step that ends them.
+
+        What the last step made is passed on while this one is computed, in which Python has little to do.
+        """
+        runner, scheduler = self.runner, self.scheduler
+        streams, prompts = batch[: scheduler.streams], batch[scheduler.streams :]
+        prompt_pass = runner.prompt_pass
+        generated = any(sequence.segment.generated for sequence in prompts)  # of one that was preempted
+        if prompt_pass is None or not (scheduler.under_way or (streams and prompts and not generated)):
+            return batch, runner.forward([sequence.segment for sequence in batch], self.deliver)
+        if prompts:
+            prompt_pass.begin([sequence.segment for sequence in prompts])
+            scheduler.under_way = prompts
+        logits, seconds = np.empty((0, runner.vocab_size), np.float32), inf
+        if streams:
+            begin = perf_counter()
+            logits = runner.forward([sequence.segment for sequence in streams], self.deliver)
+            seconds = scheduler.pacer.room(len(streams), perf_counter() - begin)
+        else:
+            self.deliver()
+        found = prompt_pass.proceed(seconds) if scheduler.under_way else None  # one of them may have left
+        if found is None:
+            return streams, logits
+        prompts, scheduler.under_way = scheduler.under_way, []
+        return streams + prompts, np.concatenate([logits, found]) if len(found) else logits
 
     def _sample(self, batch: list[Sequence], logits: NDArray[np.float32], now: float) -> None:
         """Sample the row of each sequence, and the rows of its guesses for as long as the guesses are what was sampled."""
@@ -468,6 +494,7 @@ class EngineCore:
         if not 0 < len(tokens) <= self.max_length:
             raise RequestValidationError(f"logits of {len(tokens)} tokens were asked for; between 1 and {self.max_length} are possible")
         check_tokens(tokens, "the text", runner.vocab_size)
+        self.scheduler.under_way = []  # that pass is forgotten, and begun anew
         blocks = cache.new_tables()
         table, *further = blocks.tables
         result = np.empty((len(tokens), runner.vocab_size), np.float32)

@@ -22,7 +22,7 @@ from ..nn.graph import Graph
 from ..nn.pool import available_threads
 from ..nn.sampling import SamplingProgram
 from ..nn.state import READ_BLOCKS, SPLIT_TOKENS, Limits, State
-from .types import Segment
+from .types import PromptPass, Segment
 
 logger = logging.getLogger("pymistral")
 
@@ -51,6 +51,10 @@ class PagedRunner(ABC):
     @property
     def prompts_apart(self) -> bool:
         return False
+
+    @property
+    def prompt_pass(self) -> PromptPass | None:
+        return None
 
     @property
     def panel_tokens(self) -> int:
@@ -268,10 +272,15 @@ class CpuRunner(PagedRunner):
         self.threads = threads or available_threads()
         self.prompt_program, self.program = compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
         self.sample = SamplingProgram(self.vocab_size, self.threads).run
+        self._pass_outputs = 0
 
     @property
     def prompts_apart(self) -> bool:
         return self.prompt_program is not self.program
+
+    @property
+    def prompt_pass(self) -> PromptPass | None:
+        return self if self.prompts_apart else None
 
     @property
     def panel_tokens(self) -> int:
@@ -332,23 +341,30 @@ class CpuRunner(PagedRunner):
             row, first, second = end, first + prompt.outputs, second + part.outputs
         return logits
 
+    def begin(self, segments: Sequence[Segment]) -> None:
+        """Take up a step of prompts alone, for `proceed`. Raises as `forward` does."""
+        self._pass_outputs = self._fill(self.prompt_program.state, segments)
+        self.prompt_program.begin()
+
+    def proceed(self, seconds: float) -> NDArray[np.float32] | None:
+        return self.prompt_program.logits[: self._pass_outputs] if self.prompt_program.proceed(seconds) else None
+
     def _run(self, program: CpuProgram, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
         outputs = self._fill(program.state, segments)
         program.run(meanwhile)
         return program.logits[:outputs]
 
     def _write(self, state: State, segments: Sequence[Segment]) -> list[int]:
-        program = self.program if state is self.program.state else self.prompt_program
-        state.set_lanes(len(segments), self._panels_in_lane(program, segments))
+        state.set_lanes(len(segments), self._panels_in_lane(segments) if state is self.program.state else 0)
         return super()._write(state, segments)
 
-    def _panels_in_lane(self, program: CpuProgram, segments: Sequence[Segment]) -> int:
+    def _panels_in_lane(self, segments: Sequence[Segment]) -> int:
         """How many panels of tokens each thread takes for itself, if each token is a sequence of its own and they fill such; else 0."""
         count, lanes = len(segments), self.threads * panel_tokens()  # tokens in a panel for each
         panels = -(-count // lanes)
         if count <= SPLIT_TOKENS or panels * lanes - count >= _MISSING or not _single_tokens(segments):
             return 0
-        return panels if program.has_lanes(panels) else 0
+        return panels if self.program.has_lanes(panels) else 0
 
     def _divide(self, state: State, segments: Sequence[Segment]) -> tuple[int, int, int]:
         """Query tiles of long segments. In a step of few sequences the positions of a single token are dealt out in chunks, in a step of

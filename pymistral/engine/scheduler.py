@@ -16,6 +16,10 @@ by_order = attrgetter("order")
 MOST_FORCED = 32
 """More tokens than that after the prompt are no text that a grammar forced upon a stream, but a sequence that was preempted."""
 
+_PASS_TOKENS = 256
+"""Tokens of prompts in a step of their own, which streams wait for part by part: so many that unpacking all weights is little of
+it, so few that a prompt which comes meanwhile need not wait long."""
+
 
 class PrefillPacer:
     """How many tokens of prompts may join a step that running streams wait for.
@@ -48,6 +52,10 @@ class PrefillPacer:
         while self._computed(streams + tokens + 1) == self._computed(streams + tokens):
             tokens += 1
         return tokens
+
+    def room(self, streams: int, seconds: float) -> float:
+        """Seconds that a step has for prompts, if streams take so long in it: more than alone, since prompts are in the caches, too."""
+        return max(0.0, self.stretch * (self._step_seconds(streams) or seconds) - seconds)
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
@@ -103,14 +111,15 @@ class Scheduler:
         self.prompts_apart = prompts_apart
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self.prefix_cache, self.prefill_chunk = prefix_cache, prefill_chunk
-        # Where prompts have a pass over all weights of their own, it takes panels of 32 tokens, and nearly as long for a part of one.
-        self.pacer = PrefillPacer(least=32) if prompts_apart else PrefillPacer(least=3 if panel_tokens > 1 else 4, panel=panel_tokens)
+        self.pacer = PrefillPacer(least=3 if panel_tokens > 1 else 4, panel=panel_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.streams = 0
         self.prompt_tokens = 0
         """What the latest step was made of."""
+        self.under_way: list[Sequence] = []
+        """Prompts in a step of their own that is not through (`Runner.prompt_pass`). It is begun anew if one of them leaves."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence by its order; nearly always that is one end of the queue."""
@@ -125,14 +134,15 @@ class Scheduler:
         """Take a sequence out, wherever it is, and free its blocks."""
         sequence.finished = True
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._stop(sequence)
             self._register(sequence)
             self._forget(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step, with their segments set; empty only if there is nothing to do."""
+        """The sequences of the next step, streams first, with their segments set; empty only if there is nothing to do, or prompts are
+        under way alone."""
         batch: list[Sequence] = []
         prefilling: list[Sequence] = []
         block_size, running = self.block_size, self.running
@@ -140,10 +150,12 @@ class Scheduler:
         while index < len(running):
             sequence = running[index]
             index += 1
+            if sequence in self.under_way:
+                continue
             pending = len(sequence.tokens) - sequence.computed
             if len(sequence.blocks) * block_size < self._reach(sequence) and not self._grow(sequence):
                 continue
-            if pending > 1 and (pending > MOST_FORCED or sequence.computed < sequence.prompt_length):
+            if pending > MOST_FORCED or (sequence.computed < sequence.prompt_length and (pending > 1 or self.prompts_apart)):
                 prefilling.append(sequence)
                 continue
             if pending > 1:  # a grammar forced these, and a stream waits for them; those after it have their token each all the same
@@ -152,7 +164,9 @@ class Scheduler:
             batch.append(sequence)
             tokens += pending
         self.streams = len(batch)
-        if prefilling or self.waiting:
+        if self.under_way:
+            self.prompt_tokens = sum(sequence.scheduled for sequence in self.under_way)
+        elif prefilling or self.waiting:
             self._schedule_prompts(batch, prefilling, self.max_batch_tokens - tokens)
         else:
             self.prompt_tokens = 0
@@ -160,7 +174,7 @@ class Scheduler:
 
     def _schedule_prompts(self, batch: list[Sequence], prefilling: list[Sequence], budget: int) -> None:
         if batch:
-            budget = min(budget, self.pacer.allowance(len(batch)) if self.prefill_chunk is None else self.prefill_chunk)
+            budget = min(budget, self._prefill_tokens(len(batch)))
         before = budget
         for sequence in prefilling:
             if budget <= 0:
@@ -169,6 +183,11 @@ class Scheduler:
         while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
             budget -= self._schedule_chunk(self.waiting.popleft(), budget, batch)
         self.prompt_tokens = before - budget
+
+    def _prefill_tokens(self, streams: int) -> int:
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        return _PASS_TOKENS if self.prompts_apart else self.pacer.allowance(streams)
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
@@ -241,10 +260,15 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a sequence back to the queue. It will compute its tokens again, except for what is still in the prefix cache."""
-        self.running.remove(sequence)
+        self._stop(sequence)
         self._forget(sequence)
         self.preemptions += 1
         self.add(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence in self.under_way:
+            self.under_way = []
 
     def advance(self, batch: list[Sequence]) -> None:
         """The step has been computed: its tokens are in the cache, blocks that became full may be shared, and windows have moved on."""

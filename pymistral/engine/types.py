@@ -38,6 +38,18 @@ class Segment:
     all its positions in all layers, and a block of ``block_table`` stands for as many consecutive blocks as there are groups."""
 
 
+class PromptPass(Protocol):
+    """A step of prompts alone, which is computed part by part: streams that run beside it wait for a part at most."""
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        """Take up a step. One that was not through is forgotten."""
+        ...
+
+    def proceed(self, seconds: float) -> NDArray[np.float32] | None:
+        """Compute for about so long; returns the logits once the step is through, as `Runner.forward` does."""
+        ...
+
+
 class Runner(Protocol):
     """A model with its paged KV cache. It writes keys and values through block tables, and need not remember sequences."""
 
@@ -50,6 +62,10 @@ class Runner(Protocol):
     @property
     def prompts_apart(self) -> bool:
         """Prompts are computed in other numbers than what is generated: a prompt must not find a generated token in the prefix cache."""
+
+    @property
+    def prompt_pass(self) -> PromptPass | None:
+        """How to compute prompts part by part, where they are apart. `forward` with tokens of prompts forgets a step of it."""
 
     @property
     def max_num_seqs(self) -> int: ...

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 from .cpu_weights import Packing
 from .pool import Launches, ThreadPool
 from .state import State
+
+_FEWEST = 2  # launches of a step in parts that are run at once
 
 
 class Result(NamedTuple):
@@ -50,6 +54,8 @@ class CpuProgram:
     _alive: list[Any] = field(repr=False)
     _eager: bool = field(default_factory=lambda: os.environ.get("PYMISTRAL_EAGER", "0") not in ("", "0"))
     _in_lanes: dict[int, Launches | None] = field(default_factory=dict, repr=False)  # by the panels of a lane, as they are asked for
+    _launched: int = 0  # of a step that is run in parts
+    _launch_seconds: float = 0.0
 
     def has_lanes(self, panels: int) -> bool:
         """Whether a step may be one in which each lane has so many panels of tokens (see `cpu_lanes`)."""
@@ -74,10 +80,30 @@ class CpuProgram:
             meanwhile()
         self.run_checked()
 
+    def begin(self) -> None:
+        """Begin a step that `proceed` runs. Its state must stay as it is until that is through."""
+        self._launched, self._launch_seconds = 0, 0.0
+
+    def proceed(self, seconds: float) -> bool:
+        """Run so many more launches of a step as take about so long, but some at least; returns whether the step is through."""
+        self.packing.wait()
+        if self._eager:
+            self.run_checked()
+            return True
+        total, begin, before = self._launches.count, perf_counter(), self._launch_seconds
+        spent, count = 0.0, _FEWEST
+        while self._launched < total and count:
+            count = min(count, total - self._launched) if seconds < inf else total - self._launched
+            self._pool.run(self._launches, first=self._launched, count=count)
+            self._launched += count
+            spent = perf_counter() - begin
+            self._launch_seconds = before + spent
+            # Launches differ, and layers are alike: what all have taken says how many will fit, and what few have taken says little.
+            count = min(self._launched, int(max(0.0, seconds - spent) * self._launched / self._launch_seconds)) if seconds < inf else 0
+        return self._launched == total
+
     def run_one_by_one(self) -> list[float]:
         """Run each launch as a program of its own, and return their seconds: for profiles and debugging."""
-        from time import perf_counter
-
         self.packing.wait()
         seconds = []
         for row in self._current.table:

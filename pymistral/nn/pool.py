@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
-from ..kernels.cpu.executor_layout import FIRST_THREAD, INSIDE, LAUNCH_WORDS, LINE, STEP, STOP, TO_WAKE, counter_bytes
+from ..kernels.cpu.executor_layout import FIRST_THREAD, INSIDE, LAUNCH_BYTES, LAUNCH_WORDS, LINE, STEP, STOP, TO_WAKE, counter_bytes
 from .memory import address, zeros
 
 EXECUTOR_KERNELS = (spec("executor.lead"), spec("executor.work"), spec("executor.follow"))
@@ -59,7 +59,12 @@ class Launches:
         if records:
             self.table[:, : len(records[0])] = records
         self.counters = zeros(counter_bytes(max(1, len(records)), threads), np.uint8)
-        self.arguments = (address(self.table), self.count, address(self.counters))
+        self._addresses = address(self.table), address(self.counters)
+
+    def arguments(self, first: int = 0, count: int | None = None) -> tuple[int, int, int]:
+        """Where some of the launches lie, how many they are, and the counters: those of a step before stand for zero."""
+        table, counters = self._addresses
+        return table + LAUNCH_BYTES * first, self.count - first if count is None else count, counters
 
 
 class ThreadPool:
@@ -95,8 +100,9 @@ class ThreadPool:
         for worker in self._workers:
             worker.start()
 
-    def run(self, launches: Launches, meanwhile: Callable[[], object] | None = None) -> None:
-        """Run a program to its end. One at a time; the caller's thread works too, once it has called ``meanwhile``."""
+    def run(self, launches: Launches, meanwhile: Callable[[], object] | None = None, *, first: int = 0, count: int | None = None) -> None:
+        """Run a program, or some of its launches, to the end. One at a time; the caller's thread works too, once it has called
+        ``meanwhile``."""
         if self._forked:
             with _pools_lock:
                 if self._forked:
@@ -107,7 +113,7 @@ class ThreadPool:
                 if len(self._recent) > _RECENT:
                     self._settle()
                     self._recent.popleft()
-            self._lead(self._sync_address, self.threads, *launches.arguments, meanwhile is None)
+            self._lead(self._sync_address, self.threads, *launches.arguments(first, count), meanwhile is None)
             asleep = self._to_wake[0]
             if asleep:
                 self._wake_sleepers()

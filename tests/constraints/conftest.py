@@ -23,6 +23,7 @@ class NoiseRunner:
     block_size, num_blocks, max_sequence_length = 32, 2048, 1024
 
     prompts_apart = False
+    prompt_pass = None
     panel_tokens = 1
     windows: Sequence[int | None] = (None,)
 

@@ -46,6 +46,7 @@ class FakeRunner:
     vocab_size = VOCAB
 
     prompts_apart = False
+    parts = 3  # of a step of prompts, where they are apart
     panel_tokens = 1
     windows: Sequence[int | None] = (None,)
 
@@ -74,7 +75,26 @@ class FakeRunner:
     def read_logits(self, logits: np.ndarray) -> np.ndarray:
         return logits
 
+    @property
+    def prompt_pass(self) -> FakeRunner | None:
+        return self if self.prompts_apart else None
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        assert not any(s.generated for s in segments)
+        copies = [
+            Segment(list(s.tokens), s.start, list(s.block_table), s.outputs, 0, [list(t) for t in s.further_tables]) for s in segments
+        ]
+        self.pass_segments: list[Segment] | None = copies
+        self.parts_left = self.parts
+
+    def proceed(self, seconds: float) -> np.ndarray | None:
+        assert self.pass_segments is not None, "there is no step to go on with"
+        self.parts_left = 0 if seconds == float("inf") else self.parts_left - 1
+        return None if self.parts_left > 0 else self.forward(self.pass_segments)
+
     def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+        if any(s.generated < len(s.tokens) for s in segments):
+            self.pass_segments = None
         if self.delay:
             time.sleep(self.delay)
         assert 0 < len(segments) <= self.max_num_seqs

@@ -101,6 +101,7 @@ actions = st.lists(
     st.none() | st.integers(1, 8),
     st.sampled_from([0.0, 3.0]),
     st.sampled_from([(None,), (7,), (None, 5), (None, None, 3, 9)]),
+    st.none() | st.integers(1, 4),
 )
 def test_greedy_is_the_same_in_any_company(
     script: list[Any],
@@ -112,9 +113,12 @@ def test_greedy_is_the_same_in_any_company(
     prefill_chunk: int | None,
     eos_bonus: float,
     windows: tuple[int | None, ...],
+    parts: int | None,
 ) -> None:
     blocks = -(-positions // block_size) * len(windows)
     runner = FakeRunner(blocks, block_size, max_num_seqs, max_batch_tokens, 40, eos_bonus, windows=windows)
+    if parts is not None:
+        runner.prompts_apart, runner.parts = True, parts
     core = make_core(runner, prefix_cache_n=int(prefix_cache), prefill_chunk=prefill_chunk)
     sent: list[tuple[Job, Collector, list[int], int, int]] = []
     canceled: set[int] = set()
@@ -274,6 +278,46 @@ def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
         assert len(stream.tokens[0]) == before + 1
         assert sum(count for _, count in runner.steps[-1]) <= 11
     assert steps == 30 + 1
+
+
+def test_streams_go_on_while_a_prompt_is_computed_part_by_part() -> None:
+    """They have a token in each step. A prompt that leaves on the way takes nothing with it but its own part."""
+    runner = FakeRunner(num_blocks=200, max_sequence_length=400, max_batch_tokens=64)
+    runner.prompts_apart, runner.parts = True, 5
+    core = make_core(runner)
+    _, stream = submit(core, [65, 66], Params(max_len=80))
+    core.step()
+    first, second = (submit(core, [letter] * 20, Params(max_len=2)) for letter in (66, 67))
+    begun = len(core.scheduler.running[0].tokens)
+    for steps in range(1, 5):
+        core.step()
+        check_invariants(core)
+        assert len(core.scheduler.running[0].tokens) == begun + steps
+        assert [sequence.computed for sequence in core.scheduler.under_way] == [0, 0]
+    core.cancel(first[0])  # the other one is begun anew
+    assert runner.steps[-4:] == [[(2 + i, 1)] for i in range(begun - 3, begun + 1)]
+    for _ in range(4):
+        core.step()
+        assert len(core.scheduler.under_way) == 1
+    core.step()
+    assert runner.steps[-1] == [(0, 20)]
+    assert not core.scheduler.under_way
+    drain(core)
+    assert second[1].tokens[0] == greedy_alone([67] * 20, 2, 400, 0.0)[0]
+    assert stream.tokens[0] == greedy_alone([65, 66], 80, 400, 0.0)[0]
+
+
+def test_prompts_under_way_end_at_once_where_nobody_waits() -> None:
+    runner = FakeRunner(num_blocks=200, max_sequence_length=400, max_batch_tokens=64)
+    runner.prompts_apart, runner.parts = True, 50
+    core = make_core(runner)
+    stream, _ = submit(core, [65, 66], Params(max_len=80))
+    core.step()
+    _, late = submit(core, [66] * 20, Params(max_len=1))
+    core.step()
+    core.cancel(stream)
+    core.step()
+    assert isinstance(late.end, RequestFinished)
 
 
 class TimedRunner(FakeRunner):

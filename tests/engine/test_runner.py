@@ -159,6 +159,25 @@ def test_what_follows_a_step_that_was_refused(run: CpuRunner) -> None:
     assert run.program.state.cache_slots[0, 0] == 9 * run.program.state.parts_of_block * 32 + 1
 
 
+def test_a_step_in_parts(run: CpuRunner) -> None:
+    """Gives what it gives at once, however much time there is for each, and can be given up on the way."""
+    tokens, table, other = [7 * i % VOCABULARY for i in range(40)], [4, 9], [2, 3]
+    whole = run.forward([Segment(tokens, 0, table, 2)]).tobytes()
+    for seconds, most in ((0.0, 24), (1e-4, 24), (60.0, 1), (float("inf"), 1)):
+        run.begin([Segment(tokens, 0, other, 2)])
+        assert run.proceed(0.0) is None  # to be begun anew
+        run.begin([Segment(tokens, 0, other, 2)])
+        parts = 1
+        while (found := run.proceed(seconds)) is None:
+            parts += 1
+        assert found.tobytes() == whole
+        assert parts <= most
+        assert seconds or parts > 4
+    assert run.forward([Segment(tokens, 0, table, 2)]).tobytes() == whole
+    with pytest.raises(ValueError, match="does not exist"):
+        run.begin([Segment([VOCABULARY], 0, table, 0)])
+
+
 def test_too_many_sequences(run: CpuRunner) -> None:
     with pytest.raises(ValueError, match="of 4 sequences at most"):
         run.forward([Segment([1], 0, [block], 1) for block in range(5)])

@@ -119,6 +119,24 @@ def test_what_is_generated_is_computed_as_such_in_any_company() -> None:
     assert company[2:5].tobytes() == np.concatenate(alone[:3]).tobytes()
 
 
+def test_prompts_part_by_part_beside_what_is_generated() -> None:
+    runner = small_model()
+    tokens = [int(token) for token in np.random.default_rng(6).integers(0, 64, 60)]
+    table, other = list(range(4)), list(range(4, 8))
+    prompt = runner.forward([Segment(tokens[:50], 0, table, 1)]).copy()
+    alone = [runner.forward([Segment([token], 50 + i, table, 1, 1)]).copy() for i, token in enumerate(tokens[50:])]
+
+    assert runner.prompt_pass is not None
+    runner.prompt_pass.begin([Segment(tokens[:50], 0, other, 1)])
+    for i, token in enumerate(tokens[50:54]):
+        assert runner.forward([Segment([token], 50 + i, table, 1, 1)]).tobytes() == alone[i].tobytes()
+        assert runner.prompt_pass.proceed(0.0) is None
+    found = runner.prompt_pass.proceed(float("inf"))
+    assert found is not None
+    assert found.tobytes() == prompt.tobytes()
+    assert runner.forward([Segment(tokens[50:51], 50, other, 1, 1)]).tobytes() == alone[0].tobytes()
+
+
 def test_chunks_of_a_prompt_do_not_matter() -> None:
     runner = small_model()
     tokens = [int(token) for token in np.random.default_rng(5).integers(0, 64, 100)]
