@@ -36,6 +36,9 @@ from .types import (
 
 logger = logging.getLogger("pymistral.engine")
 
+_MOST_FORGOTTEN = 2
+"""After so many steps of prompts that were given up on their way, the next one is computed at once: they shall get ahead."""
+
 
 class EngineCore:
     """Continuous batching over one runner. One thread at a time; `prepare` alone may be called from any thread.
@@ -214,10 +217,10 @@ class EngineCore:
         try:
             batch, logits = self._compute(batch)
         except Exception as error:
-            self._fail_batch([*batch, *self.scheduler.under_way], error)
+            self._fail_batch(list(dict.fromkeys([*batch, *self.scheduler.under_way])), error)
             return
         now = perf_counter()
-        if not drafted:
+        if not drafted and not (self.scheduler.prompts_apart and self.scheduler.prompt_tokens):
             self.scheduler.pacer.observe(self.scheduler.streams, self.scheduler.prompt_tokens, now - begin)
         self.scheduler.advance(batch)
         self.stats.steps += 1
@@ -231,11 +234,11 @@ class EngineCore:
         What the last step made is passed on while this one is computed, in which Python has little to do.
         """
         runner, scheduler = self.runner, self.scheduler
-        streams, prompts = batch[: scheduler.streams], batch[scheduler.streams :]
         prompt_pass = runner.prompt_pass
-        generated = any(sequence.segment.generated for sequence in prompts)  # of one that was preempted
-        if prompt_pass is None or not (scheduler.under_way or (streams and prompts and not generated)):
+        prompts = [sequence for sequence in batch[scheduler.streams :] if not sequence.segment.generated]
+        if prompt_pass is None or not (scheduler.under_way or (scheduler.streams and prompts)):
             return batch, runner.forward([sequence.segment for sequence in batch], self.deliver)
+        streams = batch[: scheduler.streams] + [sequence for sequence in batch[scheduler.streams :] if sequence.segment.generated]
         if prompts:
             prompt_pass.begin([sequence.segment for sequence in prompts])
             scheduler.under_way = prompts
@@ -243,14 +246,14 @@ class EngineCore:
         if streams:
             begin = perf_counter()
             logits = runner.forward([sequence.segment for sequence in streams], self.deliver)
-            seconds = scheduler.pacer.room(len(streams), perf_counter() - begin)
+            if scheduler.forgotten < _MOST_FORGOTTEN:
+                seconds = scheduler.pacer.room(len(streams), perf_counter() - begin)
         else:
             self.deliver()
         found = prompt_pass.proceed(seconds) if scheduler.under_way else None  # one of them may have left
         if found is None:
             return streams, logits
-        prompts, scheduler.under_way = scheduler.under_way, []
-        return streams + prompts, np.concatenate([logits, found]) if len(found) else logits
+        return streams + scheduler.end_pass(), np.concatenate([logits, found]) if len(found) else logits
 
     def _sample(self, batch: list[Sequence], logits: NDArray[np.float32], now: float) -> None:
         """Sample the row of each sequence, and the rows of its guesses for as long as the guesses are what was sampled."""
@@ -494,7 +497,7 @@ class EngineCore:
         if not 0 < len(tokens) <= self.max_length:
             raise RequestValidationError(f"logits of {len(tokens)} tokens were asked for; between 1 and {self.max_length} are possible")
         check_tokens(tokens, "the text", runner.vocab_size)
-        self.scheduler.under_way = []  # that pass is forgotten, and begun anew
+        self.scheduler.forget_pass()
         blocks = cache.new_tables()
         table, *further = blocks.tables
         result = np.empty((len(tokens), runner.vocab_size), np.float32)

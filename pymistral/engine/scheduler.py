@@ -54,8 +54,11 @@ class PrefillPacer:
         return tokens
 
     def room(self, streams: int, seconds: float) -> float:
-        """Seconds that a step has for prompts, if streams take so long in it: more than alone, since prompts are in the caches, too."""
-        return max(0.0, self.stretch * (self._step_seconds(streams) or seconds) - seconds)
+        """Seconds that a step has for prompts, if streams take so long in it: more than alone, since prompts are in the caches, too.
+
+        At least half as long, since what they take alone may be known of fewer streams or shorter texts only.
+        """
+        return max(0.5 * seconds, self.stretch * (self._step_seconds(streams) or seconds) - seconds)
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
@@ -120,6 +123,8 @@ class Scheduler:
         """What the latest step was made of."""
         self.under_way: list[Sequence] = []
         """Prompts in a step of their own that is not through (`Runner.prompt_pass`). It is begun anew if one of them leaves."""
+        self.forgotten = 0
+        """How many such steps were given up since one was through."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence by its order; nearly always that is one end of the queue."""
@@ -191,6 +196,9 @@ class Scheduler:
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
+        if self.prompts_apart:  # a chunk is of one kind; what was generated before a preemption is computed with the streams
+            of_prompt = sequence.prompt_length - sequence.computed
+            count = min(count, of_prompt if of_prompt > 0 else MOST_FORCED if self.streams else count)
         sequence.schedule(count)
         batch.append(sequence)
         return count
@@ -268,7 +276,17 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         if sequence in self.under_way:
-            self.under_way = []
+            self.forget_pass()
+
+    def forget_pass(self) -> None:
+        """Give up the step that prompts are under way in. They are scheduled anew."""
+        self.forgotten += bool(self.under_way)
+        self.under_way = []
+
+    def end_pass(self) -> list[Sequence]:
+        """The prompts of a step that is through."""
+        ended, self.under_way, self.forgotten = self.under_way, [], 0
+        return ended
 
     def advance(self, batch: list[Sequence]) -> None:
         """The step has been computed: its tokens are in the cache, blocks that became full may be shared, and windows have moved on."""

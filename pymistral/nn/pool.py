@@ -102,7 +102,7 @@ class ThreadPool:
 
     def run(self, launches: Launches, meanwhile: Callable[[], object] | None = None, *, first: int = 0, count: int | None = None) -> None:
         """Run a program, or some of its launches, to the end. One at a time; the caller's thread works too, once it has called
-        ``meanwhile``."""
+        ``meanwhile``. The first must not be one that needs a share of the one before (`NEEDS_SHARE`)."""
         if self._forked:
             with _pools_lock:
                 if self._forked:

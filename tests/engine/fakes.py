@@ -89,6 +89,8 @@ class FakeRunner:
 
     def proceed(self, seconds: float) -> np.ndarray | None:
         assert self.pass_segments is not None, "there is no step to go on with"
+        for s in self.pass_segments:
+            self.write(s)  # what another sequence has by then is spoiled
         self.parts_left = 0 if seconds == float("inf") else self.parts_left - 1
         return None if self.parts_left > 0 else self.forward(self.pass_segments)
 

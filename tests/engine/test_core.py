@@ -280,10 +280,15 @@ def test_streams_go_on_while_a_long_prompt_is_worked_through() -> None:
     assert steps == 30 + 1
 
 
+def prompts_apart(parts: int) -> FakeRunner:
+    runner = FakeRunner(num_blocks=400, max_sequence_length=400, max_batch_tokens=64)
+    runner.prompts_apart, runner.parts = True, parts
+    return runner
+
+
 def test_streams_go_on_while_a_prompt_is_computed_part_by_part() -> None:
     """They have a token in each step. A prompt that leaves on the way takes nothing with it but its own part."""
-    runner = FakeRunner(num_blocks=200, max_sequence_length=400, max_batch_tokens=64)
-    runner.prompts_apart, runner.parts = True, 5
+    runner = prompts_apart(5)
     core = make_core(runner)
     _, stream = submit(core, [65, 66], Params(max_len=80))
     core.step()
@@ -307,10 +312,51 @@ def test_streams_go_on_while_a_prompt_is_computed_part_by_part() -> None:
     assert stream.tokens[0] == greedy_alone([65, 66], 80, 400, 0.0)[0]
 
 
+def test_a_prompt_gets_ahead_though_its_step_is_given_up_again_and_again() -> None:
+    """Logits of a text that are asked for take its place in each step."""
+    core = make_core(prompts_apart(10))
+    submit(core, [65, 66], Params(max_len=300))
+    core.step()
+    _, late = submit(core, [66] * 20, Params(max_len=1))
+    for _ in range(4):
+        core.step()
+        core.logits([65, 66, 67])
+    assert isinstance(late.end, RequestFinished)
+    assert core.scheduler.forgotten == 0
+
+
+def test_what_a_preempted_stream_had_generated_is_computed_a_bit_at_a_time() -> None:
+    """Its prompt beside the streams, part by part; the rest with them."""
+    runner = prompts_apart(3)
+    core = make_core(runner, prefix_cache_n=0)
+    submit(core, [65, 66], Params(max_len=390))
+    job, collector = submit(core, [67] * 8, Params(max_len=200))
+    while len(job.sequences[0].tokens) < 100:
+        core.step()
+    core.scheduler.preempt(job.sequences[0])
+    begun = len(runner.steps)
+    while job.sequences[0].computed < 99:
+        core.step()
+        check_invariants(core)
+    steps = runner.steps[begun:]
+    assert [step for step in steps if (0, 8) in step] == [[(0, 8)]]
+    assert [step[1] for step in steps if len(step) > 1][:3] == [(8, 32), (40, 32), (72, 28)]
+    drain(core)
+    assert collector.tokens[0] == greedy_alone([67] * 8, 200, 400, 0.0)[0]
+
+
+def test_prompts_have_room_where_what_streams_take_alone_is_known_of_few() -> None:
+    core = make_core(prompts_apart(3))
+    pacer = core.scheduler.pacer
+    assert pacer.room(4, 0.02) == pytest.approx(0.03)  # nothing is known
+    for _ in range(9):
+        pacer.observe(1, 0, 0.02)
+    assert pacer.room(1, 0.025) == pytest.approx(0.025)  # 2.5 times 0.02 in all
+    assert pacer.room(32, 0.06) == pytest.approx(0.03)
+
+
 def test_prompts_under_way_end_at_once_where_nobody_waits() -> None:
-    runner = FakeRunner(num_blocks=200, max_sequence_length=400, max_batch_tokens=64)
-    runner.prompts_apart, runner.parts = True, 50
-    core = make_core(runner)
+    core = make_core(prompts_apart(50))
     stream, _ = submit(core, [65, 66], Params(max_len=80))
     core.step()
     _, late = submit(core, [66] * 20, Params(max_len=1))
