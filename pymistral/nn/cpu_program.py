@@ -91,15 +91,15 @@ class CpuProgram:
             self.run_checked()
             return True
         total, begin, before = self._launches.count, perf_counter(), self._launch_seconds
-        spent, count = 0.0, _FEWEST
+        count = _FEWEST if seconds < inf else total
         while self._launched < total and count:
-            count = min(count, total - self._launched) if seconds < inf else total - self._launched
+            count = min(count, total - self._launched)
             self._pool.run(self._launches, first=self._launched, count=count)
             self._launched += count
             spent = perf_counter() - begin
             self._launch_seconds = before + spent
             # Launches differ, and layers are alike: what all have taken says how many will fit, and what few have taken says little.
-            count = min(self._launched, int(max(0.0, seconds - spent) * self._launched / self._launch_seconds)) if seconds < inf else 0
+            count = int(min(self._launched, max(0.0, seconds - spent) * self._launched / self._launch_seconds))
         return self._launched == total
 
     def run_one_by_one(self) -> list[float]:
