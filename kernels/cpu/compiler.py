@@ -84,11 +84,14 @@ def fingerprint() -> str:
 def compile_spec(kernel: Spec) -> CompiledKernel:
     """Compile one kernel in this process."""
     isa = current_isa()
+    from llvmlite.binding import llvm_version_info
     from numba import config
 
     # Numba reads these when it first makes code; a forced instruction set must not use what the host has beyond it.
-    if isa.cpu != current_host().cpu:
-        config.CPU_NAME, config.CPU_FEATURES = isa.cpu, isa.features
+    config.CPU_NAME, config.CPU_FEATURES = isa.cpu, isa.features
+    if isa.has_vnni and llvm_version_info >= (20,):
+        # LLVM would else take a sum of products of int16 (`vpdpwssd`) apart into a product and an addition, as if a kernel had but one sum.
+        config.CPU_FEATURES += ",+fast-dpwssd"
     from numba import types
 
     from .pipeline import compile_function

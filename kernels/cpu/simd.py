@@ -367,7 +367,7 @@ def pair_sums(b, x):
 
 @operation(types.int64, types.int64)
 def hidden(b, x):
-    """x, of which LLVM knows nothing: a loop over it is not unrolled."""
+    """x, of which LLVM knows nothing: a loop over it is not unrolled, and an address is not made of others."""
     return b.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [x])
 
 

@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
 from numpy.typing import NDArray
-from pymistral.kernels.cpu import int8_dots, int16_dots, operators, vectors
-from pymistral.kernels.cpu.host import current_host
+from pymistral.kernels.cpu import geometry, int8_dots, int16_dots, operators, vectors
+from pymistral.kernels.cpu.host import Host, current_host
 from pymistral.kernels.cpu.isa import _NEEDS, Isa, current_isa
 
 CHECKS = Path(__file__).with_name("isa_checks.py")
@@ -80,6 +80,20 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
             current_isa()
     finally:
         monkeypatch.undo()
+        current_isa.cache_clear()
+
+
+@pytest.mark.parametrize(("isa", "cpu", "pairs"), [("avx512vnni", "znver4", True), ("avx512vnni", "emeraldrapids", False)])
+def test_pairs_of_bfloat16_where_they_are_fast(isa: str, cpu: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's CPUs without AMX multiply floats, and pairs of int16, faster."""
+    features = ",".join(f"+{feature}" for feature in (*_NEEDS[isa], "avx512bf16"))
+    monkeypatch.setattr("pymistral.kernels.cpu.isa.current_host", lambda: Host(cpu, features, "x86_64-unknown-linux-gnu"))
+    monkeypatch.setenv("PYMISTRAL_ISA", isa)
+    current_isa.cache_clear()
+    try:
+        assert current_isa().has_bf16 is pairs
+        assert geometry.usual_cache_type() == ("bf16" if pairs else "int16")
+    finally:
         current_isa.cache_clear()
 
 
