@@ -17,6 +17,9 @@ from .isa import current_isa
 from .register_tiles import each, scalar_row, tile_type
 from .vectors import I16, I32, call, constant, halves, i32x16, join
 
+SUMS_COUNT = 128 if current_isa().has_vnni else 1
+"""What minus the sum of activations is stored times: the zero of 8-bit quants, of which sums can then start as they are."""
+
 _WORDS = ir.VectorType(I16, 32)
 _MOST, _PAIR = 32767, 2 * 127  # what 16 bits hold; two activations
 _Quants = Callable[[int], Any]
@@ -191,30 +194,31 @@ def _portable(b: Any, weights: Any, activations: Any, signed: bool) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def start_dot_tile(typing_context, tokens, zero, minus_sums, stride):
-    """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums`` for each token.
+def start_dot_tile(typing_context, tokens, zero, minus_sums, stride, times):
+    """The int32 tile to accumulate on: ``zero`` times minus the activations' sum, which lies at ``minus_sums``, multiplied by ``times`` (a
+    power of two), for each token.
 
-    Starting there takes the weights' zero point off exactly, at the price of a shift where it is a power of two. All but the address are
-    literals.
+    Starting there takes the weights' zero point off exactly, at the price of a shift where it is another power of two. All but the address
+    are literals.
     """
     count = tokens.literal_value
 
     def codegen(context, b, sig, values):
-        offset, step = sig.args[1].literal_value, sig.args[3].literal_value
-        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+        offset, step, unit = (sig.args[i].literal_value for i in (1, 3, 4))
+        size, sums = abs(offset), i32x16.llvm
+        tile = ir.Constant(ir.ArrayType(sums, count), ir.Undefined)
 
         def start(t, _):
             if offset == 0:
-                return constant(i32x16.llvm, 0)
+                return constant(sums, 0)
             total = scalar_row(b, values[2], step, t, I32)
             if offset < 0:
-                total, size = b.neg(total), -offset
-            else:
-                size = offset
-            if size & (size - 1) == 0:
-                return b.shl(total, constant(i32x16.llvm, size.bit_length() - 1))
-            return b.mul(total, constant(i32x16.llvm, size))
+                total = b.neg(total)
+            if size & (size - 1):
+                return b.ashr(b.mul(total, constant(sums, size)), constant(sums, unit.bit_length() - 1))
+            shift = size.bit_length() - unit.bit_length()
+            return b.shl(total, constant(sums, shift)) if shift >= 0 else b.ashr(total, constant(sums, -shift))
 
         return each(b, tile, start)
 
-    return tile_type(i32x16, count)(tokens, zero, types.intp, stride), codegen
+    return tile_type(i32x16, count)(tokens, zero, types.intp, stride, times), codegen

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from . import register_tiles, vectors
 from .geometry import UNPACKED_BLOCK, gated_tokens, multiplies_sums, panels_at_once, unpacked_bytes
 from .helpers import inline
-from .int8_dots import add_groups, centre_of, start_dot_tile, takes_signed
+from .int8_dots import SUMS_COUNT, add_groups, centre_of, start_dot_tile, takes_signed
 from .int16_dots import WORDS, add_word_groups
 from .isa import current_isa
 from .quantize import quantize_block
@@ -142,10 +142,10 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
 
     @inline
     def in_halves(tile, quants, block, header, factors, x):
-        dots = start_dot_tile(tokens, zero, x + first_at, 4)
+        dots = start_dot_tile(tokens, zero, x + first_at, 4, 1)
         dots = dot_groups(dots, layout, quants, x, item, 0, 4, unpacked)
         tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
-        dots = start_dot_tile(tokens, zero, x + last_at, 4)
+        dots = start_dot_tile(tokens, zero, x + last_at, 4, 1)
         dots = dot_groups(dots, layout, quants, x, item, 4, 8, unpacked)
         tile = scale_tile(tile, dots, scale_vector(layout, block, header, 1), x + scales_at, 4)
         if minimum:
@@ -157,7 +157,7 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
 
     @inline
     def whole(tile, quants, block, header, factors, x):
-        dots = start_dot_tile(tokens, zero, x + sums_at, 4)
+        dots = start_dot_tile(tokens, zero, x + sums_at, 4, SUMS_COUNT)
         dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
         tile = scale_tile(tile, dots, scale_vector(layout, block, header, 0), x + scales_at, 4)
         if minimum:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .helpers import inline
+from .int8_dots import SUMS_COUNT
 from .int16_dots import store_words
 from .isa import current_isa
 from .simd import (
@@ -105,7 +106,7 @@ def _describe(at, stride, scale, first, last):
     """A token's scale and sums, at their places behind the quants of a record."""
     store_f32(at, scale)
     store_f32(at + 2 * stride, scale * np.float32(first + last))
-    store_i32(at + 3 * stride, -first - last)
+    store_i32(at + 3 * stride, (-first - last) * SUMS_COUNT)
     store_i32(at + 4 * stride, -first)
     store_i32(at + 5 * stride, -last)
 

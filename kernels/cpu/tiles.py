@@ -36,10 +36,10 @@ Activations
 -----------
 A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``64 P`` bytes: ``i8[P][32]`` quants, ``f32[P]`` scales,
 ``i16[P][2]`` minus the sum of quants by pairs (of the columns 0 and 1 of each group, and of 2 and 3), ``f32[P]`` scale times the sum of
-quants, ``i32[P]`` minus that sum, ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the last 16; and these two by pairs as well. What
-is by pairs is there for AVX2. AVX-512 has in place of the first ``i32[P]``, where the sums of formats in pairs start: eight times the sum
-of quants in the upper half, less as much. Where products are those of `winograd` the last two are where its sums start, of formats in pairs
-and of others.
+quants, ``i32[P]`` minus that sum (times `int8_dots.SUMS_COUNT`), ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the last 16; and
+these two by pairs as well. What is by pairs is there for AVX2. AVX-512 has in place of the first ``i32[P]``, where the sums of formats in
+pairs start: eight times the sum of quants in the upper half, less as much. Where products are those of `winograd` the last two are where
+its sums start, of formats in pairs and of others.
 
 What `logits` multiplies again is quantised to 16 bits, each token for itself: ``P`` is 1, and the quants are ``i16[32]``. In each group of
 4 columns the even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.
