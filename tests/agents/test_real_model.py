@@ -96,7 +96,7 @@ async def test_sync_and_async_tools(model: Model) -> None:
 
 
 def request() -> RequestBuilder:
-    messages = RequestBuilder().add_message("system", SYSTEM).add_message("user", "How warm is it in Paris?")
+    messages = RequestBuilder().add_message("system", SYSTEM).add_message("user", "What is the temperature in Paris?")
     return messages.set_tools([CITY_TEMPERATURE]).set_tool_choice("required").set_max_tool_rounds(2)
 
 
@@ -104,11 +104,11 @@ async def test_a_callback(model: Model) -> None:
     response = await model.send_chat_request(request())
     assert (response.agentic_tool_calls or [])[0].result_content == "It is 72 degrees in Paris."
     assert response.choices[0].finish_reason == "stop"
-    assert response.choices[0].message.content  # what it makes of the result is a matter of the last bits: so small a model wavers
+    assert "72" in (response.choices[0].message.content or "")
 
 
 async def test_a_callback_in_a_stream(model: Model, blocking: BlockingModel) -> None:
     chunks = [chunk async for chunk in model.stream_chat_request(request())]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text
+    assert "72" in text
     assert "".join(chunk.choices[0].delta.content or "" for chunk in blocking.stream_chat_request(request())) == text
