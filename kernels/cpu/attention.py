@@ -373,15 +373,17 @@ def item_kernel(
             oldest = max(0, position - window + 1) if window else 0
             rows = tokens * group
             begins, ends = oldest // CHUNK * CHUNK, position + tokens
-            to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
+            several_chunks = ends - begins > CHUNK  # what comes of a single one is the result
+            to_outputs, to_maxima, to_sums = outputs, maxima, sums
             if only >= 0:  # one chunk, left for `merge`
                 to_outputs = load_i64(slots + 128) + (load_i32(item + 16) * kv_heads + head) * partial_bytes
                 to_maxima = to_outputs + group * row_bytes
                 to_sums = to_maxima + group * 4
                 clear(to_outputs, to_maxima, to_sums, group, head_dim)
                 begins, ends = max(begins, only * CHUNK), min(ends, only * CHUNK + CHUNK)
-            else:
+            elif several_chunks:
                 clear(outputs, maxima, sums, rows, head_dim)
+                to_outputs, to_maxima, to_sums = chunk_outputs, chunk_maxima, chunk_sums
             prepare(q, q_row, rows, scratch)
             for start in range(begins, ends, CHUNK):
                 stop = min(ends, start + CHUNK)
@@ -389,7 +391,7 @@ def item_kernel(
                     many_tokens(slots, scratch, rows, table, head, position, start, stop, to_outputs, to_maxima, to_sums)
                 else:
                     one_token(slots, scratch, rows, table, head, position, start, stop, to_outputs, to_maxima, to_sums)
-                if only < 0:
+                if only < 0 and several_chunks:
                     merge_chunk(outputs, maxima, sums, to_outputs, to_maxima, to_sums, rows, head_dim)
             if only >= 0:
                 continue

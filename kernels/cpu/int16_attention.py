@@ -15,8 +15,9 @@ from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
 from .helpers import inline
-from .int16_dots import add_words, scaled_floats, store_i16x16
-from .register_tiles import add_tiles, load_words, multiply_tile, store_tile, zero_tile, zero_words
+from .int16_dots import add_words, scaled_floats, store_i16x16, sum_words
+from .isa import current_isa
+from .register_tiles import add_tiles, load_words, multiply_grid, store_grid, store_tile, zero_tile, zero_words
 from .simd import (
     absolute,
     bits_to_f32,
@@ -45,6 +46,7 @@ from .small_floats import load_bf16x16
 _RUN = 64  # dimensions of a key that are added as integers
 _LARGEST = 32767.0
 _MOST = 65000.0  # times 32767 is below 2**31, with room for what rounding adds
+_SUMS = 16 if current_isa().has_avx512 else register_rows()  # that a single token's products keep in registers
 _SMALLEST = 1e-35  # a scale below becomes 0
 
 
@@ -65,6 +67,10 @@ def attention(*, head_dim: int, group: int) -> Any:
     tile_rows = register_rows()  # of an item of several tokens
     parts = -(-group // tile_rows)
     part = -(-group // parts)  # rows of a single token that share a load
+    key_vectors = 2 if 2 * part <= _SUMS else 1  # of 16 positions, that share a query
+    value_vectors = next(count for count in (4, 2, 1) if count == 1 or (count * part <= _SUMS and head_dim % (16 * count) == 0))
+    value_sums = part * value_vectors
+    one_pass = head_dim == 16 * value_vectors
     capacity = float_rows(group)
     row_bytes = head_dim * 4
     query_bytes = head_dim * 2
@@ -136,25 +142,98 @@ def attention(*, head_dim: int, group: int) -> Any:
     def place(cache_at, table, block_size, kv_heads, head, at):
         return cache_at + (load_i32(table + at // block_size * 4) * kv_heads + head) * block_size * position_bytes
 
-    def score_keys(tile_rows, ahead_of_use):
-        """What scores 16 keys for ``tile_rows`` rows of queries, and asks for as many lines at ``ahead``."""
+    @inline
+    def find_places(slots, table, head, start, stop, places):
+        """Where 32 positions each lie: the bytes before their block, of keys as of values, and their place in it. Dividing takes long."""
+        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        entry, offset = table + start // block_size * 4, start % block_size
+        groups = (stop - start + 31) // 32
+        for at in range(places, places + 16 * groups, 16):
+            store_i64(at, (load_i32(entry) * kv_heads + head) * block_size * position_bytes)
+            store_i64(at + 8, offset)
+            offset += 32
+            if offset == block_size:
+                entry, offset = entry + 4, 0
+        return groups
+
+    @inline
+    def where(places, index):
+        return load_i64(places + 16 * index), load_i64(places + 16 * index + 8)
+
+    @inline
+    def one_key(k, i):
+        return (load_i32x16(k + 32 * i),)
+
+    @inline
+    def two_keys(k, i):
+        return load_i32x16(k + 32 * i), load_i32x16(k + 32 * (i + head_dim))
+
+    @inline
+    def one_scale(at):
+        return (load_f32x16(at),)
+
+    @inline
+    def two_scales(at):
+        return load_f32x16(at), load_f32x16(at + 64)
+
+    def score_keys(rows, vectors, asks):
+        """What scores 16 keys, or 32, for so many rows of queries, and asks for as many lines at ``ahead``."""
+        grid_size, keys_at, scales_at = rows * vectors, two_keys if vectors == 2 else one_key, two_scales if vectors == 2 else one_scale
+        twice = 2 * grid_size <= _SUMS  # sums of every other pair: else each would wait for the one before
 
         @inline
         def score(k, queries, scales, key_scales, target, ahead):
-            total = zero_tile(tile_rows)
+            total = zero_tile(grid_size)
             for first in range(0, head_dim, _RUN):
-                tile = zero_words(tile_rows)
+                grid, other = zero_words(grid_size), zero_words(grid_size)
                 for i in range(first, min(first + _RUN, head_dim), 8):
-                    for j in range(i, i + 8, 2):
-                        tile = add_words(tile, load_i32x16(k + 32 * j), queries + 2 * j, query_bytes)
-                        if ahead_of_use:
-                            prefetch(ahead + 32 * j)
-                total = add_tiles(total, scaled_floats(tile, scales))
-            store_tile(multiply_tile(total, load_f32x16(key_scales)), target, LINE)
+                    for j in range(i, i + 8, 4):
+                        grid = add_words(grid, rows, keys_at(k, j), queries + 2 * j, query_bytes)
+                        if twice:
+                            other = add_words(other, rows, keys_at(k, j + 2), queries + 2 * j + 4, query_bytes)
+                        else:
+                            grid = add_words(grid, rows, keys_at(k, j + 2), queries + 2 * j + 4, query_bytes)
+                        if asks:
+                            for line in range(0, 128 * vectors, 64):
+                                prefetch(ahead + 32 * vectors * j + line)
+                if twice:
+                    grid = sum_words(grid, other)
+                total = add_tiles(total, scaled_floats(grid, rows, scales))
+            store_grid(multiply_grid(total, rows, scales_at(key_scales)), rows, target, LINE)
 
         return score
 
-    score_for_one, score_for_many = score_keys(part, True), score_keys(tile_rows, False)
+    score_for_one, score_for_many = score_keys(part, key_vectors, True), score_keys(tile_rows, 1, False)
+
+    def add_values(vectors):
+        """What adds up to 32 positions of so many vectors of values, ``between`` bytes apart, and asks for as many lines at ``ahead``."""
+
+        @inline
+        def one(v, between):
+            return (load_i32x16(v),)
+
+        @inline
+        def two(v, between):
+            return load_i32x16(v), load_i32x16(v + between)
+
+        @inline
+        def four(v, between):
+            return load_i32x16(v), load_i32x16(v + between), load_i32x16(v + 2 * between), load_i32x16(v + 3 * between)
+
+        values_at = {1: one, 2: two, 4: four}[vectors]
+
+        @inline
+        def add(grid, v, between, p, pairs, ahead):
+            for some in range(0, pairs, 4):
+                for j in range(some, some + 4):
+                    grid = add_words(grid, part, values_at(v + 64 * j, between), p + 4 * j, LINE)
+                    for vector in range(vectors):
+                        prefetch(ahead + 64 * j + vector * between)
+            return grid
+
+        return add
+
+    add_values_for_one = add_values(value_vectors)
 
     @inline
     def softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps):
@@ -169,52 +248,63 @@ def attention(*, head_dim: int, group: int) -> Any:
     def one_token(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
         """A chunk for the rows of one token, ``part`` at a time; the last ones may begin with rows of the ones before.
 
-        Keys and values are used but once, and are asked for 32 positions ahead of that: a block lies anywhere, so the CPU cannot foresee
-        it. So all dimensions of a block's values are taken before the next block's, with the sums in memory.
+        Keys and values are used but once, and are asked for 64 positions ahead of that: a block lies anywhere, so the CPU cannot foresee
+        it. So all dimensions of a block's values are taken before the next block's, with the sums in memory if they are many.
         """
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
-        block_size, kv_heads = load_i64(slots + 48), load_i64(slots + 56)
+        block_size = load_i64(slots + 48)
         query_scales, key_scales, value_scales, steps, scores, partials = areas(queries)
-        for at in range(start, stop, 16):
-            block = place(keys, table, block_size, kv_heads, head, at)
-            scales = block_size * item_bytes + at % block_size * 2
-            later, cache = (at + 32, keys) if at + 32 < stop else (max(start, start + at + 32 - stop) // 16 * 16, values)
-            ahead = place(cache, table, block_size, kv_heads, head, later)
-            prefetch(ahead + block_size * item_bytes + later % block_size * 2)
-            prefetch(place(values, table, block_size, kv_heads, head, at) + scales)
-            store_f32x16(key_scales + (at - start) * 4, load_bf16x16(block + scales))
-            k, ahead = block + at % block_size * item_bytes, ahead + later % block_size * item_bytes
-            for some in range(0, group, part):
-                row = min(some, group - part)
-                target = scores + row * LINE + (at - start) * 4
-                score_for_one(k, queries + row * query_bytes, query_scales + 4 * row, key_scales + (at - start) * 4, target, ahead)
+        places = partials + part * parts * row_bytes
+        groups = find_places(slots, table, head, start, stop, places)
+        for index in range(groups):
+            block, offset = where(places, index)
+            later, later_offset = where(places, (index + 2) % groups)
+            ahead = later + (keys if index + 2 < groups else values)
+            prefetch(ahead + block_size * item_bytes + later_offset * 2)
+            at, scales = 32 * index, block + block_size * item_bytes + offset * 2
+            for i in range(0, 32, 16):
+                store_f32x16(key_scales + (at + i) * 4, load_bf16x16(keys + scales + 2 * i))
+                store_f32x16(value_scales + (at + i) * 4, load_bf16x16(values + scales + 2 * i))
+            k, ahead = keys + block + offset * item_bytes, ahead + later_offset * item_bytes
+            for i in range(0, 32, 16 * key_vectors):
+                for some in range(0, group, part):
+                    row = min(some, group - part)
+                    target = scores + row * LINE + (at + i) * 4
+                    score_for_one(
+                        k + i * item_bytes,
+                        queries + row * query_bytes,
+                        query_scales + 4 * row,
+                        key_scales + (at + i) * 4,
+                        target,
+                        ahead + i * item_bytes,
+                    )
         width = (stop - start + 15) // 16 * 16
-        for at in range(start, stop, 16):
-            block = place(values, table, block_size, kv_heads, head, at) + block_size * item_bytes + at % block_size * 2
-            store_f32x16(value_scales + (at - start) * 4, load_bf16x16(block))
         softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps)
-        for i in range(0, parts * part * row_bytes, 64):
-            store_i32x16(partials + i, splat_i32(0))
-        for at in range(start, start + width, 32):
-            later = min(at + 32, stop - 1)
-            v = place(values, table, block_size, kv_heads, head, at) + at % block_size * 32
-            ahead = place(values, table, block_size, kv_heads, head, later) + later % block_size // 32 * 1024
-            for some in range(0, group, part):
-                p = scores + min(some, group - part) * LINE + (at - start) * 2
-                for i in range(0, head_dim, 16):
-                    sums_at = partials + some * row_bytes + 4 * i
-                    tile = load_words(part, sums_at, row_bytes)
-                    far = 2 * i * block_size
-                    for few in range(0, min(16, (start + width - at) // 2), 4):
-                        for j in range(few, few + 4):
-                            tile = add_words(tile, load_i32x16(v + far + 64 * j), p + 4 * j, LINE)
-                            prefetch(ahead + far + 64 * j)
-                    store_tile(tile, sums_at, row_bytes)
+        between = 32 * block_size
         for some in range(0, group, part):
+            p = scores + min(some, group - part) * LINE
+            in_registers = zero_words(value_sums)
+            for i in range(0, parts * part * row_bytes if not one_pass else 0, 64):
+                store_i32x16(partials + i, splat_i32(0))
+            for index in range(groups):
+                block, offset = where(places, index)
+                later, later_offset = where(places, min(index + 2, groups - 1))
+                v, ahead = values + block + offset * 32, values + later + later_offset * 32
+                pairs = min(16, (width - 32 * index) // 2)
+                if one_pass:
+                    in_registers = add_values_for_one(in_registers, v, between, p, pairs, ahead)
+                else:
+                    for i in range(0, head_dim, 16 * value_vectors):
+                        grid = load_words(part, value_vectors, partials + 4 * i, row_bytes)
+                        grid = add_values_for_one(grid, v, between, p, pairs, ahead)
+                        store_grid(grid, part, partials + 4 * i, row_bytes)
+                        v += between * value_vectors
+                        ahead += between * value_vectors
+                p += 64
             row = min(some, group - part)
-            for i in range(0, head_dim, 16):
-                tile = load_words(part, partials + some * row_bytes + 4 * i, row_bytes)
-                store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
+            for i in range(0, head_dim, 16 * value_vectors):
+                grid = in_registers if one_pass else load_words(part, value_vectors, partials + 4 * i, row_bytes)
+                store_grid(scaled_floats(grid, part, steps + 4 * row), part, outputs + row * row_bytes + 4 * i, row_bytes)
 
     @inline
     def many_tokens(slots, queries, rows, table, head, position, start, stop, outputs, maxima, sums):
@@ -246,8 +336,8 @@ def attention(*, head_dim: int, group: int) -> Any:
                     p = scores + row * LINE + at * 2
                     for some in range(0, min(16, (width - at) // 2), 4):
                         for j in range(some, some + 4):
-                            tile = add_words(tile, load_i32x16(v + 64 * j), p + 4 * j, LINE)
-                store_tile(scaled_floats(tile, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
+                            tile = add_words(tile, tile_rows, (load_i32x16(v + 64 * j),), p + 4 * j, LINE)
+                store_tile(scaled_floats(tile, tile_rows, steps + 4 * row), outputs + row * row_bytes + 4 * i, row_bytes)
 
     return item_kernel(
         head_dim=head_dim,

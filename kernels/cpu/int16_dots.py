@@ -37,42 +37,48 @@ def add_word_groups(b: Any, tile: Any, groups: range, quants: Callable[[int], An
 
 
 @intrinsic(prefer_literal=True)
-def add_words(typing_context, tile, words, address, stride):
-    """``tile[t]`` plus the products of the pairs of int16 in ``words`` with the pair at ``address + t * stride``, which all lanes share.
-
-    The stride is a literal.
-    """
+def add_words(typing_context, grid, rows, vectors, address, stride):
+    """A grid is a tile of ``len(vectors) * rows`` vectors; add to vector ``[v][row]`` the products of the pairs of int16 in ``vectors[v]``
+    with the pair at ``address + row * stride``, which all lanes share. ``rows`` and ``stride`` are literals."""
 
     def codegen(context, b, sig, values):
-        step = sig.args[3].literal_value
-
-        def add(t, total):
-            return _dot(b, total, b.bitcast(values[1], WORDS), b.bitcast(scalar_row(b, values[2], step, t, I32), WORDS))
-
-        tile = each(b, values[0], add)
+        tile, _, columns, base, _ = values
+        count, step = sig.args[1].literal_value, sig.args[4].literal_value
+        shared = [b.bitcast(scalar_row(b, base, step, row, I32), WORDS) for row in range(count)]
+        words = [b.bitcast(b.extract_value(columns, v), WORDS) for v in range(sig.args[2].count)]
+        tile = each(b, tile, lambda t, total: _dot(b, total, words[t // count], shared[t % count]))
         if current_isa().name != "avx2":
             return tile
         # LLVM would else add products to each other before it adds them to the sums, and have no registers left for that.
         sums = settled(b, [halves(b, b.extract_value(tile, t)) for t in range(tile.type.count)])
         return each(b, tile, lambda t, _: join(b, sums[t]))
 
-    return tile(tile, i32x16, types.intp, stride), codegen
+    return grid(grid, rows, vectors, types.intp, stride), codegen
 
 
 @intrinsic
-def scaled_floats(typing_context, tile, scales):
-    """A tile of int32 as float32, row ``t`` times the float32 at ``scales + 4 t``."""
-    count = tile.count
+def sum_words(typing_context, x, y):
+    def codegen(context, b, sig, values):
+        return each(b, values[0], lambda t, v: b.add(v, b.extract_value(values[1], t)))
+
+    return x(x, y), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scaled_floats(typing_context, grid, rows, scales):
+    """A grid of int32 as float32, vector ``[v][row]`` times the float32 at ``scales + 4 row``. ``rows`` is a literal."""
+    count = grid.count
 
     def codegen(context, b, sig, values):
         result = ir.Constant(ir.ArrayType(f32x16.llvm, count), ir.Undefined)
+        of_rows = sig.args[1].literal_value
 
         def scaled(t, _):
-            return b.fmul(b.sitofp(b.extract_value(values[0], t), f32x16.llvm), scalar_row(b, values[1], 4, t, F32))
+            return b.fmul(b.sitofp(b.extract_value(values[0], t), f32x16.llvm), scalar_row(b, values[2], 4, t % of_rows, F32))
 
         return each(b, result, scaled)
 
-    return tile_type(f32x16, count)(tile, types.intp), codegen
+    return tile_type(f32x16, count)(grid, rows, types.intp), codegen
 
 
 @operation(types.void, types.intp, i32x16)

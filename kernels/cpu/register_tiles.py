@@ -45,23 +45,7 @@ def _zeros(vector: Vector) -> Any:
     return zeros
 
 
-def _rows_of(vector: Vector) -> Any:
-    @intrinsic(prefer_literal=True)
-    def load_rows(typing_context, rows, address, stride):
-        """``rows`` (a literal) vectors, vector ``t`` from ``address + t * stride``."""
-        count = rows.literal_value
-
-        def codegen(context, b, sig, values):
-            tile = ir.Constant(ir.ArrayType(vector.llvm, count), ir.Undefined)
-            return each(b, tile, lambda t, _: load(b, b.add(values[1], b.mul(values[2], ir.Constant(I64, t))), vector.llvm))
-
-        return tile_type(vector, count)(rows, types.intp, types.intp), codegen
-
-    return load_rows
-
-
 zero_tile, zero_words = _zeros(f32x16), _zeros(i32x16)
-load_tile, load_words = _rows_of(f32x16), _rows_of(i32x16)
 
 
 @intrinsic(prefer_literal=True)
@@ -213,6 +197,17 @@ def multiply_tile(typing_context, tile, vector):
     return tile(tile, f32x16), codegen
 
 
+@intrinsic(prefer_literal=True)
+def multiply_grid(typing_context, grid, rows, vectors):
+    """Vector ``[v][row]`` of a grid times ``vectors[v]``; ``rows`` is a literal."""
+
+    def codegen(context, b, sig, values):
+        count = sig.args[1].literal_value
+        return each(b, values[0], lambda t, v: b.fmul(v, b.extract_value(values[2], t // count)))
+
+    return grid(grid, rows, vectors), codegen
+
+
 @intrinsic
 def add_to_tile(typing_context, tile, address, stride):
     """``tile[t]`` plus the vector at ``address + t * stride``."""
@@ -261,6 +256,23 @@ def dot_pairs_grid(typing_context, grid, rows, vectors, address, stride):
         return total
 
     return grid(grid, rows, vectors, types.intp, stride), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_words(typing_context, rows, vectors, address, stride):
+    """A grid of ``vectors * rows`` int32 vectors, ``[v][row]`` from ``address + row * stride + 64 * v``. Literals but for the address."""
+    count = rows.literal_value * vectors.literal_value
+
+    def codegen(context, b, sig, values):
+        of_rows, step = sig.args[0].literal_value, sig.args[3].literal_value
+        grid = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+
+        def loaded(t, _):
+            return load(b, row_address(b, values[2], t % of_rows * step + t // of_rows * 64, 1), i32x16.llvm)
+
+        return each(b, grid, loaded)
+
+    return tile_type(i32x16, count)(rows, vectors, types.intp, stride), codegen
 
 
 @intrinsic(prefer_literal=True)
