@@ -171,6 +171,12 @@ def panel_tokens() -> int:
     return current_isa().tokens
 
 
+def most_read_twice() -> int:
+    """Bytes of a matrix that two threads may both read for a panel of tokens each, so that nothing goes from one to the other. Where the
+    last-level cache is far, reading more takes as long as that."""
+    return 256 << 10 if current_isa().far_cache else 1 << 62
+
+
 def panel_row_bytes(columns: int) -> int:
     """Bytes of int8 panels for each of their rows."""
     return panel_bytes(1, columns)

@@ -169,7 +169,8 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
 
 @cache
 def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bool) -> Any:
-    """As `tile_product`, but returns two tiles: of ``tokens`` tokens each of one panel and the next, if ``twice``; else the same one twice.
+    """As `tile_product`, but returns two tiles: of ``tokens`` tokens each of one panel and of the one at ``y``, if ``twice``; else the same
+    one twice.
 
     Two panels at once read and unpack weights once, and wait for the memory half as often, with twice as much to do meanwhile: of 16 tokens
     from the memory a panel takes 84 cycles for a block of Q4_1 where it takes 92 after the other (Zen 4).
@@ -209,13 +210,12 @@ def _tile_products(layout: str, tokens: int, item: int, unpacked: int, twice: bo
         return fetch
 
     @inline
-    def products(weights, quants, x, blocks, ahead, first, fetch, fetch_end):
+    def products(weights, quants, x, y, blocks, ahead, first, fetch, fetch_end):
         tile = other = zero_tile(tokens)
         total, other_total = tile, other  # of records of pairs, in floats
         header = weights
         block = weights + units_bytes + header_bytes
         left = blocks_per_record
-        y = x + blocks * record  # the next panel
         for _ in range(blocks):
             if asks_before:
                 fetch = ask(block, ahead, x, y, first, fetch, fetch_end)
@@ -276,7 +276,7 @@ def tile_product(layout: str, tokens: int, item: int = 1, unpacked: int = 0) -> 
 
     @inline
     def product(weights, quants, x, blocks, ahead, first=False, fetch=0, fetch_end=0):
-        return products(weights, quants, x, blocks, ahead, first, fetch, fetch_end)[0]
+        return products(weights, quants, x, x, blocks, ahead, first, fetch, fetch_end)[0]
 
     return product
 
@@ -326,12 +326,18 @@ def paired_tokens(tokens):
     return (tokens + _PANEL - 5) // (2 * _PANEL) * (2 * _PANEL)
 
 
+@inline
+def place_of(index, in_lane):
+    """Where panel ``index`` lies: lanes of so many panels lie a panel apart (see `nn.cpu_lanes`); 0 is no lane."""
+    return index + index // in_lane if in_lane else index
+
+
 def matmul(*, layout: str) -> Any:
     """``out[token, row] (+)= weights[row] . x[token]``; units are tiles of 16 rows.
 
     Slots: 0 weights, 1 panels, 2 out, 3 blocks of 32 columns, 4 bytes of a tile,
     5 bytes of an output row, 6 address of the number of tokens, 7 add to what ``out`` holds, 8 scratch, 9 bytes of scratch for a thread
-    (`geometry.unpacked_bytes`; where these are 0, neither is read).
+    (`geometry.unpacked_bytes`; where these are 0, neither is read), 10 panels of a lane (see `place_of`).
     """
     panel = _PANEL
     record = panel_bytes(panel, 32)
@@ -349,6 +355,7 @@ def matmul(*, layout: str) -> Any:
         row_bytes = load_i64(slots + 40)
         tokens = load_i64(load_i64(slots + 48))
         accumulate = load_i64(slots + 56)
+        in_lane = load_i64(slots + 80)
         whole = 0  # tokens of panels that share what is unpacked
         if unpacks and tokens >= 3 * panel:
             whole = tokens // panel * panel
@@ -357,28 +364,33 @@ def matmul(*, layout: str) -> Any:
                 w = weights + unit * tile_bytes
                 unpack_tile(w, blocks, quants)
                 for start in range(0, whole, panel):
+                    place = place_of(start // panel, in_lane)
                     ahead = tile_bytes if start == 0 else 0
-                    many = full_unpacked(w, quants, panels + start // panel * blocks * record, blocks, ahead)
-                    write(many, out + start * row_bytes + unit * 64, row_bytes, accumulate)
+                    many = full_unpacked(w, quants, panels + place * blocks * record, blocks, ahead)
+                    write(many, out + place * panel * row_bytes + unit * 64, row_bytes, accumulate)
         if _TAKES_TWO:
             whole = paired_tokens(tokens)
             for start in range(0, whole, 2 * panel):
-                x = panels + start // panel * blocks * record
+                first, second = place_of(start // panel, in_lane), place_of(start // panel + 1, in_lane)
+                x, y = panels + first * blocks * record, panels + second * blocks * record
                 ahead = AHEAD if start == 0 else 0
                 for unit in range(begin, end):
-                    target = out + start * row_bytes + unit * 64
-                    for row in range(2 * panel):
+                    target = out + first * panel * row_bytes + unit * 64
+                    other = out + second * panel * row_bytes + unit * 64
+                    for row in range(panel):
                         prefetch_to_write(target + row * row_bytes)
-                    many, more = two_panels(weights + unit * tile_bytes, 0, x, blocks, ahead, unit == begin, 0, 0)
+                        prefetch_to_write(other + row * row_bytes)
+                    many, more = two_panels(weights + unit * tile_bytes, 0, x, y, blocks, ahead, unit == begin, 0, 0)
                     write(many, target, row_bytes, accumulate)
-                    write(more, target + panel * row_bytes, row_bytes, accumulate)
+                    write(more, other, row_bytes, accumulate)
         for start in range(whole, tokens, panel):
-            x = panels + start // panel * blocks * record
+            place = place_of(start // panel, in_lane)
+            x = panels + place * blocks * record
             left = min(panel, tokens - start)
             ahead = AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 w = weights + unit * tile_bytes
-                target = out + start * row_bytes + unit * 64
+                target = out + place * panel * row_bytes + unit * 64
                 if left == 1:
                     write(one(w, 0, x, blocks, ahead), target, row_bytes, accumulate)
                 elif left <= 4:
@@ -418,7 +430,8 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     Slots: 0 gate weights, 1 up weights, 2 panels, 3 blocks of 32 columns, 4 bytes of a tile, 5 address of the number of tokens, 6 out
     panels, 7 blocks of 32 in an out row, 8 scratch, 9 bytes of scratch for a thread (`geometry.gated_scratch_bytes`), 10 the largest quant
     of out, 11 key cache of the next layer or 0, 12 its value cache, 13 bytes of one of their blocks, 14 blocks that are read (int32: how
-    many, and which).
+    many, and which), 15 panels of a lane (see `place_of`), 16 lanes, or 0, 17 bytes from the blocks that one lane's thread reads to those
+    of the next.
     """
     panel, most = _PANEL, gated_tokens()
     record = panel_bytes(panel, 32)
@@ -443,24 +456,24 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
             quantize_block(load_f32x16(at), load_f32x16(at + 64), target, token, largest)
 
     @inline
-    def product(w, x, blocks, left, target, ahead, first, fetch, fetch_end):
+    def product(w, x, y, blocks, left, target, ahead, first, fetch, fetch_end):
         if left == 1:
             store_tile(one(w, 0, x, blocks, ahead), target, 128)
         elif left <= 4:
             store_tile(four(w, 0, x, blocks, ahead), target, 128)
         elif _TAKES_TWO and left > panel:
-            many, more = two_panels(w, 0, x, blocks, ahead, first, fetch, fetch_end)
+            many, more = two_panels(w, 0, x, y, blocks, ahead, first, fetch, fetch_end)
             store_tile(many, target, 128)
             store_tile(more, target + panel * 128, 128)
         else:
             store_tile(full(w, 0, x, blocks, ahead, first, fetch, fetch_end), target, 128)
 
     @inline
-    def in_cache(slots, at):
+    def in_cache(slots, read, at):
         """Where byte ``at`` is of each block's keys and values, one block after the other."""
         block_bytes = load_i64(slots + 104)
         piece = at // block_bytes
-        block = load_i32(load_i64(slots + 112) + 4 + 4 * (piece // 2))
+        block = load_i32(read + 4 + 4 * (piece // 2))
         return load_i64(slots + 88 + 8 * (piece % 2)) + block * block_bytes + at % block_bytes
 
     def kernel(slots, begin, end, thread):
@@ -473,9 +486,11 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
         largest = np.float32(load_i64(slots + 80))
         gate = load_i64(slots + 64) + thread * load_i64(slots + 72)
         up = gate + most * 128
-        fetched, products = 0, 1  # bytes, and by how many products
+        in_lane = load_i64(slots + 120)
+        fetched, products, lanes = 0, 1, max(1, load_i64(slots + 128))  # bytes, and by how many products, of a thread or of all
+        read = load_i64(slots + 112) + thread * load_i64(slots + 136)
         if load_i64(slots + 88) and tokens >= panel:
-            fetched = min(2 * load_i32(load_i64(slots + 112)) * load_i64(slots + 104), _MOST_FETCHED)
+            fetched = min(2 * load_i32(read) * load_i64(slots + 104), _MOST_FETCHED)
             products = (1 if _TAKES_TWO else min(2, tokens // panel)) * 4 * out_blocks
         whole = 0  # tokens of panels that share what is unpacked
         if unpacks and tokens >= 3 * panel:
@@ -485,34 +500,37 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
                 for part in range(hidden(4)):
                     unpack_tile(tile_of(slots, unit, part, tile_bytes), blocks, quants + part * blocks * UNPACKED_BLOCK)
                 for start in range(0, whole, panel):
-                    x = panels + start // panel * blocks * record
+                    place = place_of(start // panel, in_lane)
+                    x = panels + place * blocks * record
                     ahead = 2 * tile_bytes if start == 0 else 0
                     for part in range(hidden(4)):  # `full_unpacked` is long
                         w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
                         store_tile(full_unpacked(w, quants + part * blocks * UNPACKED_BLOCK, x, blocks, ahead), target, 128)
-                    combine(gate, up, panel, out + (start // panel * out_blocks + unit) * record, largest)
+                    combine(gate, up, panel, out + (place * out_blocks + unit) * record, largest)
         paired = paired_tokens(tokens) if _TAKES_TWO else 0
         start = whole
         while start < tokens:
             step = 2 * panel if start < paired else panel
-            x = panels + start // panel * blocks * record
+            place, other = place_of(start // panel, in_lane), place_of(start // panel + 1, in_lane)
+            x, y = panels + place * blocks * record, panels + other * blocks * record
             left = min(step, tokens - start)
             ahead = AHEAD if start == 0 else 0
             for unit in range(begin, end):
                 for first in range(0, left, panel):
-                    quantized = out + ((start + first) // panel * out_blocks + unit) * record
+                    quantized = out + ((other if first else place) * out_blocks + unit) * record
                     for line in range(0, record, 64):
                         prefetch_to_write(quantized + line)
                 for part in range(hidden(4)):  # `product` is long
                     w, target = tile_of(slots, unit, part, tile_bytes), gate + part % 2 * (up - gate) + part // 2 * 64
                     fetch, fetch_end, index = 0, 0, 4 * (start // panel * out_blocks + unit) + part
                     if fetched and index < products:
+                        index = index * lanes % products  # a thread's share of the units asks for all that its lane reads
                         at = index * fetched // products // 64 * 64
-                        fetch = in_cache(slots, at)
-                        fetch_end = fetch + (index + 1) * fetched // products - at
-                    product(w, x, blocks, left, target, ahead, unit == begin and part == 0, fetch, fetch_end)
+                        fetch = in_cache(slots, read, at)
+                        fetch_end = fetch + (index + lanes) * fetched // products - at
+                    product(w, x, y, blocks, left, target, ahead, unit == begin and part == 0, fetch, fetch_end)
                 for first in range(0, left, panel):
-                    quantized = out + ((start + first) // panel * out_blocks + unit) * record
+                    quantized = out + ((other if first else place) * out_blocks + unit) * record
                     combine(gate + first * 128, up + first * 128, min(panel, left - first), quantized, largest)
             start += step
 

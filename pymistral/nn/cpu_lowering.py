@@ -57,7 +57,7 @@ class CpuLowering(CpuLaunching):
         out_row_bytes = 4 * padded(weight.shape[0])
         count = self.state.count_address(x.rows)
         common = (out.address, 0, matrix.tile_bytes, out_row_bytes, count, int(accumulate))
-        unpacked = 0
+        unpacked, lane_slot = 0, None
         if self._takes_wide(x, weight):
             source = self._wide(x)
             slots = [matrix.address, source.address, *common]
@@ -71,10 +71,10 @@ class CpuLowering(CpuLaunching):
             kernel = spec("matmul.float_matmul", layout=matrix.format.name)
         else:
             source = self._panels(x)
-            slots = [matrix.address, source.address, *common, 0, 0]
+            slots = [matrix.address, source.address, *common, 0, 0, 0]
             slots[3] = x.columns // 32
             kernel, row_bytes = spec("matmul.matmul", layout=matrix.format.name), geometry.panel_row_bytes(x.columns)
-            unpacked = geometry.unpacked_bytes(matrix.format.name, x.columns)
+            unpacked, lane_slot = geometry.unpacked_bytes(matrix.format.name, x.columns), 10
         reads = (source, out) if accumulate else (source,)
         if x is self.makes_logits:
             self.logits_launch = len(self.launches)
@@ -88,7 +88,7 @@ class CpuLowering(CpuLaunching):
             writes=(out,),
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
-            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6) if row_bytes else None,
+            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6, lane_slot=lane_slot) if row_bytes else None,
         )
         if x is self.makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
             self._refine_logits(x, matrix, out)
@@ -192,9 +192,10 @@ class CpuLowering(CpuLaunching):
                 0,
                 0,
                 geometry.wide_tokens(self._max_rows(x)) if wide else self._largest(node.output),
-                *(0, 0, 0, 0),
+                *(0, 0, 0, 0, 0, 0, 0),
             )
             scratch = geometry.wide_scratch_bytes(self._max_rows(x)) if wide else geometry.gated_scratch_bytes(gate.format.name, x.columns)
+            strides = {2: geometry.panel_row_bytes(x.columns), 6: geometry.panel_row_bytes(columns)}
             self._launch(
                 spec("amx.gated_matmul" if wide else "matmul.gated_matmul", layout=gate.format.name, activation=activation),
                 slots,
@@ -205,7 +206,7 @@ class CpuLowering(CpuLaunching):
                 writes=(out,),
                 scratch=(8, scratch),
                 weights=(gate.address, gate.tiles.nbytes),
-                product_rows=None if wide else Rows({2: geometry.panel_row_bytes(x.columns), 6: geometry.panel_row_bytes(columns)}, 5, 14),
+                product_rows=None if wide else Rows(strides, 5, 14, 15),
             )
             self.fetching = None if wide else self.launches[-1].slots
             return

@@ -112,10 +112,12 @@ def test_long_texts_and_batches(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.concatenate(whole[1:]), both, atol=2e-6)
 
 
-@pytest.mark.parametrize("matrices", ["F32", "Q4_1"])
+@pytest.mark.parametrize(("matrices", "most"), [("F32", 0), ("Q4_1", 1 << 62), ("Q4_1", 0), ("Q4_1", 2000), ("Q5_0", 0)])
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_lanes(path: Path, matrices: str, tmp_path: Path) -> None:
-    """Each thread takes streams of its own through the model: to the last bit what each stream gets alone."""
+def test_lanes(path: Path, matrices: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread takes streams of its own through the model, but for products of more than ``most`` bytes of quants: to the last bit what
+    each stream gets alone."""
+    monkeypatch.setattr("pymistral.nn.cpu_lanes.most_read_twice", lambda: most)
     config, values, tokens, _ = golden(path)
     if matrices == "F32":
         checkpoint = load_folder(write_folder(tmp_path / "model", config, values))
@@ -143,7 +145,8 @@ def test_lanes(path: Path, matrices: str, tmp_path: Path) -> None:
 
 
 def test_what_has_no_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large matrices, unless two panels share what is unpacked of them; more threads than two; steps launch by launch."""
+    """Large matrices that each lane would read, unless two panels share what is unpacked of them; more threads than two; steps launch by
+    launch."""
     config, values, tokens, _ = golden(Path(__file__).parent / "goldens" / "llama.npz")
     checkpoint = load_folder(write_folder(tmp_path / "model", config, values))
     streams = 4 * panel_tokens()
@@ -161,6 +164,7 @@ def test_what_has_no_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert panels_in_lane(2) == [one, 2]
     assert panels_in_lane(1) == panels_in_lane(3) == [0, 0]
     monkeypatch.setattr("pymistral.nn.cpu_lanes._SMALL", 0)
+    monkeypatch.setattr("pymistral.nn.cpu_lanes.most_read_twice", lambda: 1 << 62)
     assert panels_in_lane(2) == [0 if panels_at_once() == 2 else one, 2]
     monkeypatch.setenv("PYMISTRAL_EAGER", "1")
     assert panels_in_lane(2) == [0, 0]
