@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import LOG2_E, VISIBLE, item_kernel, mask_scores
+from .attention import VISIBLE, item_kernel, mask_scores
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
@@ -19,6 +19,7 @@ from .int16_dots import add_words, scaled_floats, store_i16x16, sum_words
 from .isa import current_isa
 from .register_tiles import add_tiles, load_words, multiply_grid, store_grid, store_tile, zero_tile, zero_words
 from .simd import (
+    LOG2_E,
     absolute,
     bits_to_f32,
     exp2,

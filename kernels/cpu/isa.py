@@ -33,6 +33,8 @@ class Isa:
         AArch64: dot products of int8 by int8 (``dotprod``), and of uint8 by int8 (``i8mm``).
     adds_beside
         Additions go through pipes of their own beside products, and not through those that multiply: what `winograd` is for.
+    two_pipes
+        All instructions on vectors of 512 bits go through the same two pipes, conversions as well (Intel's).
     far_cache
         A core reads some 15 GB/s from behind its second-level cache, less than products of 8 tokens take (Intel's servers).
     """
@@ -47,6 +49,7 @@ class Isa:
     has_sdot: bool = False
     has_usdot: bool = False
     adds_beside: bool = False
+    two_pipes: bool = False
     far_cache: bool = False
 
     @property
@@ -120,8 +123,9 @@ def current_isa() -> Isa:
         adds_beside = name == "avx512vnni" and machine.cpu == "znver4"
         # Without AMX, Intel's (Sapphire Rapids and later) make 16 such products in a cycle, 32 of floats and 64 of int16.
         has_bf16 = "avx512bf16" in host and not (name == "avx512vnni" and "rapids" in machine.cpu)
-        far_cache = not machine.cpu.startswith("znver")
-        return Isa(name, machine.cpu, machine.features, True, True, has_bf16, tokens, adds_beside=adds_beside, far_cache=far_cache)
+        others = not machine.cpu.startswith("znver")
+        common = (name, machine.cpu, machine.features, True, True, has_bf16, tokens)
+        return Isa(*common, adds_beside=adds_beside, two_pipes=others, far_cache=others)
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, tokens)
     if name == "avx2":

@@ -30,22 +30,28 @@ from .register_tiles import (
     add_to_tile,
     fma_tile,
     multiply_tile,
+    scale_magic_tile,
     scale_tile,
+    start_magic,
     start_pairs,
     store_tile,
     sum_tile,
     zero_tile,
 )
 from .simd import (
+    LOG2_E,
     exp,
+    exp2,
     hidden,
     load_f32x16,
     load_i32,
     load_i64,
     maximum,
+    minimum,
     prefetch,
     prefetch_to_l2,
     prefetch_to_write,
+    reciprocal,
     splat_f32,
     store_f32x16,
 )
@@ -129,8 +135,11 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
     Of a format in pairs the tile counts units.
     """
     format = TILE_FORMATS[layout]
-    scales_at, starts_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(current_isa().tokens if item == 1 else 1, item)
+    offsets = panel_offsets(current_isa().tokens if item == 1 else 1, item)
+    scales_at, starts_at, scaled_sums_at, sums_at, first_at, last_at, scaled_first_at, scaled_last_at = offsets
     halves, minimum, pairs = format.scales == 2, format.minimum, format.has_pairs and item == 1
+    magic, from_panel = item == 1 and current_isa().two_pipes, format.zero == 128
+    format_zero, corrects = float(format.zero), minimum or format.zero not in (0, 128)
     # what the sums of quants have too much
     zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
 
@@ -164,7 +173,42 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
             tile = fma_tile(tile, minimum_vector(layout, block, header, 0), x + scaled_sums_at, 4)
         return tile
 
-    return in_pairs if pairs else in_halves if halves else whole
+    @inline
+    def correction(block, header, scale, index):
+        """What the activations' sum is multiplied with."""
+        if minimum:
+            return minimum_vector(layout, block, header, index) - splat_f32(format_zero) * scale
+        return splat_f32(-format_zero) * scale
+
+    @inline
+    def whole_with_magic(tile, quants, block, header, factors, x):
+        dots = start_pairs(tokens, x + sums_at, 4) if from_panel else start_magic(tokens)
+        dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
+        scale = scale_vector(layout, block, header, 0)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        if corrects:
+            tile = fma_tile(tile, correction(block, header, scale, 0), x + scaled_sums_at, 4)
+        return tile
+
+    @inline
+    def halves_with_magic(tile, quants, block, header, factors, x):
+        dots = dot_groups(start_magic(tokens), layout, quants, x, item, 0, 4, unpacked)
+        scale = scale_vector(layout, block, header, 0)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        if corrects:
+            tile = fma_tile(tile, correction(block, header, scale, 0), x + scaled_first_at, 4)
+        dots = dot_groups(start_magic(tokens), layout, quants, x, item, 4, 8, unpacked)
+        scale = scale_vector(layout, block, header, 1)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        if corrects:
+            tile = fma_tile(tile, correction(block, header, scale, 1), x + scaled_last_at, 4)
+        return tile
+
+    if pairs:
+        return in_pairs
+    if magic:
+        return halves_with_magic if halves else whole_with_magic
+    return in_halves if halves else whole
 
 
 @cache
@@ -401,18 +445,28 @@ def matmul(*, layout: str) -> Any:
     return kernel
 
 
-def activation_function(name: str) -> Any:
-    """``silu``, ``gelu`` (its tanh form, as Gemma's) or ``relu``, on a vector."""
+def activation_function(name: str, *, rough: bool = False) -> Any:
+    """``silu``, ``gelu`` (its tanh form, as Gemma's) or ``relu``, on a vector; ``rough``: with a relative error of up to 1e-4, for what
+    becomes 8 bits at once.
+    """
+
+    @inline
+    def times_sigmoid(x, y):
+        """``x / (1 + exp(-y))``."""
+        if rough:
+            power = exp2(minimum(splat_f32(120.0), y * splat_f32(-LOG2_E)))  # in this order NaN stays NaN
+            return x * reciprocal(splat_f32(1.0) + power)
+        return x / (splat_f32(1.0) + exp(splat_f32(0.0) - y))
 
     @inline
     def silu(x):
-        return x / (splat_f32(1.0) + exp(splat_f32(0.0) - x))
+        return times_sigmoid(x, x)
 
     @inline
     def gelu(x):
         # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x**3)
         u = splat_f32(0.7978845608028654) * x * (splat_f32(1.0) + splat_f32(0.044715) * x * x)
-        return x / (splat_f32(1.0) + exp(splat_f32(-2.0) * u))
+        return times_sigmoid(x, splat_f32(2.0) * u)
 
     @inline
     def relu(x):
@@ -439,7 +493,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     two_panels = _tile_products(layout, panel, 1, 0, True)
     unpacks = unpacked_bytes(layout, 32) > 0
     full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
-    activate = activation_function(activation)
+    activate = activation_function(activation, rough=True)
 
     @inline
     def tile_of(slots, unit, part, tile_bytes):

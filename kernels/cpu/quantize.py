@@ -10,6 +10,7 @@ from .helpers import inline
 from .int8_dots import SUMS_COUNT
 from .int16_dots import store_words
 from .isa import current_isa
+from .register_tiles import MAGIC_BITS
 from .simd import (
     in_halves,
     larger_magnitudes,
@@ -33,10 +34,11 @@ _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _WORD_RECORD = panel_bytes(1, 32, 2)
 _SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(1, 2)[0]
-_PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (panel_offsets(_PANEL)[field] - _SUMMARY for field in (1, 6, 7))
+_PAIRS, _SUMS, _FIRST_PAIRS, _LAST_PAIRS = (panel_offsets(_PANEL)[field] - _SUMMARY for field in (1, 3, 6, 7))
 _SUMS_PAIRS = current_isa().name == "avx2"
 _HAS_PAIRS = current_isa().pairs_scales
 _HAS_SUMS = current_isa().adds_beside
+_HAS_MAGIC = current_isa().two_pipes
 _START = 8 * 0xFFFF  # eight in the upper half, less eight
 
 
@@ -72,6 +74,10 @@ def quantize_block(low, high, record, slot, largest):
         _describe(at, 4 * _PANEL, scale, first, last)
         if _HAS_PAIRS:
             store_i32(at + _PAIRS, (first + last) * _START)
+        if _HAS_MAGIC:
+            store_i32(at + _SUMS, MAGIC_BITS - (first + last) * SUMS_COUNT)
+            store_f32(at + _FIRST_PAIRS, scale * np.float32(first))
+            store_f32(at + _LAST_PAIRS, scale * np.float32(last))
         if _HAS_SUMS:
             products = sum_lanes_i32(products_of_activations(low_quants, high_quants))
             store_i32(at + _FIRST_PAIRS, ((first + last) << 19) - products)

@@ -90,6 +90,44 @@ def scale_tile(typing_context, tile, dots, scale, scales, stride):
     return tile(tile, dots, f32x16, types.intp, stride), codegen
 
 
+MAGIC = 1.5 * 2**23
+"""The bits of this float32 plus an integer of up to 22 bits are those of the float32 of their sum. So an int32 sum that starts there is a
+float without an instruction, where conversions take a turn from products (`Isa.two_pipes`)."""
+MAGIC_BITS = 0x4B400000
+
+
+@intrinsic(prefer_literal=True)
+def start_magic(typing_context, tokens):
+    """The int32 tile to accumulate on for `scale_magic_tile`; a panel has it less 128 times the activations' sums."""
+    count = tokens.literal_value
+
+    def codegen(context, b, sig, values):
+        tile = ir.Constant(ir.ArrayType(i32x16.llvm, count), ir.Undefined)
+        return each(b, tile, lambda t, _: constant(i32x16.llvm, MAGIC_BITS))
+
+    return tile_type(i32x16, count)(tokens), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scale_magic_tile(typing_context, tile, dots, scale, scales, stride):
+    """`scale_tile` of dots that started at `MAGIC_BITS`. Scales have some bits less than a float32 in all formats, so that 1.5 times one is
+    exact."""
+
+    def codegen(context, b, sig, values):
+        tile_value, integers, row_scale, base, _ = values
+        step, floats = sig.args[4].literal_value, f32x16.llvm
+        too_much = b.fmul(row_scale, constant(floats, -MAGIC))
+
+        def add(t, total):
+            sums = b.bitcast(b.extract_value(integers, t), floats)
+            products = call(b, "llvm.fma.v16f32", floats, sums, row_scale, too_much)
+            return call(b, "llvm.fma.v16f32", floats, products, scalar_row(b, base, step, t, F32), total)
+
+        return each(b, tile_value, add)
+
+    return tile(tile, dots, f32x16, types.intp, stride), codegen
+
+
 @intrinsic(prefer_literal=True)
 def start_pairs(typing_context, tokens, starts, stride):
     """The int32 tile on which a block's sums begin that are taken in pairs, as the activations' panel has it."""

@@ -20,7 +20,7 @@ from pymistral.kernels.cpu import isa
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _INTS, _FLOATS = ir.VectorType(_I32, 16), ir.VectorType(ir.FloatType(), 16)
 ZEN4 = "avx512vnni+zen4"
-"""AVX-512 as `isa.Isa.adds_beside` has it."""
+"""AVX-512 as `isa.Isa.adds_beside` has it; without it as `isa.Isa.two_pipes` has it."""
 
 
 def emulate(name: str) -> None:
@@ -28,7 +28,9 @@ def emulate(name: str) -> None:
     features = ",".join(f"+{feature}" for feature in isa._HASWELL)
     adds_beside, name = name == ZEN4, name.split("+")[0]
     has_bf16 = name == "avx512vnni"
-    emulated = isa.Isa(name, "haswell", features, True, True, has_bf16, isa._TOKENS[name], adds_beside=adds_beside)
+    two_pipes = name == "avx512vnni" and not adds_beside
+    common = (name, "haswell", features, True, True, has_bf16, isa._TOKENS[name])
+    emulated = isa.Isa(*common, adds_beside=adds_beside, two_pipes=two_pipes)
     isa.current_isa = functools.cache(lambda: emulated)
     vectors = importlib.import_module("pymistral.kernels.cpu.vectors")
     original = vectors.call
@@ -118,6 +120,11 @@ def _vcompressps(b: Any, value: Any, behind: Any, mask: Any) -> Any:
     return result
 
 
+def _vrcp14ps(b: Any, x: Any, passthru: Any, mask: Any) -> Any:
+    """With an error of 14 bits, as the instruction's may be."""
+    return b.fdiv(ir.Constant(_FLOATS, [1.0 - 2.0**-14] * 16), x)
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpbusd.256": _vpdpbusd,
     "llvm.x86.avx512.vpdpbusd.512": _vpdpbusd,
@@ -125,6 +132,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpwssd.512": _vpdpwssd,
     "llvm.x86.avx512.pmaddw.d.512": _vpmaddwd,
     "llvm.x86.avx512.pmul.hr.sw.512": _vpmulhrsw,
+    "llvm.x86.avx512.rcp14.ps.512": _vrcp14ps,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _vcvtne2ps2bf16,
     "llvm.x86.avx512bf16.dpbf16ps.512": _vdpbf16ps,
     "llvm.x86.avx512.pshuf.b.512": _vpshufb,
