@@ -135,8 +135,7 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
     Of a format in pairs the tile counts units.
     """
     format = TILE_FORMATS[layout]
-    offsets = panel_offsets(current_isa().tokens if item == 1 else 1, item)
-    scales_at, starts_at, scaled_sums_at, sums_at, first_at, last_at, scaled_first_at, scaled_last_at = offsets
+    scales_at, starts_at, scaled_sums_at, sums_at, first_at, last_at, *_ = panel_offsets(current_isa().tokens if item == 1 else 1, item)
     halves, minimum, pairs = format.scales == 2, format.minimum, format.has_pairs and item == 1
     magic, from_panel = item == 1 and current_isa().two_pipes, format.zero == 128
     format_zero, corrects = float(format.zero), minimum or format.zero not in (0, 128)
@@ -196,12 +195,12 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
         scale = scale_vector(layout, block, header, 0)
         tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
         if corrects:
-            tile = fma_tile(tile, correction(block, header, scale, 0), x + scaled_first_at, 4)
+            tile = fma_tile(tile, correction(block, header, scale, 0), x + first_at, 4)
         dots = dot_groups(start_magic(tokens), layout, quants, x, item, 4, 8, unpacked)
         scale = scale_vector(layout, block, header, 1)
         tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
         if corrects:
-            tile = fma_tile(tile, correction(block, header, scale, 1), x + scaled_last_at, 4)
+            tile = fma_tile(tile, correction(block, header, scale, 1), x + last_at, 4)
         return tile
 
     if pairs:

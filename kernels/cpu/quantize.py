@@ -34,7 +34,7 @@ _PANEL = current_isa().tokens
 _RECORD = panel_bytes(_PANEL, 32)
 _WORD_RECORD = panel_bytes(1, 32, 2)
 _SUMMARY, _WORD_SUMMARY = panel_offsets(_PANEL)[0], panel_offsets(1, 2)[0]
-_PAIRS, _SUMS, _FIRST_PAIRS, _LAST_PAIRS = (panel_offsets(_PANEL)[field] - _SUMMARY for field in (1, 3, 6, 7))
+_PAIRS, _FIRST_PAIRS, _LAST_PAIRS = (panel_offsets(_PANEL)[field] - _SUMMARY for field in (1, 6, 7))
 _SUMS_PAIRS = current_isa().name == "avx2"
 _HAS_PAIRS = current_isa().pairs_scales
 _HAS_SUMS = current_isa().adds_beside
@@ -71,13 +71,12 @@ def quantize_block(low, high, record, slot, largest):
         sums = sum_lanes_i32(in_halves(low_quants, high_quants))  # two at once
         first = sums << 48 >> 48
         last = (sums - first) >> 16
-        _describe(at, 4 * _PANEL, scale, first, last)
+        if _HAS_MAGIC:
+            _describe_with_magic(at, scale, first, last)
+        else:
+            _describe(at, 4 * _PANEL, scale, first, last)
         if _HAS_PAIRS:
             store_i32(at + _PAIRS, (first + last) * _START)
-        if _HAS_MAGIC:
-            store_i32(at + _SUMS, MAGIC_BITS - (first + last) * SUMS_COUNT)
-            store_f32(at + _FIRST_PAIRS, scale * np.float32(first))
-            store_f32(at + _LAST_PAIRS, scale * np.float32(last))
         if _HAS_SUMS:
             products = sum_lanes_i32(products_of_activations(low_quants, high_quants))
             store_i32(at + _FIRST_PAIRS, ((first + last) << 19) - products)
@@ -115,6 +114,17 @@ def _describe(at, stride, scale, first, last):
     store_i32(at + 3 * stride, (-first - last) * SUMS_COUNT)
     store_i32(at + 4 * stride, -first)
     store_i32(at + 5 * stride, -last)
+
+
+@inline
+def _describe_with_magic(at, scale, first, last):
+    """As `_describe`, where sums of products become floats as `register_tiles.MAGIC` says."""
+    stride = 4 * _PANEL
+    store_f32(at, scale)
+    store_f32(at + 2 * stride, scale * np.float32(first + last))
+    store_i32(at + 3 * stride, MAGIC_BITS - (first + last) * SUMS_COUNT)
+    store_f32(at + 4 * stride, scale * np.float32(first))
+    store_f32(at + 5 * stride, scale * np.float32(last))
 
 
 def quantize() -> Any:
