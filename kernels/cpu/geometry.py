@@ -156,7 +156,7 @@ def attention_scratch_bytes(module: str, group: int, head_dim: int) -> int:
         return float_rows(group) * (3 * 4 * head_dim + 16 + 2 * FLOAT_LINE) + 64 * max(ATTENTION_CHUNK, head_dim)
     if module == "int16_attention":  # queries of 16 bits, two numbers more for each row, a chunk's scales, integer sums, and places
         rows = float_rows(group) * (2 * 4 * head_dim + 2 * head_dim + 24 + FLOAT_LINE)
-        return rows + 8 * ATTENTION_CHUNK + 8 * group * head_dim + ATTENTION_CHUNK // 2
+        return rows + 8 * ATTENTION_CHUNK + 4 * group * head_dim + ATTENTION_CHUNK // 2
     rows = query_tile_tokens(module, group) * group
     return rows * (head_dim // 2 + ATTENTION_CHUNK + 2 * head_dim + 4) * 4 + 64
 

@@ -91,7 +91,7 @@ def attention(*, head_dim: int, group: int) -> Any:
                 total = total + x
                 peak = maximum(peak, x)
             run = sum_lanes(total)
-            most = most if most > run else run
+            most = most if most >= run or most != most else run  # NaN stays NaN
         scale = scale_of(most, max_lanes(peak))
         factor = inverse(scale)
         store_f32(scale_at, scale)
@@ -255,7 +255,7 @@ def attention(*, head_dim: int, group: int) -> Any:
         keys, values = load_i64(slots + 32), load_i64(slots + 40)
         block_size = load_i64(slots + 48)
         query_scales, key_scales, value_scales, steps, scores, partials = areas(queries)
-        places = partials + part * parts * row_bytes
+        places = partials + part * row_bytes
         groups = find_places(slots, table, head, start, stop, places)
         for index in range(groups):
             block, offset = where(places, index)
@@ -285,7 +285,7 @@ def attention(*, head_dim: int, group: int) -> Any:
         for some in range(0, group, part):
             p = scores + min(some, group - part) * LINE
             in_registers = zero_words(value_sums)
-            for i in range(0, parts * part * row_bytes if not one_pass else 0, 64):
+            for i in range(0, 0 if one_pass else part * row_bytes, 64):
                 store_i32x16(partials + i, splat_i32(0))
             for index in range(groups):
                 block, offset = where(places, index)

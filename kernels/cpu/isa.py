@@ -77,6 +77,8 @@ _NEEDS = {
     "generic": (),
 }
 _TOKENS = {"amx": 8, "avx512vnni": 8, "avxvnni": 4, "avx2": 6, "generic": 4}
+_INTEL_SERVERS = ("cascadelake", "cooperlake", "icelake-server")  # with VNNI, beside those whose names end with "rapids"
+_INTEL_CLIENTS = ("icelake-client", "tigerlake", "rocketlake")
 _HASWELL = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3", "cx16")
 
 
@@ -123,9 +125,9 @@ def current_isa() -> Isa:
         adds_beside = name == "avx512vnni" and machine.cpu == "znver4"
         # Without AMX, Intel's (Sapphire Rapids and later) make 16 such products in a cycle, 32 of floats and 64 of int16.
         has_bf16 = "avx512bf16" in host and not (name == "avx512vnni" and "rapids" in machine.cpu)
-        others = not machine.cpu.startswith("znver")
+        servers = "rapids" in machine.cpu or machine.cpu in _INTEL_SERVERS
         common = (name, machine.cpu, machine.features, True, True, has_bf16, tokens)
-        return Isa(*common, adds_beside=adds_beside, two_pipes=others, far_cache=others)
+        return Isa(*common, adds_beside=adds_beside, two_pipes=servers or machine.cpu in _INTEL_CLIENTS, far_cache=servers)
     if name == "avxvnni":
         return Isa(name, "haswell", ",".join(f"+{feature}" for feature in (*_HASWELL, "avxvnni")), True, True, False, tokens)
     if name == "avx2":

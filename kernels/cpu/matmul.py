@@ -39,19 +39,15 @@ from .register_tiles import (
     zero_tile,
 )
 from .simd import (
-    LOG2_E,
     exp,
-    exp2,
     hidden,
     load_f32x16,
     load_i32,
     load_i64,
     maximum,
-    minimum,
     prefetch,
     prefetch_to_l2,
     prefetch_to_write,
-    reciprocal,
     splat_f32,
     store_f32x16,
 )
@@ -139,6 +135,7 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
     halves, minimum, pairs = format.scales == 2, format.minimum, format.has_pairs and item == 1
     magic, from_panel = item == 1 and current_isa().two_pipes, format.zero == 128
     format_zero, corrects = float(format.zero), minimum or format.zero not in (0, 128)
+    exact = int(format.scale != "e8m0")  # those go up to 2**127
     # what the sums of quants have too much
     zero = 0 if takes_signed(format.zero, item) else format.zero - (centre_of(8 // format.scales, format.largest) if item == 1 else 0)
 
@@ -176,7 +173,7 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
     def correction(block, header, scale, index):
         """What the activations' sum is multiplied with."""
         if minimum:
-            return minimum_vector(layout, block, header, index) - splat_f32(format_zero) * scale
+            return minimum_vector(layout, block, header, index)  # nothing is taken from these quants
         return splat_f32(-format_zero) * scale
 
     @inline
@@ -184,7 +181,7 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
         dots = start_pairs(tokens, x + sums_at, 4) if from_panel else start_magic(tokens)
         dots = dot_groups(dots, layout, quants, x, item, 0, 8, unpacked)
         scale = scale_vector(layout, block, header, 0)
-        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4, exact)
         if corrects:
             tile = fma_tile(tile, correction(block, header, scale, 0), x + scaled_sums_at, 4)
         return tile
@@ -193,12 +190,12 @@ def _block_product(layout: str, tokens: int, item: int, unpacked: int) -> Any:
     def halves_with_magic(tile, quants, block, header, factors, x):
         dots = dot_groups(start_magic(tokens), layout, quants, x, item, 0, 4, unpacked)
         scale = scale_vector(layout, block, header, 0)
-        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4, exact)
         if corrects:
             tile = fma_tile(tile, correction(block, header, scale, 0), x + first_at, 4)
         dots = dot_groups(start_magic(tokens), layout, quants, x, item, 4, 8, unpacked)
         scale = scale_vector(layout, block, header, 1)
-        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4)
+        tile = scale_magic_tile(tile, dots, scale, x + scales_at, 4, exact)
         if corrects:
             tile = fma_tile(tile, correction(block, header, scale, 1), x + last_at, 4)
         return tile
@@ -444,28 +441,18 @@ def matmul(*, layout: str) -> Any:
     return kernel
 
 
-def activation_function(name: str, *, rough: bool = False) -> Any:
-    """``silu``, ``gelu`` (its tanh form, as Gemma's) or ``relu``, on a vector; ``rough``: with a relative error of up to 1e-4, for what
-    becomes 8 bits at once.
-    """
-
-    @inline
-    def times_sigmoid(x, y):
-        """``x / (1 + exp(-y))``."""
-        if rough:
-            power = exp2(minimum(splat_f32(120.0), y * splat_f32(-LOG2_E)))  # in this order NaN stays NaN
-            return x * reciprocal(splat_f32(1.0) + power)
-        return x / (splat_f32(1.0) + exp(splat_f32(0.0) - y))
+def activation_function(name: str) -> Any:
+    """``silu``, ``gelu`` (its tanh form, as Gemma's) or ``relu``, on a vector."""
 
     @inline
     def silu(x):
-        return times_sigmoid(x, x)
+        return x / (splat_f32(1.0) + exp(splat_f32(0.0) - x))
 
     @inline
     def gelu(x):
         # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x**3)
         u = splat_f32(0.7978845608028654) * x * (splat_f32(1.0) + splat_f32(0.044715) * x * x)
-        return times_sigmoid(x, splat_f32(2.0) * u)
+        return x / (splat_f32(1.0) + exp(splat_f32(-2.0) * u))
 
     @inline
     def relu(x):
@@ -492,7 +479,7 @@ def gated_matmul(*, layout: str, activation: str) -> Any:
     two_panels = _tile_products(layout, panel, 1, 0, True)
     unpacks = unpacked_bytes(layout, 32) > 0
     full_unpacked, unpack_tile = tile_product(layout, panel, unpacked=1), _unpack_tile(layout)
-    activate = activation_function(activation, rough=True)
+    activate = activation_function(activation)
 
     @inline
     def tile_of(slots, unit, part, tile_bytes):

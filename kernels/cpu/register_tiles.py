@@ -109,23 +109,26 @@ def start_magic(typing_context, tokens):
 
 
 @intrinsic(prefer_literal=True)
-def scale_magic_tile(typing_context, tile, dots, scale, scales, stride):
-    """`scale_tile` of dots that started at `MAGIC_BITS`. Scales have some bits less than a float32 in all formats, so that 1.5 times one is
-    exact."""
+def scale_magic_tile(typing_context, tile, dots, scale, scales, stride, exact):
+    """`scale_tile` of dots that started at `MAGIC_BITS`. If ``exact``, a literal, 1.5 times a scale is a float32: scales are no larger than
+    1e30, and have some bits less than a float32 has."""
 
     def codegen(context, b, sig, values):
-        tile_value, integers, row_scale, base, _ = values
-        step, floats = sig.args[4].literal_value, f32x16.llvm
+        tile_value, integers, row_scale, base, *_ = values
+        step, is_exact, floats = sig.args[4].literal_value, sig.args[5].literal_value, f32x16.llvm
         too_much = b.fmul(row_scale, constant(floats, -MAGIC))
 
         def add(t, total):
-            sums = b.bitcast(b.extract_value(integers, t), floats)
-            products = call(b, "llvm.fma.v16f32", floats, sums, row_scale, too_much)
-            return call(b, "llvm.fma.v16f32", floats, products, scalar_row(b, base, step, t, F32), total)
+            sums, scale = b.bitcast(b.extract_value(integers, t), floats), scalar_row(b, base, step, t, F32)
+            if is_exact:
+                products = call(b, "llvm.fma.v16f32", floats, sums, row_scale, too_much)
+            else:
+                products, scale = b.fsub(sums, constant(floats, MAGIC)), b.fmul(row_scale, scale)
+            return call(b, "llvm.fma.v16f32", floats, products, scale, total)
 
         return each(b, tile_value, add)
 
-    return tile(tile, dots, f32x16, types.intp, stride), codegen
+    return tile(tile, dots, f32x16, types.intp, stride, exact), codegen
 
 
 @intrinsic(prefer_literal=True)

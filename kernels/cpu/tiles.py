@@ -39,8 +39,8 @@ A panel is up to ``P`` tokens (`Isa.tokens`); for each 32 columns a record of ``
 quants, ``i32[P]`` minus that sum (times `int8_dots.SUMS_COUNT`), ``i32[P]`` minus the sum of the first 16, ``i32[P]`` of the last 16; and
 these two by pairs as well. What is by pairs is there for AVX2. AVX-512 has in place of the first ``i32[P]``, where the sums of formats in
 pairs start: eight times the sum of quants in the upper half, less as much. Where products are those of `winograd` the last two are where
-its sums start, of formats in pairs and of others. With `Isa.two_pipes` the first ``i32[P]`` is `register_tiles.MAGIC_BITS` more, and the
-other two are ``f32[P]``, the scale times these sums.
+its sums start, of formats in pairs and of others. With `Isa.two_pipes` minus the whole sum is `register_tiles.MAGIC_BITS` more, and those
+of the halves are ``f32[P]``, the scale times their sums.
 
 What `logits` multiplies again is quantised to 16 bits, each token for itself: ``P`` is 1, and the quants are ``i16[32]``. In each group of
 4 columns the even ones come before the odd ones, as the weights' bytes do when they are taken apart with no shuffle.

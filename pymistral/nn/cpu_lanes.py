@@ -5,8 +5,8 @@ By default all threads share each launch, so that each launch has to wait for th
 a fifth of all the time. But as long as every token is a sequence of its own, nothing that is computed for it depends on the others. Each
 thread then reads all weights, which whole panels of tokens hide.
 
-They do where the memory has enough to give (AMD's). Where it has not (Intel's, `Isa.far_cache`), threads with a panel each share the large
-products, which both panels then meet at once, and have lanes of their own in between.
+They do where the memory has enough to give (AMD's). Where it has not (Intel's, `Isa.far_cache`), threads share the large products of
+quants, which two panels then meet at once, and have lanes of their own in between.
 
 The rows of two lanes lie a panel apart. Next to each other a core's own prefetching would run on into rows that the other core is writing,
 which costs as much as was to be saved.
@@ -84,7 +84,7 @@ def in_lanes(
         slots = np.array([address(table), len(some)], np.int64)
         alive += [table, slots]
         result.append([lane, address(slots), one, count, 1, NEEDS_ALL if result else 0, *rows[0][6:]])
-    if end == logits < len(launches) and launches[end].product_rows is not None and not any(shared):
+    if end == logits < len(launches) and launches[end].product_rows is not None and not (any(shared) or _is_shared(launches[end])):
         kernel, _, _, units, chunk, _, *weights = records[end]
         arguments = _arguments(launches[end], state, panels)
         slots = np.array([kernel, address(arguments), arguments.strides[0], units], np.int64)
@@ -95,7 +95,8 @@ def in_lanes(
 
 
 def _is_shared(launch: Launch) -> bool:
-    """Whether a product has more weights than it is worth that each thread reads them, and can take the rows of all lanes."""
+    """Whether a product has more weights (a gated one: in each of its two matrices) than it is worth that each thread reads them, and can
+    take the rows of all lanes."""
     rows = launch.product_rows
     return rows is not None and rows.lane_slot is not None and launch.weights[1] > most_read_twice()
 

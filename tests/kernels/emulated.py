@@ -120,11 +120,6 @@ def _vcompressps(b: Any, value: Any, behind: Any, mask: Any) -> Any:
     return result
 
 
-def _vrcp14ps(b: Any, x: Any, passthru: Any, mask: Any) -> Any:
-    """With an error of 14 bits, as the instruction's may be."""
-    return b.fdiv(ir.Constant(_FLOATS, [1.0 - 2.0**-14] * 16), x)
-
-
 _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpbusd.256": _vpdpbusd,
     "llvm.x86.avx512.vpdpbusd.512": _vpdpbusd,
@@ -132,7 +127,6 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "llvm.x86.avx512.vpdpwssd.512": _vpdpwssd,
     "llvm.x86.avx512.pmaddw.d.512": _vpmaddwd,
     "llvm.x86.avx512.pmul.hr.sw.512": _vpmulhrsw,
-    "llvm.x86.avx512.rcp14.ps.512": _vrcp14ps,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _vcvtne2ps2bf16,
     "llvm.x86.avx512bf16.dpbf16ps.512": _vdpbf16ps,
     "llvm.x86.avx512.pshuf.b.512": _vpshufb,

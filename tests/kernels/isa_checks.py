@@ -27,7 +27,7 @@ from pymistral.nn import functional as F
 from pymistral.nn.eager import evaluate
 from pymistral.nn.graph import Array, OutputRows
 
-KINDS = {"Q4_1": 64, "Q5_0": 64, "Q8_0": 64, "Q4_K": 256, "Q6_K": 256}
+KINDS = {"Q4_1": 64, "Q5_0": 64, "Q8_0": 64, "IQ4_NL": 64, "MXFP4": 64, "Q2_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 
 
 def check_products() -> None:

@@ -65,6 +65,19 @@ def expected(kind: str, weights: ref.Floats, x: NDArray[np.float32]) -> tuple[re
     return used @ weights.T, ref.product_bound(weights, used, kind)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 16])
+def test_scales_of_any_size(tokens: int) -> None:
+    """MXFP4's are powers of two up to the largest that a float32 has."""
+    rng = np.random.default_rng(3)
+    tensor, _ = ref.random_tensor("MXFP4", 16, 64, rng)
+    assert isinstance(tensor.data, np.ndarray)
+    tensor.data.reshape(-1, BLOCK_SIZES[GgmlType.MXFP4][1])[:, 0] = 250
+    weights = ref.multiplied_values("MXFP4", tensor.data, 16, 64)
+    x = rng.standard_normal((tokens, 64)).astype(np.float32) * np.float32(1e-30)
+    wanted, bound = expected("MXFP4", weights, x)
+    assert np.all(np.abs(evaluate(lambda x: F.linear(x, tensor), x) - wanted) <= bound)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @few
 @given(seed=seeds, rows=st.integers(1, 70), blocks=st.integers(1, 5), tokens=st.integers(1, 30), edges=st.booleans())
