@@ -18,7 +18,6 @@ from .geometry import partial_floats, query_tile_tokens
 from .helpers import inline
 from .register_tiles import dot_pairs_grid, store_grid, zero_tile
 from .simd import (
-    LOG2_E,
     bits_to_f32,
     both,
     exp,
@@ -47,6 +46,7 @@ from .small_floats import scatter_bf16_pairs, store_bf16x32
 
 LOWEST = -1.0e30  # of a masked score
 VISIBLE = -1.0e29  # what is below is masked; what is no number is not
+LOG2_E = 1.4426950408889634
 
 
 @inline

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import VISIBLE, item_kernel, mask_scores
+from .attention import LOG2_E, VISIBLE, item_kernel, mask_scores
 from .geometry import ATTENTION_CHUNK as CHUNK
 from .geometry import FLOAT_LINE as LINE
 from .geometry import cache_row_bytes, float_rows, query_tile_tokens, register_rows
@@ -19,7 +19,6 @@ from .int16_dots import add_words, scaled_floats, store_i16x16, sum_words
 from .isa import current_isa
 from .register_tiles import add_tiles, load_words, multiply_grid, store_grid, store_tile, zero_tile, zero_words
 from .simd import (
-    LOG2_E,
     absolute,
     bits_to_f32,
     exp2,
@@ -63,6 +62,24 @@ def inverse(scale):
     return splat_f32(1.0 / scale if scale > _SMALLEST else 0.0)
 
 
+def vectors_at(count: int) -> Any:
+    """What loads one, two or four vectors, ``between`` bytes apart."""
+
+    @inline
+    def one(at, between):
+        return (load_i32x16(at),)
+
+    @inline
+    def two(at, between):
+        return load_i32x16(at), load_i32x16(at + between)
+
+    @inline
+    def four(at, between):
+        return load_i32x16(at), load_i32x16(at + between), load_i32x16(at + 2 * between), load_i32x16(at + 3 * between)
+
+    return {1: one, 2: two, 4: four}[count]
+
+
 def attention(*, head_dim: int, group: int) -> Any:
     """Slots as `attention.attention`'s."""
     tile_rows = register_rows()  # of an item of several tokens
@@ -70,7 +87,7 @@ def attention(*, head_dim: int, group: int) -> Any:
     part = -(-group // parts)  # rows of a single token that share a load
     key_vectors = 2 if 2 * part <= _SUMS else 1  # of 16 positions, that share a query
     value_vectors = next(count for count in (4, 2, 1) if count == 1 or (count * part <= _SUMS and head_dim % (16 * count) == 0))
-    value_sums = part * value_vectors
+    values_at, value_sums = vectors_at(value_vectors), part * value_vectors
     one_pass = head_dim == 16 * value_vectors
     capacity = float_rows(group)
     row_bytes = head_dim * 4
@@ -162,14 +179,6 @@ def attention(*, head_dim: int, group: int) -> Any:
         return load_i64(places + 16 * index), load_i64(places + 16 * index + 8)
 
     @inline
-    def one_key(k, i):
-        return (load_i32x16(k + 32 * i),)
-
-    @inline
-    def two_keys(k, i):
-        return load_i32x16(k + 32 * i), load_i32x16(k + 32 * (i + head_dim))
-
-    @inline
     def one_scale(at):
         return (load_f32x16(at),)
 
@@ -179,7 +188,7 @@ def attention(*, head_dim: int, group: int) -> Any:
 
     def score_keys(rows, vectors, asks):
         """What scores 16 keys, or 32, for so many rows of queries, and asks for as many lines at ``ahead``."""
-        grid_size, keys_at, scales_at = rows * vectors, two_keys if vectors == 2 else one_key, two_scales if vectors == 2 else one_scale
+        grid_size, keys_at, scales_at = rows * vectors, vectors_at(vectors), two_scales if vectors == 2 else one_scale
         twice = 2 * grid_size <= _SUMS  # sums of every other pair: else each would wait for the one before
 
         @inline
@@ -189,11 +198,11 @@ def attention(*, head_dim: int, group: int) -> Any:
                 grid, other = zero_words(grid_size), zero_words(grid_size)
                 for i in range(first, min(first + _RUN, head_dim), 8):
                     for j in range(i, i + 8, 4):
-                        grid = add_words(grid, rows, keys_at(k, j), queries + 2 * j, query_bytes)
+                        grid = add_words(grid, rows, keys_at(k + 32 * j, 32 * head_dim), queries + 2 * j, query_bytes)
                         if twice:
-                            other = add_words(other, rows, keys_at(k, j + 2), queries + 2 * j + 4, query_bytes)
+                            other = add_words(other, rows, keys_at(k + 32 * j + 64, 32 * head_dim), queries + 2 * j + 4, query_bytes)
                         else:
-                            grid = add_words(grid, rows, keys_at(k, j + 2), queries + 2 * j + 4, query_bytes)
+                            grid = add_words(grid, rows, keys_at(k + 32 * j + 64, 32 * head_dim), queries + 2 * j + 4, query_bytes)
                         if asks:
                             for line in range(0, 128 * vectors, 64):
                                 prefetch(ahead + 32 * vectors * j + line)
@@ -206,35 +215,15 @@ def attention(*, head_dim: int, group: int) -> Any:
 
     score_for_one, score_for_many = score_keys(part, key_vectors, True), score_keys(tile_rows, 1, False)
 
-    def add_values(vectors):
-        """What adds up to 32 positions of so many vectors of values, ``between`` bytes apart, and asks for as many lines at ``ahead``."""
-
-        @inline
-        def one(v, between):
-            return (load_i32x16(v),)
-
-        @inline
-        def two(v, between):
-            return load_i32x16(v), load_i32x16(v + between)
-
-        @inline
-        def four(v, between):
-            return load_i32x16(v), load_i32x16(v + between), load_i32x16(v + 2 * between), load_i32x16(v + 3 * between)
-
-        values_at = {1: one, 2: two, 4: four}[vectors]
-
-        @inline
-        def add(grid, v, between, p, pairs, ahead):
-            for some in range(0, pairs, 4):
-                for j in range(some, some + 4):
-                    grid = add_words(grid, part, values_at(v + 64 * j, between), p + 4 * j, LINE)
-                    for vector in range(vectors):
-                        prefetch(ahead + 64 * j + vector * between)
-            return grid
-
-        return add
-
-    add_values_for_one = add_values(value_vectors)
+    @inline
+    def add_values(grid, v, between, p, pairs, ahead):
+        """Add up to 32 positions of vectors of values, ``between`` bytes apart, and ask for as many lines at ``ahead``."""
+        for some in range(0, pairs, 4):
+            for j in range(some, some + 4):
+                grid = add_words(grid, part, values_at(v + 64 * j, between), p + 4 * j, LINE)
+                for vector in range(value_vectors):
+                    prefetch(ahead + 64 * j + vector * between)
+        return grid
 
     @inline
     def softmax_of_rows(slots, rows, position, start, width, scores, value_scales, maxima, sums, steps):
@@ -293,11 +282,11 @@ def attention(*, head_dim: int, group: int) -> Any:
                 v, ahead = values + block + offset * 32, values + later + later_offset * 32
                 pairs = min(16, (width - 32 * index) // 2)
                 if one_pass:
-                    in_registers = add_values_for_one(in_registers, v, between, p, pairs, ahead)
+                    in_registers = add_values(in_registers, v, between, p, pairs, ahead)
                 else:
                     for i in range(0, head_dim, 16 * value_vectors):
                         grid = load_words(part, value_vectors, partials + 4 * i, row_bytes)
-                        grid = add_values_for_one(grid, v, between, p, pairs, ahead)
+                        grid = add_values(grid, v, between, p, pairs, ahead)
                         store_grid(grid, part, partials + 4 * i, row_bytes)
                         v += between * value_vectors
                         ahead += between * value_vectors

@@ -109,19 +109,23 @@ def quantize_row_to_words(x, record, columns):
 @inline
 def _describe(at, stride, scale, first, last):
     """A token's scale and sums, at their places behind the quants of a record."""
-    store_f32(at, scale)
-    store_f32(at + 2 * stride, scale * np.float32(first + last))
+    _describe_scale(at, stride, scale, first + last)
     store_i32(at + 3 * stride, (-first - last) * SUMS_COUNT)
     store_i32(at + 4 * stride, -first)
     store_i32(at + 5 * stride, -last)
 
 
 @inline
+def _describe_scale(at, stride, scale, total):
+    store_f32(at, scale)
+    store_f32(at + 2 * stride, scale * np.float32(total))
+
+
+@inline
 def _describe_with_magic(at, scale, first, last):
     """As `_describe`, where sums of products become floats as `register_tiles.MAGIC` says."""
     stride = 4 * _PANEL
-    store_f32(at, scale)
-    store_f32(at + 2 * stride, scale * np.float32(first + last))
+    _describe_scale(at, stride, scale, first + last)
     store_i32(at + 3 * stride, MAGIC_BITS - (first + last) * SUMS_COUNT)
     store_f32(at + 4 * stride, scale * np.float32(first))
     store_f32(at + 5 * stride, scale * np.float32(last))

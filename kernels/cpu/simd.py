@@ -417,9 +417,6 @@ def exp(b, x):
     return b.fmul(p, b.bitcast(exponent, floats))
 
 
-LOG2_E = 1.4426950408889634
-
-
 @operation(f32x16, f32x16)
 def exp2(b, x):
     """2**x, relative error under 8e-5; below -126 it is 1e-38, not 0; x must be below 128.

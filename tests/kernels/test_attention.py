@@ -230,7 +230,8 @@ def test_bits_do_not_depend_on_the_batch(group: int, head_dim: int, window: int 
     one_by_one = run([256, 500, *last], others=0)
     assert one_by_one.tobytes() == run([500], others=0, threads=1).tobytes()
     assert one_by_one.tobytes() == run([256, 512, *last], others=10).tobytes()
-    assert one_by_one.tobytes() == run([3, 300, *accumulate([541, 2, 7])], others=3, threads=3, block_size=96).tobytes()
+    assert one_by_one.tobytes() == run([3, 300, *accumulate([541, 2, 7])], others=3, threads=3, block_size=64).tobytes()
+    assert one_by_one.tobytes() == run([3, 300, *last], others=1, block_size=96).tobytes()
     assert one_by_one.tobytes() == run([300, *accumulate([541, 3, 8])], others=0).tobytes()  # few tokens, each over all threads
 
 
