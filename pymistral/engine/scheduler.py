@@ -21,13 +21,17 @@ _PASS_TOKENS = 256
 it, so few that a prompt which comes meanwhile need not wait long."""
 
 
+_ENOUGH = 3  # steps, of which no single one decides
+
+
 class PrefillPacer:
     """How many tokens of prompts may join a step that running streams wait for.
 
     It stretches a step to ``stretch`` times what the streams take alone. Both what they take alone and what a prompt token adds are judged
     by the latest steps, so that neither a step that the machine held up nor a lucky one decides: the former by the median, the latter by
     the third quartile, since streams notice what is too much, and not what is too little. The number at most doubles from step to step:
-    a few tokens hide in a step that waits for memory, and say little about many.
+    a few tokens hide in a step that waits for memory, and say little about many. Where so many streams never ran alone, those that are
+    more than did are counted as tokens of prompts are: else prompts would be held responsible for them, and wait.
 
     Kernels compute whole panels of tokens, and one or four for the rest: what a step takes is judged by the tokens that it computes in this
     sense, and a panel that is begun is filled.
@@ -35,17 +39,17 @@ class PrefillPacer:
 
     def __init__(self, stretch: float = 2.5, least: int = 4, panel: int = 1) -> None:
         self.stretch, self.least, self.panel = stretch, least, panel
-        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=63))
+        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=31))
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
         """Seconds for each token that prompts made a step compute, and tokens of prompts, of the latest steps that had some."""
 
     def allowance(self, streams: int) -> int:
-        alone = self._step_seconds(streams)
-        if alone == 0.0 or not self._added:
+        known, alone = self._known(streams)
+        if not known or not self._added:
             return max(32, self.least)
         seconds, _ = sorted(self._added)[len(self._added) * 3 // 4]
         most = 2 * max(tokens for _, tokens in self._added)
-        room = (self.stretch - 1.0) * alone / seconds
+        room = (self.stretch - 1.0) * (alone / seconds + streams - known)
         tokens = max(self.least, min(most, int(room)))
         while tokens > self.least and self._computed(streams + tokens) - streams > room:
             tokens -= 1
@@ -58,14 +62,15 @@ class PrefillPacer:
 
         At least half as long, since what they take alone may be known of fewer streams or shorter texts only.
         """
-        return max(0.5 * seconds, self.stretch * (self._step_seconds(streams) or seconds) - seconds)
+        known, alone = self._known(streams)
+        return max(0.5 * seconds, self.stretch * (alone if known else seconds) - seconds)
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
-            self._alone[streams.bit_length()].append(seconds)
+            self._alone[streams].append(seconds)
         elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
-            alone = self._step_seconds(streams) if streams else 0.0
-            computed = self._computed(streams + prompt_tokens) - streams
+            known, alone = self._known(streams)
+            computed = self._computed(streams + prompt_tokens) - known
             self._added.append((max(seconds - alone, 0.1 * seconds) / computed, prompt_tokens))
 
     def _computed(self, tokens: int) -> int:
@@ -73,10 +78,10 @@ class PrefillPacer:
         rest = tokens - whole
         return whole + next((part for part in (0, 1, 4) if rest <= part < self.panel), self.panel)
 
-    def _step_seconds(self, streams: int) -> float:
-        """What about so many streams take alone, or fewer if so many never ran alone; 0 if nothing is known."""
-        known = max((size for size in self._alone if size <= streams.bit_length()), default=None)
-        return 0.0 if known is None else median(self._alone[known])
+    def _known(self, streams: int) -> tuple[int, float]:
+        """The most streams, up to so many, of which it is known what they take alone, and the seconds; zeros if there are none."""
+        known = max((count for count, seconds in self._alone.items() if count <= streams and len(seconds) >= _ENOUGH), default=0)
+        return known, median(self._alone[known]) if known else 0.0
 
 
 class Scheduler:

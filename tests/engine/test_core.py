@@ -475,6 +475,22 @@ def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.Monke
     assert steps < 2400 / 7  # the floor of four tokens in a step alone would take 600
 
 
+def test_streams_that_never_ran_alone_are_not_put_down_to_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stream takes alone is known; the steps of fifteen that follow each other closely take longer for the streams in them."""
+    runner = TimedRunner(linear, monkeypatch)
+    core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
+    submit(core, [65, 66], Params(max_len=3000))
+    for _ in range(20):
+        core.step()
+    late = [submit(core, [66] * 40, Params(max_len=500))[1] for _ in range(15)]
+    began, steps = runner.now, 0
+    while not all(collector.tokens for collector in late):
+        core.step()
+        steps += 1
+    assert (runner.now - began) / steps < 2.6 * linear(15, 0)
+    assert steps < 600 / 10  # the floor of four tokens in a step, which a step of many streams had, took 111
+
+
 def test_the_oldest_request_is_never_preempted() -> None:
     runner = FakeRunner(num_blocks=8, block_size=2, max_num_seqs=4)
     core = make_core(runner, prefix_cache_n=0)
