@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .isa import current_isa
+from .sampling_layout import BLOCK
 from .tiles import TILE_FORMATS, panel_bytes
 
 ATTENTION_CHUNK = 256
@@ -28,7 +29,7 @@ def panels_bytes(tokens: int, columns: int) -> int:
     return -(-tokens // panel) * panel_bytes(panel, columns)
 
 
-LOGITS_GROUP = 16  # tiles whose largest logit `logits.peaks` finds
+LOGITS_GROUP = BLOCK // 16  # tiles whose largest logit `logits.product` finds: what sampling wants to know
 
 
 def logits_groups(vocabulary: int) -> int:

@@ -56,6 +56,7 @@ from .simd import (
 )
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
+_MOST_FOUND_AGAIN = 32  # blocks
 
 routine = njit(**OPTIONS)  # as `inline`, for what is called from several places and is large
 
@@ -188,15 +189,54 @@ def find_peak(row, tail, count, maxima):
 
 
 @inline
+def block_peak(source):
+    """The largest of a block; NaN if there is one."""
+    peak = load_f32x16(source)
+    bad = unordered(peak, peak)
+    for first in range(source + 64, source + 4 * BLOCK, 64):
+        values = load_f32x16(first)
+        bad = either(bad, unordered(values, values))
+        peak = maximum(values, peak)
+    return np.float32(nan) if mask_bits(bad) else max_lanes(peak)
+
+
+@inline
+def _find_again(row, tail, count, maxima, ids, size):
+    for entry in range(size):
+        token = load_i32(ids + 4 * entry)
+        if 0 <= token < count:
+            store_f32(maxima + 4 * (token // BLOCK), block_peak(block_address(row, tail, count, token // BLOCK)))
+
+
+@inline
+def known_peak(request, row, tail, count, maxima, known):
+    """As `find_peak` of a row that has been adjusted, of whose blocks the largest were ``known`` before."""
+    blocks = blocks_of(count)
+    for first in range(0, blocks, 16):  # rows of both are whole vectors
+        store_f32x16(maxima + 4 * first, load_f32x16(known + 4 * first))
+    if word(request, at.MODE) == at.SAMPLE:
+        _find_again(row, tail, count, maxima, word(request, at.DRY_IDS), word(request, at.DRY_SIZE))
+        _find_again(row, tail, count, maxima, word(request, at.COUNT_IDS), word(request, at.COUNT_SIZE))
+        _find_again(row, tail, count, maxima, word(request, at.BIAS_IDS), word(request, at.BIAS_SIZE))
+    peak = np.float32(-inf)
+    for block in range(blocks):
+        highest = load_f32(maxima + 4 * block)
+        if highest != highest:
+            return highest
+        peak = max(peak, highest)
+    return peak
+
+
+@inline
 def first_equal(row, tail, count, maxima, peak):
     """The lowest id of the most likely."""
-    block = 0
-    while load_f32(maxima + 4 * block) != peak:
+    block, last = 0, blocks_of(count) - 1
+    while load_f32(maxima + 4 * block) != peak and block < last:
         block += 1
     source = block_address(row, tail, count, block)
     first = 0
     bits = mask_bits(at_least(load_f32x16(source), splat_f32(peak)))
-    while bits == 0:
+    while bits == 0 and first < BLOCK - 16:
         first += 16
         bits = mask_bits(at_least(load_f32x16(source + 4 * first), splat_f32(peak)))
     return block * BLOCK + first + count_trailing_zeros(bits)
@@ -450,7 +490,9 @@ def uniform(seed, choice, position):
 def sample() -> Any:
     """Sample rows; units are rows. Of those that are adjusted no two may have the same logits, which are changed for a while.
 
-    Slots: 0 addresses of the rows' descriptions (`sampling_layout`), 1 vocabulary size, 2 scratch, 3 bytes of it for a thread.
+    Slots: 0 addresses of the rows' descriptions (`sampling_layout`), 1 vocabulary size, 2 scratch, 3 bytes of it for a thread; of rows with
+    the largest of each block known (0 if there are none): 4 where they begin, 5 where they end, 6 bytes of a row, 7 the known, 8 bytes of
+    a row of these, which are whole vectors.
     """
 
     def kernel(slots, begin, end, thread):
@@ -486,7 +528,12 @@ def sample() -> Any:
             if mode == at.ADJUST:
                 continue
 
-            peak = find_peak(row, tail, count, maxima)
+            # More blocks than a few are quicker found anew than one for each token that is adjusted.
+            if load_i64(slots + 32) <= row < load_i64(slots + 40) and changes <= _MOST_FOUND_AGAIN:
+                number_of_row = (row - load_i64(slots + 32)) // load_i64(slots + 48)
+                peak = known_peak(request, row, tail, count, maxima, load_i64(slots + 56) + number_of_row * load_i64(slots + 64))
+            else:
+                peak = find_peak(row, tail, count, maxima)
             store_f64(request + 8 * at.PEAK, peak)
             if not -inf < peak < inf:
                 if in_place:

@@ -271,7 +271,9 @@ class CpuRunner(PagedRunner):
         )
         self.threads = threads or available_threads()
         self.prompt_program, self.program = compile_for_prompts(graph, self.limits, threads=self.threads, progress=progress)
-        self.sample = SamplingProgram(self.vocab_size, self.threads).run
+        self._sampling = SamplingProgram(self.vocab_size, self.threads)
+        self._sampling.expect(self.program.logits, self.program.logits_maxima)
+        self.sample = self._sampling.run
         self._pass_outputs = 0
 
     @property
@@ -309,6 +311,7 @@ class CpuRunner(PagedRunner):
         if shape != before:
             raise ValueError(f"logits {shape} in place of {before}: another model")
         self.prompt_program, self.program = programs
+        self._sampling.expect(self.program.logits, self.program.logits_maxima)
 
     def forward(self, segments: Sequence[Segment], meanwhile: Callable[[], object] | None = None) -> NDArray[np.float32]:
         """Run one flat step; returns logits ``[rows, vocab_size]`` in segment order, valid until the next call.

@@ -61,6 +61,7 @@ class CpuLaunching(Lowering):
         self.forms += [self.panels_of, self.wide_of]
         products = [node.inputs[0] for node in graph.nodes if node.op == "linear"]
         self.logits_launch: int | None = None  # which one makes them
+        self.logits_maxima: Buffer | None = None  # of each `geometry.LOGITS_GROUP`, if they are found
         self.makes_logits = products[-1] if products and products[-1].rows == OUTPUTS else None
 
     # ---- buffers ----------------------------------------------------------------------------------------------------
@@ -229,6 +230,7 @@ class CpuLaunching(Lowering):
         return CpuProgram(
             state=self.state,
             logits=self.rows_of[last].array[:, : last.columns],
+            logits_maxima=self.logits_maxima.array if self.logits_maxima else None,
             names=[launch.kernel.factory for launch in self.launches],
             labels=[launch.label for launch in self.launches],
             weight_bytes=self.weights.nbytes,

@@ -57,7 +57,8 @@ class CpuLowering(CpuLaunching):
         out_row_bytes = 4 * padded(weight.shape[0])
         count = self.state.count_address(x.rows)
         common = (out.address, 0, matrix.tile_bytes, out_row_bytes, count, int(accumulate))
-        unpacked, lane_slot = 0, None
+        unpacked, lane_slot, units, chunk = 0, None, matrix.tile_count, self._chunk(matrix)
+        makes_logits, peaks = x is self.makes_logits, None
         if self._takes_wide(x, weight):
             source = self._wide(x)
             slots = [matrix.address, source.address, *common]
@@ -75,46 +76,56 @@ class CpuLowering(CpuLaunching):
             slots[3] = x.columns // 32
             kernel, row_bytes = spec("matmul.matmul", layout=matrix.format.name), geometry.panel_row_bytes(x.columns)
             unpacked, lane_slot = geometry.unpacked_bytes(matrix.format.name, x.columns), 10
-        reads = (source, out) if accumulate else (source,)
-        if x is self.makes_logits:
+            if makes_logits and not accumulate:
+                peaks = self._new((self._max_rows(x), groups := geometry.logits_groups(weight.shape[0])), np.float32)
+                kernel = spec("logits.product", layout=matrix.format.name)
+                slots += [weight.shape[0], groups, peaks.address]
+                units, chunk = groups, max(1, chunk // geometry.LOGITS_GROUP)
+        strides = {1: row_bytes, 2: out_row_bytes} | ({13: 4 * units} if peaks else {})
+        if makes_logits:
             self.logits_launch = len(self.launches)
         self._launch(
             kernel,
             slots,
             "one",
-            units=matrix.tile_count,
-            chunk=self._chunk(matrix),
-            reads=reads,
-            writes=(out,),
+            units=units,
+            chunk=chunk,
+            reads=(source, out) if accumulate else (source,),
+            writes=(out, peaks) if peaks else (out,),
             scratch=(8, unpacked) if unpacked else None,
             weights=(matrix.address, matrix.tiles.nbytes),
-            product_rows=Rows({1: row_bytes, 2: out_row_bytes}, 6, lane_slot=lane_slot) if row_bytes else None,
+            product_rows=Rows(strides, 6, lane_slot=lane_slot) if row_bytes else None,
         )
-        if x is self.makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
-            self._refine_logits(x, matrix, out)
+        if makes_logits and (x in self.panels_of or x in self.wide_of) and not accumulate:
+            self._refine_logits(x, matrix, out, peaks)
 
-    def _refine_logits(self, x: Array, matrix: Matrix, logits: Buffer) -> None:
+    def _refine_logits(self, x: Array, matrix: Matrix, logits: Buffer, peaks: Buffer | None) -> None:
         """The likeliest once more, of finer activations. A model may scale its logits before they are sampled from: so the margin, too."""
         vocabulary, columns = matrix.tensor.shape
         groups = geometry.logits_groups(vocabulary)
         factor = next((user.attributes["factor"] for user in self.users.get(self.node.output, []) if user.op == "scale"), 1.0)
         pieces = 4 * self.threads
-        peaks = self._new((self._max_rows(x), groups), np.float32)
+        found, peaks = peaks is not None, peaks or self._new((self._max_rows(x), groups), np.float32)
         common = (logits.address, 4 * padded(vocabulary), vocabulary, groups, pieces, peaks.address)
-        self._launch(spec("logits.peaks"), common, x.rows, units=pieces, reads=(logits,), writes=(peaks,))
+        if not found:
+            self._launch(spec("logits.peaks"), common, x.rows, units=pieces, reads=(logits,), writes=(peaks,))
         source = self.rows_of[x]
         margin = _float_bits(_LOGITS_MARGIN / max(abs(factor), 1e-6))
-        slots = (*common, margin, matrix.address, source.address, self._row_bytes(x), columns // 32, matrix.tile_bytes, 0, 0)
+        of_matrix = matrix.address, source.address, self._row_bytes(x), columns // 32, matrix.tile_bytes
+        maxima = self._new((self._max_rows(x), groups), np.float32)
+        slots = (*common, margin, *of_matrix, 0, 0, maxima.address)
         self._launch(
             spec("logits.refine", layout=matrix.format.name),
             slots,
             x.rows,
             units=pieces,
             reads=(logits, peaks, source),
-            writes=(logits,),
+            writes=(logits, maxima),
             scratch=(12, geometry.word_row_bytes(columns)),
         )
         self._give_back(peaks)
+        if self.node is self.graph.nodes[-1]:  # nothing changes them any more
+            self.logits_maxima = maxima
 
     def _wide_product(self, x: Array, matrix: Matrix, out: Buffer, accumulate: bool) -> None:
         source = self._panels(x)

@@ -37,12 +37,15 @@ class CpuProgram:
         What changes between steps; fill it before `run`.
     logits
         float32 ``[max_outputs, vocab_size]``; the first ``outputs`` rows are those of the last run.
+    logits_maxima
+        float32 ``[max_outputs, ...]``: the largest logit of each `sampling_layout.BLOCK`, or NaN if one is; None if they are not found.
     packing
         Whether all weights are in place: the methods that run anything wait for it.
     """
 
     state: State
     logits: NDArray[np.float32]
+    logits_maxima: NDArray[np.float32] | None
     names: list[str]
     labels: list[str]
     weight_bytes: int

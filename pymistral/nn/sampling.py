@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..kernels.cpu.compiler import Progress, entry_point, load_kernels, spec
 from ..kernels.cpu.sampling_layout import ROW_WORDS, scratch_bytes
@@ -41,12 +42,19 @@ class SamplingProgram:
         kernel = load_kernels([SAMPLING_KERNEL], progress)[SAMPLING_KERNEL]
         room = -(-scratch_bytes(vocab_size) // 64) * 64
         self._scratch = zeros(room * threads, np.uint8)
-        self._slots = zeros(4, np.int64)
-        self._slots[1:] = vocab_size, address(self._scratch), room
+        self._slots = zeros(9, np.int64)
+        self._slots[1:4] = vocab_size, address(self._scratch), room
         self._count = zeros(1, np.int64)
         self._call, self._slots_address = entry_point(kernel, 4), address(self._slots)
         self._pool = thread_pool(threads) if threads > 1 else None
         self._launches = Launches([(kernel, self._slots_address, address(self._count), 1, 1, 0)], threads)
+
+    def expect(self, logits: NDArray[np.float32], maxima: NDArray[np.float32] | None) -> None:
+        """Rows of ``logits`` will come with the largest of each `sampling_layout.BLOCK` in the same row of ``maxima``, if there are such."""
+        self._slots[4:] = 0
+        if maxima is not None:
+            begin, row_bytes = address(logits), logits.strides[0]
+            self._slots[4:] = begin, begin + len(logits) * row_bytes, row_bytes, address(maxima), maxima.strides[0]
 
     def run(self, rows: Sequence[SamplingRow]) -> None:
         """Sample all rows, each into its own results. The logits that they name must lie in memory as float32."""

@@ -159,6 +159,49 @@ def test_masks(size: int, kind: str, number: int, share: float) -> None:
         row.check()
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([1, 16, 255, 256, 257, 1000, 5001]),
+    kinds,
+    st.integers(0, 2**32),
+    st.sampled_from([{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.9, "min_p": 0.01}]),
+    st.sampled_from([0, 1, 5, 40]),
+    st.booleans(),
+)
+def test_what_is_known_of_the_blocks_changes_nothing(
+    size: int, kind: str, number: int, options: dict[str, Any], adjusted: int, has_nan: bool
+) -> None:
+    rng = np.random.default_rng(number)
+    columns = -(-size // 16) * 16
+    blocks = at.whole_blocks(size) // at.BLOCK
+    logits, maxima = np.full((3, columns), np.nan, np.float32), np.full((3, -(-blocks // 16) * 16), np.nan, np.float32)
+    for i in range(3):
+        logits[i, :size] = make_logits(kind, size, number + i)
+    if has_nan:
+        logits[2, rng.integers(size)] = np.nan
+    for row, known in zip(logits[:, :size], maxima, strict=True):
+        known[:blocks] = [row[first : first + at.BLOCK].max() for first in range(0, size, at.BLOCK)]
+    program = SamplingProgram(size, threads=1)
+    ids = rng.integers(-1, size + 1, adjusted).astype(np.int32)
+    values, counts = rng.normal(0, 3, adjusted).astype(np.float32), rng.integers(0, 3, adjusted).astype(np.float32)
+
+    def sampled() -> list[list[int]]:
+        rows = [Row(row[:size], seed=number, top_n=min(size, 4), **options) for row in logits]
+        for words, numbers in ((row.words, row.numbers) for row in rows):
+            for ids_at, of in ((at.DRY_IDS, values), (at.COUNT_IDS, counts), (at.BIAS_IDS, values)):
+                words[ids_at], words[ids_at + 1], words[ids_at + 2] = address(ids), address(of), adjusted
+            numbers[at.FREQUENCY], numbers[at.PRESENCE], numbers[at.REPETITION] = 0.5, 0.25, 1.5
+        program.run(rows)
+        if not has_nan:
+            assert all(np.isfinite(row.peak) for row in rows)
+        return [[*row.words[at.TOKEN :], *row.ids.tolist(), *row.values.view(np.int32).tolist()] for row in rows]
+
+    before, without = logits.copy(), sampled()
+    program.expect(logits, maxima)
+    assert sampled() == without
+    np.testing.assert_array_equal(logits, before)
+
+
 def test_adjustments_are_written_where_they_are_asked_for() -> None:
     size = 300
     logits = make_logits("normal", size, 5)
