@@ -4,13 +4,12 @@ Nothing is ever sorted. A cut is a threshold, found by bisection on the bits of 
 the row that cannot matter are skipped, since the largest value of each is known. The draw inverts the distribution function in the
 vocabulary's order.
 
-Rows are worked on in whole blocks of `BLOCK`: a row is an address, how many floats it holds, and ``tail``: where its last block lies,
-filled up with minus infinity. Weights are probabilities times a constant, 1 for the most likely token.
+Rows are worked on in whole blocks of `BLOCK` (see `row_blocks`). Weights are probabilities times a constant, 1 for the most likely token.
 """
 
 from __future__ import annotations
 
-from math import inf, nan
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,16 @@ from numba import njit
 from . import sampling_layout as at
 from .helpers import inline
 from .pipeline import OPTIONS
+from .row_blocks import (
+    block_address,
+    blocks_of,
+    copy_maxima,
+    find_again,
+    find_maxima,
+    first_equal,
+    largest_of,
+    pad_last_block,
+)
 from .sampling_layout import BLOCK
 from .simd import (
     at_least,
@@ -26,7 +35,6 @@ from .simd import (
     bits_to_f32,
     count_ones,
     count_trailing_zeros,
-    either,
     exp,
     f32_to_bits,
     fma,
@@ -40,8 +48,6 @@ from .simd import (
     load_i64,
     load_u16,
     mask_bits,
-    max_lanes,
-    maximum,
     select,
     splat_f32,
     splat_i32,
@@ -52,11 +58,10 @@ from .simd import (
     store_i64,
     store_selected,
     sum_lanes,
-    unordered,
 )
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
-_MOST_FOUND_AGAIN = 32  # blocks
+_MOST_FOUND_AGAIN = 32  # tokens that were adjusted: the largest of more blocks is found as fast in all of them
 
 routine = njit(**OPTIONS)  # as `inline`, for what is called from several places and is large
 
@@ -69,25 +74,6 @@ def word(row, index):
 @inline
 def number(row, index):
     return load_f64(row + 8 * index)
-
-
-@inline
-def block_address(row, tail, count, block):
-    return tail if (block + 1) * BLOCK > count else row + block * (4 * BLOCK)
-
-
-@inline
-def blocks_of(count):
-    return (count + BLOCK - 1) // BLOCK
-
-
-@inline
-def pad_last_block(row, count, out):
-    """Copy what lies beyond the last whole block of a row."""
-    for first in range(0, 4 * BLOCK, 64):
-        store_f32x16(out + first, splat_f32(-inf))
-    for index in range(count // BLOCK * BLOCK, count):
-        store_f32(out + 4 * (index % BLOCK), load_f32(row + 4 * index))
 
 
 # ---- before the temperature -----------------------------------------------------------------------------------------
@@ -164,82 +150,6 @@ def keep_adjusted(request, row, count, kept, puts_back):
     kept = _keep_tokens(row, count, word(request, at.DRY_IDS), word(request, at.DRY_SIZE), kept, puts_back)
     kept = _keep_tokens(row, count, word(request, at.COUNT_IDS), word(request, at.COUNT_SIZE), kept, puts_back)
     _keep_tokens(row, count, word(request, at.BIAS_IDS), word(request, at.BIAS_SIZE), kept, puts_back)
-
-
-# ---- the most likely ------------------------------------------------------------------------------------------------
-
-
-@inline
-def find_peak(row, tail, count, maxima):
-    """The largest of each block goes to ``maxima``. Returns the largest of all, or NaN if there is one."""
-    peak = np.float32(-inf)
-    bad = unordered(splat_f32(0.0), splat_f32(0.0))
-    for block in range(blocks_of(count)):
-        source = block_address(row, tail, count, block)
-        x, y = load_f32x16(source), load_f32x16(source + 64)
-        bad = either(bad, unordered(x, y))
-        for first in range(source + 128, source + 4 * BLOCK, 128):
-            u, v = load_f32x16(first), load_f32x16(first + 64)
-            bad = either(bad, unordered(u, v))
-            x, y = maximum(u, x), maximum(v, y)
-        highest = max_lanes(maximum(x, y))
-        store_f32(maxima + 4 * block, highest)
-        peak = max(peak, highest)
-    return np.float32(nan) if mask_bits(bad) else peak
-
-
-@inline
-def block_peak(source):
-    """The largest of a block; NaN if there is one."""
-    peak = load_f32x16(source)
-    bad = unordered(peak, peak)
-    for first in range(source + 64, source + 4 * BLOCK, 64):
-        values = load_f32x16(first)
-        bad = either(bad, unordered(values, values))
-        peak = maximum(values, peak)
-    return np.float32(nan) if mask_bits(bad) else max_lanes(peak)
-
-
-@inline
-def _find_again(row, tail, count, maxima, ids, size):
-    for entry in range(size):
-        token = load_i32(ids + 4 * entry)
-        if 0 <= token < count:
-            store_f32(maxima + 4 * (token // BLOCK), block_peak(block_address(row, tail, count, token // BLOCK)))
-
-
-@inline
-def known_peak(request, row, tail, count, maxima, known):
-    """As `find_peak` of a row that has been adjusted, of whose blocks the largest were ``known`` before."""
-    blocks = blocks_of(count)
-    for first in range(0, blocks, 16):  # rows of both are whole vectors
-        store_f32x16(maxima + 4 * first, load_f32x16(known + 4 * first))
-    if word(request, at.MODE) == at.SAMPLE:
-        _find_again(row, tail, count, maxima, word(request, at.DRY_IDS), word(request, at.DRY_SIZE))
-        _find_again(row, tail, count, maxima, word(request, at.COUNT_IDS), word(request, at.COUNT_SIZE))
-        _find_again(row, tail, count, maxima, word(request, at.BIAS_IDS), word(request, at.BIAS_SIZE))
-    peak = np.float32(-inf)
-    for block in range(blocks):
-        highest = load_f32(maxima + 4 * block)
-        if highest != highest:
-            return highest
-        peak = max(peak, highest)
-    return peak
-
-
-@inline
-def first_equal(row, tail, count, maxima, peak):
-    """The lowest id of the most likely."""
-    block, last = 0, blocks_of(count) - 1
-    while load_f32(maxima + 4 * block) != peak and block < last:
-        block += 1
-    source = block_address(row, tail, count, block)
-    first = 0
-    bits = mask_bits(at_least(load_f32x16(source), splat_f32(peak)))
-    while bits == 0 and first < BLOCK - 16:
-        first += 16
-        bits = mask_bits(at_least(load_f32x16(source + 4 * first), splat_f32(peak)))
-    return block * BLOCK + first + count_trailing_zeros(bits)
 
 
 # ---- thresholds -----------------------------------------------------------------------------------------------------
@@ -528,12 +438,17 @@ def sample() -> Any:
             if mode == at.ADJUST:
                 continue
 
-            # More blocks than a few are quicker found anew than one for each token that is adjusted.
-            if load_i64(slots + 32) <= row < load_i64(slots + 40) and changes <= _MOST_FOUND_AGAIN:
-                number_of_row = (row - load_i64(slots + 32)) // load_i64(slots + 48)
-                peak = known_peak(request, row, tail, count, maxima, load_i64(slots + 56) + number_of_row * load_i64(slots + 64))
+            begin_known, end_known = load_i64(slots + 32), load_i64(slots + 40)
+            if begin_known <= row < end_known and changes <= _MOST_FOUND_AGAIN:
+                number_of_row = (row - begin_known) // load_i64(slots + 48)
+                copy_maxima(load_i64(slots + 56) + number_of_row * load_i64(slots + 64), maxima, count)
+                if in_place:
+                    find_again(row, tail, count, maxima, word(request, at.DRY_IDS), word(request, at.DRY_SIZE))
+                    find_again(row, tail, count, maxima, word(request, at.COUNT_IDS), word(request, at.COUNT_SIZE))
+                    find_again(row, tail, count, maxima, word(request, at.BIAS_IDS), word(request, at.BIAS_SIZE))
             else:
-                peak = find_peak(row, tail, count, maxima)
+                find_maxima(row, tail, count, maxima)
+            peak = largest_of(maxima, count)
             store_f64(request + 8 * at.PEAK, peak)
             if not -inf < peak < inf:
                 if in_place:

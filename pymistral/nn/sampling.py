@@ -50,7 +50,7 @@ class SamplingProgram:
         self._launches = Launches([(kernel, self._slots_address, address(self._count), 1, 1, 0)], threads)
 
     def expect(self, logits: NDArray[np.float32], maxima: NDArray[np.float32] | None) -> None:
-        """Rows of ``logits`` will come with the largest of each `sampling_layout.BLOCK` in the same row of ``maxima``, if there are such."""
+        """Where rows of ``logits`` are sampled from, the largest of each `sampling_layout.BLOCK` will be in the same row of ``maxima``."""
         self._slots[4:] = 0
         if maxima is not None:
             begin, row_bytes = address(logits), logits.strides[0]
