@@ -182,14 +182,16 @@ def test_what_is_known_of_the_blocks_changes_nothing(
     for row, known in zip(logits[:, :size], maxima, strict=True):
         known[:blocks] = [row[first : first + at.BLOCK].max() for first in range(0, size, at.BLOCK)]
     program = SamplingProgram(size, threads=1)
-    ids = rng.integers(-1, size + 1, adjusted).astype(np.int32)
+    ids = rng.integers(-1, size + 1, (3, adjusted)).astype(np.int32)
+    if adjusted:
+        ids[rng.integers(3), 0] = logits[0, :size].argmax()  # what is known of its block is no longer so
     values, counts = rng.normal(0, 3, adjusted).astype(np.float32), rng.integers(0, 3, adjusted).astype(np.float32)
 
     def sampled() -> list[list[int]]:
         rows = [Row(row[:size], seed=number, top_n=min(size, 4), **options) for row in logits]
         for words, numbers in ((row.words, row.numbers) for row in rows):
-            for ids_at, of in ((at.DRY_IDS, values), (at.COUNT_IDS, counts), (at.BIAS_IDS, values)):
-                words[ids_at], words[ids_at + 1], words[ids_at + 2] = address(ids), address(of), adjusted
+            for own, ids_at, of in zip(ids, (at.DRY_IDS, at.COUNT_IDS, at.BIAS_IDS), (values, counts, values), strict=True):
+                words[ids_at], words[ids_at + 1], words[ids_at + 2] = address(own), address(of), adjusted
             numbers[at.FREQUENCY], numbers[at.PRESENCE], numbers[at.REPETITION] = 0.5, 0.25, 1.5
         program.run(rows)
         if not has_nan:
