@@ -114,6 +114,7 @@ _SECONDS = {
     "amx.gated_matmul": 1.5,
     "amx.matmul": 1.5,
     "matmul.gated_matmul": 1.5,
+    "logits.product": 1.2,
     "matmul.matmul": 1.2,
     "rope.rope_and_cache": 0.9,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence as Tokens
 from operator import attrgetter
 from statistics import median
@@ -21,7 +21,8 @@ _PASS_TOKENS = 256
 it, so few that a prompt which comes meanwhile need not wait long."""
 
 
-_ENOUGH = 3  # steps, of which no single one decides
+_NEAREST = 9  # steps without prompts that say what streams take alone
+_FEWEST = 3  # of these, so that no single one decides
 
 
 class PrefillPacer:
@@ -30,8 +31,8 @@ class PrefillPacer:
     It stretches a step to ``stretch`` times what the streams take alone. Both what they take alone and what a prompt token adds are judged
     by the latest steps, so that neither a step that the machine held up nor a lucky one decides: the former by the median, the latter by
     the third quartile, since streams notice what is too much, and not what is too little. The number at most doubles from step to step:
-    a few tokens hide in a step that waits for memory, and say little about many. Where so many streams never ran alone, those that are
-    more than did are counted as tokens of prompts are: else prompts would be held responsible for them, and wait.
+    a few tokens hide in a step that waits for memory, and say little about many. Where only fewer streams ran alone lately, or more, the
+    difference is counted as tokens of prompts are: else prompts would be held responsible for streams that are more, and wait.
 
     Kernels compute whole panels of tokens, and one or four for the rest: what a step takes is judged by the tokens that it computes in this
     sense, and a panel that is begun is filled.
@@ -39,17 +40,19 @@ class PrefillPacer:
 
     def __init__(self, stretch: float = 2.5, least: int = 4, panel: int = 1) -> None:
         self.stretch, self.least, self.panel = stretch, least, panel
-        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=31))
+        self._alone: deque[tuple[int, float]] = deque(maxlen=63)
+        """Streams and seconds of the latest steps without prompts, the last one first."""
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
         """Seconds for each token that prompts made a step compute, and tokens of prompts, of the latest steps that had some."""
 
     def allowance(self, streams: int) -> int:
-        known, alone = self._known(streams)
-        if not known or not self._added:
+        count, alone = self._nearest(streams)
+        seconds = sorted(self._added)[len(self._added) * 3 // 4][0] if self._added else 0.0
+        if not (count and seconds):
             return max(32, self.least)
-        seconds, _ = sorted(self._added)[len(self._added) * 3 // 4]
         most = 2 * max(tokens for _, tokens in self._added)
-        room = (self.stretch - 1.0) * (alone / seconds + streams - known)
+        alone = max(alone + (streams - count) * seconds, alone * min(1.0, streams / count))
+        room = (self.stretch - 1.0) * alone / seconds
         tokens = max(self.least, min(most, int(room)))
         while tokens > self.least and self._computed(streams + tokens) - streams > room:
             tokens -= 1
@@ -67,9 +70,9 @@ class PrefillPacer:
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
-            self._alone[streams].append(seconds)
+            self._alone.appendleft((streams, seconds))
         elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
-            known, alone = self._known(streams)
+            known, alone = self._known(streams) if streams else (0, 0.0)
             computed = self._computed(streams + prompt_tokens) - known
             self._added.append((max(seconds - alone, 0.1 * seconds) / computed, prompt_tokens))
 
@@ -78,10 +81,18 @@ class PrefillPacer:
         rest = tokens - whole
         return whole + next((part for part in (0, 1, 4) if rest <= part < self.panel), self.panel)
 
-    def _known(self, streams: int) -> tuple[int, float]:
-        """The most streams, up to so many, of which it is known what they take alone, and the seconds; zeros if there are none."""
-        known = max((count for count, seconds in self._alone.items() if count <= streams and len(seconds) >= _ENOUGH), default=0)
-        return known, median(self._alone[known]) if known else 0.0
+    def _nearest(self, streams: int) -> tuple[float, float]:
+        """How many streams the latest steps without prompts had that are nearest to so many, and the seconds; zeros if these are few."""
+        nearest = sorted(self._alone, key=lambda step: abs(step[0] - streams))[:_NEAREST]
+        if len(nearest) < _FEWEST:
+            return 0, 0.0
+        count, seconds = (median(values) for values in zip(*nearest, strict=True))
+        return count, seconds
+
+    def _known(self, streams: int) -> tuple[float, float]:
+        """How many of the streams, and what they take alone at least: of what more take, the share by number."""
+        count, seconds = self._nearest(streams)
+        return (streams, seconds * streams / count) if count > streams else (count, seconds)
 
 
 class Scheduler:

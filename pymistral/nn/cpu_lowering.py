@@ -26,6 +26,7 @@ from .state import Limits
 _CHUNK_BYTES = (16 << 10, 256 << 10)  # of weights that a thread claims at once: reading is faster the longer it goes straight on
 _CHUNKS_PER_THREAD = 64  # of a matrix that is large enough for that
 _PIECES_PER_THREAD = 16  # that the products of experts are cut into
+_FEWEST_GROUPS = 8  # of tiles of logits for each thread: fewer would be shared out unevenly
 _LANE_FETCHES = 1 << 20  # bytes of keys and values that a lane asks for: what the second-level cache of its core has room for
 _LOGITS_MARGIN = 4.0  # logits as near as this to the largest one, as they are sampled from, are worth activations of 16 bits
 
@@ -76,7 +77,7 @@ class CpuLowering(CpuLaunching):
             slots[3] = x.columns // 32
             kernel, row_bytes = spec("matmul.matmul", layout=matrix.format.name), geometry.panel_row_bytes(x.columns)
             unpacked, lane_slot = geometry.unpacked_bytes(matrix.format.name, x.columns), 10
-            if makes_logits and not accumulate:
+            if makes_logits and not accumulate and units >= _FEWEST_GROUPS * geometry.LOGITS_GROUP * self.threads:
                 peaks = self._new((self._max_rows(x), groups := geometry.logits_groups(weight.shape[0])), np.float32)
                 kernel = spec("logits.product", layout=matrix.format.name)
                 slots += [weight.shape[0], groups, peaks.address]

@@ -491,6 +491,31 @@ def test_streams_that_never_ran_alone_are_not_put_down_to_prompts(monkeypatch: p
     assert steps < 600 / 10  # the floor of four tokens in a step, which a step of many streams had, took 111
 
 
+@pytest.mark.parametrize(("longer", "fastest"), [(6.0, 2.6), (1 / 6, 3.0)])
+def test_what_streams_take_alone_is_judged_by_the_texts_of_today(longer: float, fastest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of streams ran alone once, when texts were others; only one more runs alone now, until it ends and a prompt comes."""
+    lengths = [1.0]
+    runner = TimedRunner(lambda streams, prompt: 0.002 + 0.0003 * lengths[0] * streams + 0.0003 * prompt, monkeypatch)
+    core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
+    for _ in range(13):
+        last, _ = submit(core, [65, 66], Params(max_len=3000))
+        for _ in range(12):
+            core.step()
+    lengths[0] = longer
+    for _ in range(80):
+        core.step()
+    core.cancel(last)
+    usual = 0.002 + 0.0003 * longer * 12
+    _, late = submit(core, [66] * 2000, Params(max_len=1))
+    times = [runner.now]
+    while late.end is None:
+        core.step()
+        times.append(runner.now)
+    gaps = np.diff(times)
+    assert np.median(gaps) <= fastest * usual
+    assert len(gaps) < 2000 / (4 if longer < 1 else 30)
+
+
 def test_the_oldest_request_is_never_preempted() -> None:
     runner = FakeRunner(num_blocks=8, block_size=2, max_num_seqs=4)
     core = make_core(runner, prefix_cache_n=0)
