@@ -23,6 +23,7 @@ it, so few that a prompt which comes meanwhile need not wait long."""
 
 _NEAREST = 9  # steps without prompts that say what streams take alone
 _FEWEST = 3  # of these, so that no single one decides
+_WITH_PROMPTS = 16  # steps in a row
 
 
 class PrefillPacer:
@@ -32,7 +33,8 @@ class PrefillPacer:
     by the latest steps, so that neither a step that the machine held up nor a lucky one decides: the former by the median, the latter by
     the third quartile, since streams notice what is too much, and not what is too little. The number at most doubles from step to step:
     a few tokens hide in a step that waits for memory, and say little about many. Where only fewer streams ran alone lately, or more, the
-    difference is counted as tokens of prompts are: else prompts would be held responsible for streams that are more, and wait.
+    difference is counted as tokens of prompts are: else prompts would be held responsible for streams that are more, and wait. And while
+    prompts keep coming, a step now and then goes without: else nobody would know what streams take alone, whose texts grow.
 
     Kernels compute whole panels of tokens, and one or four for the rest: what a step takes is judged by the tokens that it computes in this
     sense, and a panel that is begun is filled.
@@ -44,8 +46,14 @@ class PrefillPacer:
         """Streams and seconds of the latest steps without prompts, the last one first."""
         self._added: deque[tuple[float, int]] = deque(maxlen=8)
         """Seconds for each token that prompts made a step compute, and tokens of prompts, of the latest steps that had some."""
+        self._in_a_row = 0
 
     def allowance(self, streams: int) -> int:
+        """Tokens of prompts for the next step; none if it is time to see what streams take alone."""
+        self._in_a_row += 1
+        if self._in_a_row > _WITH_PROMPTS:
+            self._in_a_row = 0
+            return 0
         count, alone = self._nearest(streams)
         seconds = sorted(self._added)[len(self._added) * 3 // 4][0] if self._added else 0.0
         if not (count and seconds):
@@ -70,6 +78,7 @@ class PrefillPacer:
 
     def observe(self, streams: int, prompt_tokens: int, seconds: float) -> None:
         if prompt_tokens == 0:
+            self._in_a_row = 0
             self._alone.appendleft((streams, seconds))
         elif streams == 0 or prompt_tokens >= self.least:  # the end of a prompt says nothing
             known, alone = self._known(streams) if streams else (0, 0.0)

@@ -516,6 +516,29 @@ def test_what_streams_take_alone_is_judged_by_the_texts_of_today(longer: float, 
     assert len(gaps) < 2000 / (4 if longer < 1 else 30)
 
 
+def test_prompts_that_never_end_do_not_hide_what_streams_take_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt after the other, while the texts of the streams grow until they take ten times as long."""
+    lengths = [1.0]
+    runner = TimedRunner(lambda streams, prompt: 0.002 + 0.0003 * lengths[0] * streams + 0.0003 * prompt, monkeypatch)
+    core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
+    for _ in range(12):
+        submit(core, [65, 66], Params(max_len=4000))
+    for _ in range(20):
+        core.step()
+    late: list[Any] = []
+    stretches = []
+    for _ in range(1000):
+        if all(collector.end is not None for collector in late):
+            late.append(submit(core, [66] * 1000, Params(max_len=1))[1])
+        lengths[0] = min(10.0, lengths[0] + 0.02)
+        before = runner.now
+        core.step()
+        stretches.append((runner.now - before) / (0.002 + 0.0036 * lengths[0]))
+    assert 2.0 < np.median(stretches[500:]) < 2.6
+    assert np.percentile(stretches, 99) < 3.0
+    assert runner.prompt_tokens[-500:].count(0) > 20
+
+
 def test_the_oldest_request_is_never_preempted() -> None:
     runner = FakeRunner(num_blocks=8, block_size=2, max_num_seqs=4)
     core = make_core(runner, prefix_cache_n=0)
