@@ -23,7 +23,7 @@ it, so few that a prompt which comes meanwhile need not wait long."""
 
 _NEAREST = 9  # steps without prompts that say what streams take alone
 _FEWEST = 3  # of these, so that no single one decides
-_WITH_PROMPTS = 16  # steps in a row
+_WITH_PROMPTS = 512  # steps in a row: what streams take behind one with a prompt is a third more than alone, and must not count for much
 
 
 class PrefillPacer:

@@ -518,6 +518,7 @@ def test_what_streams_take_alone_is_judged_by_the_texts_of_today(longer: float, 
 
 def test_prompts_that_never_end_do_not_hide_what_streams_take_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt after the other, while the texts of the streams grow until they take ten times as long."""
+    monkeypatch.setattr("pymistral.engine.scheduler._WITH_PROMPTS", 16)
     lengths = [1.0]
     runner = TimedRunner(lambda streams, prompt: 0.002 + 0.0003 * lengths[0] * streams + 0.0003 * prompt, monkeypatch)
     core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
