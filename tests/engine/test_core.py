@@ -461,17 +461,22 @@ def test_gaps_stay_short_on_a_machine_that_others_use(seed: int, monkeypatch: py
     assert np.mean([tokens for tokens in runner.prompt_tokens if tokens]) > 5  # and the prompt gets ahead
 
 
+def steps_until_begun(core: EngineCore, collectors: Sequence[Any]) -> int:
+    """Steps until each of them has a token."""
+    steps = 0
+    while not all(collector.tokens for collector in collectors):
+        core.step()
+        steps += 1
+    return steps
+
+
 def test_a_prompt_gets_ahead_while_streams_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = TimedRunner(linear, monkeypatch)
     core = make_core(runner, max_num_seqs=32, prefix_cache_n=0)
     submit(core, [65, 66], Params(max_len=3000))
     for _ in range(20):
         core.step()
-    late = [submit(core, [66] * 300, Params(max_len=500))[1] for _ in range(8)]
-    steps = 0
-    while not all(collector.tokens for collector in late):
-        core.step()
-        steps += 1
+    steps = steps_until_begun(core, [submit(core, [66] * 300, Params(max_len=500))[1] for _ in range(8)])
     assert steps < 2400 / 7  # the floor of four tokens in a step alone would take 600
 
 
@@ -483,10 +488,7 @@ def test_streams_that_never_ran_alone_are_not_put_down_to_prompts(monkeypatch: p
     for _ in range(20):
         core.step()
     late = [submit(core, [66] * 40, Params(max_len=500))[1] for _ in range(15)]
-    began, steps = runner.now, 0
-    while not all(collector.tokens for collector in late):
-        core.step()
-        steps += 1
+    began, steps = runner.now, steps_until_begun(core, late)
     assert (runner.now - began) / steps < 2.6 * linear(15, 0)
     assert steps < 600 / 10  # the floor of four tokens in a step, which a step of many streams had, took 111
 
